@@ -1,0 +1,1 @@
+"""Computing: what an artifact's graphs say, on the processor at hand. `backend.py` is the protocol."""

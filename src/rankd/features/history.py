@@ -1,0 +1,57 @@
+"""Extraction: from the whole history of a user to the N sub-sequences that a model reads.
+
+In: a UserHistory. Out: for each sub-sequence the indices of its events, oldest first. `assembly.py` gathers them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rankd.features.schema import FeatureSchema, Strategy, SubSequence
+from rankd.types import Int32Array, Int64Array, UserHistory
+
+
+def extract(
+    history: UserHistory, sub_sequence: SubSequence, schema: FeatureSchema, item_categories: Int32Array
+) -> Int64Array:
+    """Indices (n,) int64, ascending, of the newest `history_length` events that the strategy picks.
+
+    `item_categories` is (rows, G) int32, read by `category` alone.
+
+    >>> rows 7 3 7 9 3   recent, length 3 -> 2 3 4    distinct -> 2 3 4    repeated -> 2 4
+    """
+    size, length = len(history), schema.history_length
+    match sub_sequence.strategy:
+        case Strategy.RECENT:
+            return np.arange(max(size - length, 0), size)
+        case Strategy.DISTINCT:
+            picked, _ = _last_events(history.rows)
+        case Strategy.REPEATED:
+            last, counts = _last_events(history.rows)
+            picked = last[counts > 1]
+        case Strategy.EVENT:
+            wanted = [schema.event_types.index(name) for name in sub_sequence.events]
+            picked = np.flatnonzero(np.isin(history.events, wanted))
+        case Strategy.CATEGORY:
+            picked = _in_top_categories(history.rows, sub_sequence, schema, item_categories)
+    return np.sort(picked)[-length:]
+
+
+def _last_events(rows: Int32Array) -> tuple[Int64Array, Int64Array]:
+    """The index of the newest event of each distinct item, and how often the item came."""
+    _, first_from_end, counts = np.unique(rows[::-1], return_index=True, return_counts=True)
+    return rows.shape[0] - 1 - first_from_end, counts
+
+
+def _in_top_categories(
+    rows: Int32Array, sub_sequence: SubSequence, schema: FeatureSchema, item_categories: Int32Array
+) -> Int64Array:
+    start = 0
+    for column in schema.item_categorical:
+        if column.name == sub_sequence.column:
+            break
+        start += column.width
+    codes = item_categories[rows, start : start + column.width]
+    values, counts = np.unique(codes[codes > 0], return_counts=True)
+    top = values[np.argsort(-counts, kind="stable")[: sub_sequence.top]]
+    return np.flatnonzero(np.isin(codes, top).any(axis=1))

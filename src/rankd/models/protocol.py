@@ -1,0 +1,101 @@
+"""What a torch module must offer to be trained, built and served by rankd, and how one is found by its name.
+
+Two shapes are accepted. A `RankingModel` computes the user's history apart from the candidates:
+
+    state  = model.encode(history)              once for a user
+    logits = model.score(state, candidates)     for any number of candidates
+
+A `JointModel` is a plain `forward(history, candidates) -> logits`; it is served too, without a reusable state.
+
+Both are constructed as `cls(schema, **options)`. Inputs are dicts of tensors, named and shaped as
+`features.schema.history_specs` and `candidate_specs` say; logits are (B, C, K) float32. No candidate may see another
+one, so that scores do not depend on how candidates are cut into calls: `rankd build` checks that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from rankd.errors import ConfigError, nearest
+from rankd.features.schema import FeatureSchema
+
+Tensors = Mapping[str, Tensor]
+
+
+@runtime_checkable
+class RankingModel(Protocol):
+    """A ranker whose user state is computed apart from the candidates."""
+
+    def encode(self, history: Tensors) -> dict[str, Tensor]:
+        """Named state tensors of a history; the first dimension of each is B."""
+        ...
+
+    def score(self, state: Tensors, candidates: Tensors) -> Tensor:
+        """Logits (B, C, K) of the candidates given a state."""
+        ...
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether the model has a state of its own; if not it is a plain forward(history, candidates)."""
+    return isinstance(model, RankingModel)
+
+
+def logits_of(model: nn.Module, history: Tensors, candidates: Tensors) -> Tensor:
+    """Logits (B, C, K), whichever of the two shapes the model has. Training and parity checks call this."""
+    if isinstance(model, RankingModel):
+        return model.score(model.encode(history), candidates)
+    result: Tensor = model(history, candidates)
+    return result
+
+
+BUILT_IN = {"climber": "rankd.models.climber:Climber", "sasrec": "rankd.models.sasrec:SASRec"}
+
+
+def create_model(kind: str, schema: FeatureSchema, options: Mapping[str, Any]) -> nn.Module:
+    """A new model: `kind` is a built-in name, "package.module:Class" or "path/to/file.py:Class".
+
+    Raises:
+        ConfigError: no such model, or its constructor does not take these options.
+    """
+    cls = _model_class(kind)
+    try:
+        model = cls(schema, **options)
+    except TypeError as error:
+        raise ConfigError(f"model '{kind}' does not take the options {dict(options)}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model '{kind}' is a {type(model).__name__}; it has to be a torch.nn.Module")
+    return model
+
+
+def _model_class(kind: str) -> Any:
+    target = BUILT_IN.get(kind, kind)
+    location, colon, name = target.rpartition(":")
+    if not colon:
+        raise ConfigError(
+            f"unknown model '{kind}'; built in are {', '.join(BUILT_IN)}; "
+            f"one of your own is named 'package.module:Class' or 'file.py:Class'.{nearest(kind, BUILT_IN)}"
+        )
+    try:
+        module = _load_file(Path(location)) if location.endswith(".py") else importlib.import_module(location)
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"model '{kind}': cannot import '{location}': {error}") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"model '{kind}': '{location}' has no class '{name}'.{nearest(name, dir(module))}")
+    return getattr(module, name)
+
+
+def _load_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"rankd_model_{path.stem}", path.resolve())
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"no Python file at {path.resolve()}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

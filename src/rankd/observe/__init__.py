@@ -1,0 +1,1 @@
+"""Seeing what happens: stage clocks now; metrics of the server beside them."""

@@ -1,0 +1,28 @@
+"""Stage clocks: how long each stage of one request took, in milliseconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class StageClock:
+    """Started when a request is; `lap(stage)` books the time since the lap before to a stage.
+
+    >>> clock = StageClock(); ...; clock.lap("features"); ...; clock.lap("encode"); clock.timings_ms()
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self.started = self._last = now()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap to `stage`."""
+        now = self._now()
+        self._laps[stage] = self._laps.get(stage, 0.0) + (now - self._last) * 1e3
+        self._last = now
+
+    def timings_ms(self) -> dict[str, float]:
+        """Milliseconds of each stage, and their `total`."""
+        return {**self._laps, "total": (self._last - self.started) * 1e3}

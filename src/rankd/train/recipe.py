@@ -1,0 +1,42 @@
+"""The recipe of a training run: which model, which sizes, how it is trained. A TOML file; `trainer.py` follows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from rankd.train.samples import Shapes
+
+
+class ModelChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model by its name (see `models.protocol.create_model`) and the options of its constructor."""
+
+    kind: str
+    options: dict[str, Any] = {}
+
+
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the weights are found. A request of training is one basket: its items and `negatives` sampled others.
+
+    The loss is binary cross-entropy of every task plus `listwise` times a softmax over the request's candidates.
+    Training stops after `patience` epochs without a better validation score (NDCG@10 + GAUC), or after `epochs`.
+    """
+
+    epochs: int = 20
+    patience: int = 4
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.02
+    negatives: int = 100
+    max_positives: int = 48
+    listwise: float = 1.0
+    seed: int = 7
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    model: ModelChoice
+    shapes: Shapes
+    training: Training = Training()

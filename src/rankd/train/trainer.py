@@ -1,0 +1,197 @@
+"""Training: a dataset and a recipe become weights in a run folder, epoch by epoch, resumable after any of them.
+
+    runs/<name>/
+      run.json             the description, the recipe, the log's path and counts
+      checkpoint.pt        everything needed to go on: weights, optimiser, history of epochs (rewritten atomically)
+      best.safetensors     the weights of the best epoch by validation
+      epochs.jsonl         one line an epoch: losses, validation metrics, seconds
+
+The random numbers of an epoch depend on the seed and its number alone, so a resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankd.errors import ConfigError
+from rankd.features.schema import FIRST_ITEM_ROW
+from rankd.models.protocol import create_model, logits_of
+from rankd.train.batches import Batch, fixed_shapes, make_batch, training_batches
+from rankd.train.evaluation import Scorer, TestEvent, make_test_events, score_events
+from rankd.train.metrics import evaluate
+from rankd.train.recipe import Recipe
+from rankd.train.samples import Dataset, Sample, baskets_between
+from rankd.types import Float32Array, Int32Array
+
+Progress = Callable[[int, int, str], None]
+"""Called with (batches done, batches in all, a line about the epoch)."""
+
+WARM_UP_STEPS = 100
+VALIDATION_SAMPLED = 100
+
+
+class Trainer:
+    """Runs a recipe over a dataset in a folder. `start()` trains or goes on; `model` holds the best weights after."""
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, folder: Path) -> None:
+        self.dataset, self.recipe, self.folder = dataset, recipe, folder
+        torch.manual_seed(recipe.training.seed)
+        self.model = create_model(recipe.model.kind, dataset.schema, recipe.model.options)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.training.learning_rate, weight_decay=recipe.training.weight_decay
+        )
+        self.epochs: list[dict[str, float]] = []
+        self.samples, self.counts = baskets_between(dataset, 0, dataset.train_until)
+        self.validation, _ = make_test_events(
+            dataset, dataset.train_until, dataset.validate_until, VALIDATION_SAMPLED, recipe.training.seed
+        )
+
+    def start(self, progress: Progress = lambda done, total, line: None) -> list[dict[str, float]]:
+        """Train until the epochs are over or patience is, from the last checkpoint if there is one; one dict an epoch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        while len(self.epochs) < self.recipe.training.epochs and self._stale_epochs() < self.recipe.training.patience:
+            self.epochs.append(self._epoch(len(self.epochs), progress))
+            if self._stale_epochs() == 0:
+                save_file(_plain(self.model), _part(self.folder / "best.safetensors"))
+                _finish(self.folder / "best.safetensors")
+            self._checkpoint()
+        load_weights(self.model, self.folder / "best.safetensors")
+        return self.epochs
+
+    def _epoch(self, number: int, progress: Progress) -> dict[str, float]:
+        training = self.recipe.training
+        torch.manual_seed(training.seed * 100_003 + number)
+        steps = math.ceil(len(self.samples) / training.batch_size)
+        started, total = time.perf_counter(), 0.0
+        self.model.train()
+        for step, batch in enumerate(training_batches(self.dataset, self.samples, training, number)):
+            self._set_learning_rate(number * steps + step, steps)
+            loss = loss_of(self.model, batch, training.listwise)
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimiser.step()
+            total += loss.item()
+            progress(step + 1, steps, f"epoch {number + 1}, loss {total / (step + 1):.4f}")
+        metrics = self._validate()
+        return {"loss": total / steps, **metrics, "seconds": round(time.perf_counter() - started, 1)}
+
+    def _validate(self) -> dict[str, float]:
+        self.model.eval()
+        scored = score_events(self.validation, self.scorer(), self.dataset.schema, logits=True)
+        intervals = evaluate(scored)
+        return {f"validation {name}": interval.value for name, interval in intervals.items()}
+
+    def scorer(self) -> Scorer:
+        """The model, as it stands, as a contestant of `evaluation`."""
+        return torch_scorer(self.model, self.dataset)
+
+    def _set_learning_rate(self, step: int, steps_an_epoch: int) -> None:
+        """Linear warm-up, then a cosine down to a tenth over all epochs."""
+        total = steps_an_epoch * self.recipe.training.epochs
+        cosine = 0.55 + 0.45 * math.cos(math.pi * min(step / total, 1.0))
+        rate = self.recipe.training.learning_rate * min((step + 1) / WARM_UP_STEPS, 1.0) * cosine
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+
+    def _stale_epochs(self) -> int:
+        """Epochs since the best one."""
+        quality = [epoch["validation ndcg@10"] + epoch["validation gauc"] for epoch in self.epochs]
+        return len(quality) - 1 - int(np.argmax(quality)) if quality else 0
+
+    def _checkpoint(self) -> None:
+        state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "epochs": self.epochs}
+        torch.save({**state, "recipe": msgspec.json.encode(self.recipe)}, _part(self.folder / "checkpoint.pt"))
+        _finish(self.folder / "checkpoint.pt")
+        lines = b"".join(msgspec.json.encode(epoch) + b"\n" for epoch in self.epochs)
+        _part(self.folder / "epochs.jsonl").write_bytes(lines)
+        _finish(self.folder / "epochs.jsonl")
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        if state["recipe"] != msgspec.json.encode(self.recipe):
+            raise ConfigError(
+                f"{self.folder} holds a run of another recipe; train into a new folder, or remove this one"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.epochs = state["epochs"]
+
+
+def loss_of(model: nn.Module, batch: Batch, listwise: float) -> Tensor:
+    """Binary cross-entropy over real candidates and tasks, plus a softmax over each request's candidates (task 0)."""
+    logits = logits_of(model, batch.history, batch.candidates)
+    real = batch.real.float()
+    entropy = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").mean(-1)
+    pointwise = (entropy * real).sum() / real.sum()
+    first = logits[..., 0].masked_fill(~batch.real, -1e9)
+    positives = batch.labels[..., 0]
+    chosen = (torch.log_softmax(first, dim=-1) * positives).sum(-1) / positives.sum(-1).clamp(min=1.0)
+    return pointwise - listwise * chosen.mean() / math.log(real.shape[1])
+
+
+def torch_scorer(model: nn.Module, dataset: Dataset) -> Scorer:
+    """Score one request at a time with the torch module in float32: the reference that engines are held against."""
+    width = dataset.schema.candidate_buckets[-1]
+    schema = fixed_shapes(dataset.schema, width)
+
+    @torch.inference_mode()
+    def scorer(sample: Sample, rows: Int32Array) -> Float32Array:
+        parts = []
+        for start in range(0, len(rows), width):
+            part = rows[start : start + width]
+            no_labels = np.zeros((len(part), len(schema.tasks)), np.float32)
+            batch = make_batch(dataset, schema, [sample], [(part, no_labels)])
+            parts.append(logits_of(model, batch.history, batch.candidates)[0, : len(part)].numpy())
+        return np.concatenate(parts)
+
+    return scorer
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a run's weights into its model.
+
+    Raises:
+        ConfigError: the file is missing or holds another model's tensors.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path} does not hold this model's weights: {error}") from error
+
+
+def seen_rows(dataset: Dataset) -> Tensor:
+    """(I,) bool: the items that occur in the training time; the embeddings of the others were never trained."""
+    mask = torch.zeros(dataset.schema.num_item_rows, dtype=torch.bool)
+    mask[torch.from_numpy(dataset.log.rows[dataset.log.before(dataset.train_until)])] = True
+    mask[:FIRST_ITEM_ROW] = True
+    return mask
+
+
+def _plain(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _finish(path: Path) -> None:
+    """Move a finished .part file into its place."""
+    os.replace(_part(path), path)

@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rankd.demo
+from rankd import Ranker
+
+
+@pytest.fixture(scope="session")
+def demo_models() -> Path:
+    """The model repository that comes with the package: one model, 'demo', version 1."""
+    return rankd.demo.MODELS
+
+
+@pytest.fixture(scope="session")
+def demo_ranker(demo_models: Path) -> Iterator[Ranker]:
+    """The packaged model, loaded in process. Tests must not append events to it."""
+    with Ranker.load(demo_models / "demo") as ranker:
+        yield ranker

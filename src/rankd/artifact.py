@@ -109,8 +109,8 @@ def list_versions(model_folder: Path) -> list[str]:
     return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
 
 
-def write_artifact(root: Path, manifest: Manifest, fill: Callable[[Path], None]) -> Path:
-    """Write `<root>/<name>/<version>`: `fill` puts the files into a folder, then checksums and model.toml follow.
+def write_artifact(root: Path, name: str, version: str, fill: Callable[[Path], Manifest]) -> Path:
+    """Write `<root>/<name>/<version>`: `fill` puts the files into a folder and says what they are; checksums follow.
 
     Nothing that loads is left behind if `fill` or this process fails on the way.
 
@@ -119,13 +119,13 @@ def write_artifact(root: Path, manifest: Manifest, fill: Callable[[Path], None])
     """
     import tomli_w
 
-    place = root / manifest.name / manifest.version
+    place = root / name / version
     if place.exists():
         raise ArtifactError(f"{place} exists, and versions are immutable; choose another version or remove it")
     place.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{WORK_PREFIX}{manifest.version}-", dir=place.parent))
+    work = Path(tempfile.mkdtemp(prefix=f"{WORK_PREFIX}{version}-", dir=place.parent))
     try:
-        fill(work)
+        manifest = fill(work)
         files = {str(path.relative_to(work)): _record(path) for path in sorted(work.rglob("*")) if path.is_file()}
         document = msgspec.to_builtins(msgspec.structs.replace(manifest, files=files))
         (work / MANIFEST).write_text(tomli_w.dumps(document))

@@ -90,8 +90,8 @@ class _Call:
 
         self._tensor = ov.Tensor
         self._request = compiled.create_infer_request()
-        self._inputs = [port.get_any_name() for port in compiled.inputs]
-        self._outputs = [port.get_any_name() for port in compiled.outputs]
+        self._inputs = [port.get_node().get_friendly_name() for port in compiled.inputs]
+        self._outputs = [port.get_node().get_friendly_name() for port in compiled.outputs]
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         try:

@@ -9,6 +9,9 @@ model, and never enter the user's state. With h the matching events (`match_even
     cadence          log(1 + days since its newest event / mean days between its events), 0 below two events
     affinity         log(1 + sum over distinct items i of h of similarity(i, candidate))
     recent_affinity  the same, each item weighted by exp(-days since its newest event / 30)
+    events           log(1 + events in h), the same for every candidate
+    idle             log(1 + days since the newest event of h), the same for every candidate
+    tenure           log(1 + days since the oldest event of h), the same for every candidate
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ def match_features(
     for column, name in enumerate(schema.match):
         if name in _AFFINITIES:
             result[:, column] = _affinity(seen, candidates, items, _AFFINITIES[name](seen))
+        elif name in _OF_USER:
+            result[:, column] = np.log1p(_OF_USER[name](seen))
         else:
             result[:, column] = np.where(hit, _OF_SEEN[name](seen)[position], 0.0)
     return result
@@ -67,7 +72,7 @@ def _seen_items(history: UserHistory, now: int, schema: FeatureSchema) -> _Seen:
     unique, first, inverse, counts = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
     newest = np.empty(unique.shape[0], np.int64)
     newest[inverse] = np.arange(rows.shape[0])  # the last write to a slot is its newest event
-    return _Seen(unique, counts, days[first], np.maximum(days[newest], 0.0))
+    return _Seen(unique, counts, np.maximum(days[first], 0.0), np.maximum(days[newest], 0.0))
 
 
 def _affinity(seen: _Seen, candidates: Int32Array, items: ItemTable, weights: Float32Array) -> Float32Array:
@@ -98,6 +103,11 @@ _OF_SEEN: dict[str, Callable[[_Seen], Float32Array]] = {
     "count": lambda seen: np.log1p(seen.counts).astype(np.float32),
     "recency": lambda seen: np.log1p(seen.last_days),
     "cadence": _cadence,
+}
+_OF_USER: dict[str, Callable[[_Seen], float]] = {
+    "events": lambda seen: float(seen.counts.sum()),
+    "idle": lambda seen: float(seen.last_days.min()),
+    "tenure": lambda seen: float(seen.first_days.max()),
 }
 _AFFINITIES: dict[str, Callable[[_Seen], Float32Array]] = {
     "affinity": lambda seen: np.ones(seen.rows.shape[0], np.float32),

@@ -16,7 +16,17 @@ PADDING_ROW = 0
 UNKNOWN_ROW = 1
 FIRST_ITEM_ROW = 2
 
-MATCH_FEATURES = ("seen", "count", "recency", "affinity", "recent_affinity", "cadence")
+MATCH_FEATURES = (
+    "seen",
+    "count",
+    "recency",
+    "cadence",
+    "affinity",
+    "recent_affinity",
+    "events",
+    "idle",
+    "tenure",
+)
 
 
 class Strategy(Enum):
@@ -98,7 +108,6 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     event_values: tuple[Numeric, ...] = ()
     match: tuple[str, ...] = ()
     match_events: tuple[str, ...] = ()
-    num_neighbours: int = 0
     time_origin: int = 0
     log_end: int = 0
     default_time: DefaultTime = DefaultTime.WALL

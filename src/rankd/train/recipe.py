@@ -20,6 +20,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the weights are found. A request of training is one basket: its items and `negatives` sampled others.
 
     The loss is binary cross-entropy of every task plus `listwise` times a softmax over the request's candidates.
+    `averaging` is the decay a step of the averaged weights, which are the ones that are validated and kept.
     Training stops after `patience` epochs without a better validation score (NDCG@10 + GAUC), or after `epochs`.
     """
 
@@ -31,6 +32,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     negatives: int = 100
     max_positives: int = 48
     listwise: float = 1.0
+    averaging: float = 0.995
     seed: int = 7
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from rankd.errors import DataError
-from rankd.features.schema import UNKNOWN_ROW, DefaultTime, FeatureSchema, Numeric, SubSequence, Task
+from rankd.features.schema import UNKNOWN_ROW, Categorical, DefaultTime, FeatureSchema, Numeric, SubSequence, Task
 from rankd.features.tables import ItemTable, UserFeatures, normalise
 from rankd.train.description import FeatureKind, TaskRule
 from rankd.train.interactions import ANONYMOUS, InteractionLog
@@ -50,6 +50,7 @@ class Dataset:
     snapshots: tuple[Snapshot, ...]
     tables: tuple[ItemTable, ...]
     users: tuple[UserFeatures, ...]
+    vocabularies: dict[str, tuple[str, ...]]
     train_until: int
     validate_until: int
 
@@ -97,37 +98,47 @@ def prepare(log: InteractionLog, shapes: Shapes) -> Dataset:
     snapshots = [take_snapshot(log, time) for time in snapshot_times(log, (train_until, validate_until, end))]
     numeric = numeric_columns(log, [s for s in snapshots if s.as_of <= train_until])
     items = log.frame.with_columns(rankd_key=pl.Series(log.rows))
-    item_columns, item_codes, _ = categorical_columns(
+    item_columns, item_codes, item_words = categorical_columns(
         items, log.description.item_features, "rankd_key", log.num_item_rows
     )
-    schema, users = _schema_and_users(log, shapes, numeric, item_columns)
+    people = log.frame.with_columns(rankd_key=pl.Series(log.users))
+    user_columns, user_codes, user_words = categorical_columns(
+        people, log.description.user_features, "rankd_key", len(log.user_ids)
+    )
+    schema = _schema(log, shapes, numeric, item_columns, user_columns)
     return Dataset(
         log=log,
         schema=schema,
         histories=_histories(log, schema),
         snapshots=tuple(snapshots),
         tables=tuple(item_table(snapshot, numeric, item_codes) for snapshot in snapshots),
-        users=users,
+        users=tuple(UserFeatures(row, np.zeros(0, np.float32)) for row in user_codes),
+        vocabularies={
+            **{f"item.{name}": values for name, values in item_words.items()},
+            **{f"user.{name}": values for name, values in user_words.items()},
+        },
         train_until=train_until,
         validate_until=validate_until,
     )
 
 
-def _schema_and_users(
-    log: InteractionLog, shapes: Shapes, numeric: tuple[Numeric, ...], item_columns: tuple[object, ...]
-) -> tuple[FeatureSchema, tuple[UserFeatures, ...]]:
+def _schema(
+    log: InteractionLog,
+    shapes: Shapes,
+    numeric: tuple[Numeric, ...],
+    item_columns: tuple[Categorical, ...],
+    user_columns: tuple[Categorical, ...],
+) -> FeatureSchema:
     description = log.description
     if any(feature.kind is FeatureKind.NUMERIC for feature in description.user_features):
         raise DataError("numeric user features are not read from a log yet; give them as categories")
-    frame = log.frame.with_columns(rankd_key=pl.Series(log.users))
-    columns, codes, _ = categorical_columns(frame, description.user_features, "rankd_key", len(log.user_ids))
     before = log.before(seconds_of(description.split.train_until))
     values = []
     for index, value in enumerate(description.event_values):
         column = Numeric(value.name, log1p=value.log1p)
         seen = normalise(column, log.values[before, index])
         values.append(msgspec.structs.replace(column, mean=float(seen.mean()), std=max(float(seen.std()), 1e-6)))
-    schema = FeatureSchema(
+    return FeatureSchema(
         num_item_rows=log.num_item_rows,
         event_types=log.event_types,
         sub_sequences=shapes.sub_sequences,
@@ -136,19 +147,17 @@ def _schema_and_users(
         candidate_buckets=shapes.candidate_buckets,
         tasks=tuple(Task(rule.name, rule.rank_weight) for rule in description.tasks),
         stored_history=shapes.stored_history,
-        item_categorical=item_columns,  # type: ignore[arg-type]
+        item_categorical=item_columns,
         item_numeric=numeric,
-        user_categorical=columns,
+        user_categorical=user_columns,
         event_values=tuple(values),
         match=description.match,
         match_events=description.match_events,
-        num_neighbours=description.num_neighbours,
         time_origin=int(log.times[0]),
         log_end=int(log.times[-1]),
         default_time=DefaultTime(description.default_time),
         missing_item_score=shapes.missing_item_score,
     )
-    return schema, tuple(UserFeatures(row, np.zeros(0, np.float32)) for row in codes)
 
 
 def default_buckets(length: int) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rankd.errors import ConfigError
 from rankd.features.schema import FIRST_ITEM_ROW
@@ -43,7 +44,10 @@ VALIDATION_SAMPLED = 100
 
 
 class Trainer:
-    """Runs a recipe over a dataset in a folder. `start()` trains or goes on; `model` holds the best weights after."""
+    """Runs a recipe over a dataset in a folder. `start()` trains or goes on; `model` holds the best weights after.
+
+    What is validated and kept is an exponential average of the weights over steps: it is steadier than the last ones.
+    """
 
     def __init__(self, dataset: Dataset, recipe: Recipe, folder: Path) -> None:
         self.dataset, self.recipe, self.folder = dataset, recipe, folder
@@ -52,6 +56,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.training.learning_rate, weight_decay=recipe.training.weight_decay
         )
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.training.averaging))
         self.epochs: list[dict[str, float]] = []
         self.samples, self.counts = baskets_between(dataset, 0, dataset.train_until)
         self.validation, _ = make_test_events(
@@ -65,7 +70,7 @@ class Trainer:
         while len(self.epochs) < self.recipe.training.epochs and self._stale_epochs() < self.recipe.training.patience:
             self.epochs.append(self._epoch(len(self.epochs), progress))
             if self._stale_epochs() == 0:
-                save_file(_plain(self.model), _part(self.folder / "best.safetensors"))
+                save_file(_plain(self.average.module), _part(self.folder / "best.safetensors"))
                 _finish(self.folder / "best.safetensors")
             self._checkpoint()
         load_weights(self.model, self.folder / "best.safetensors")
@@ -84,20 +89,17 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimiser.step()
+            self.average.update_parameters(self.model)
             total += loss.item()
             progress(step + 1, steps, f"epoch {number + 1}, loss {total / (step + 1):.4f}")
         metrics = self._validate()
         return {"loss": total / steps, **metrics, "seconds": round(time.perf_counter() - started, 1)}
 
     def _validate(self) -> dict[str, float]:
-        self.model.eval()
-        scored = score_events(self.validation, self.scorer(), self.dataset.schema, logits=True)
+        scorer = torch_scorer(self.average.module.eval(), self.dataset)
+        scored = score_events(self.validation, scorer, self.dataset.schema, logits=True)
         intervals = evaluate(scored)
         return {f"validation {name}": interval.value for name, interval in intervals.items()}
-
-    def scorer(self) -> Scorer:
-        """The model, as it stands, as a contestant of `evaluation`."""
-        return torch_scorer(self.model, self.dataset)
 
     def _set_learning_rate(self, step: int, steps_an_epoch: int) -> None:
         """Linear warm-up, then a cosine down to a tenth over all epochs."""
@@ -113,8 +115,14 @@ class Trainer:
         return len(quality) - 1 - int(np.argmax(quality)) if quality else 0
 
     def _checkpoint(self) -> None:
-        state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "epochs": self.epochs}
-        torch.save({**state, "recipe": msgspec.json.encode(self.recipe)}, _part(self.folder / "checkpoint.pt"))
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "epochs": self.epochs,
+            "recipe": msgspec.json.encode(self.recipe),
+        }
+        torch.save(state, _part(self.folder / "checkpoint.pt"))
         _finish(self.folder / "checkpoint.pt")
         lines = b"".join(msgspec.json.encode(epoch) + b"\n" for epoch in self.epochs)
         _part(self.folder / "epochs.jsonl").write_bytes(lines)
@@ -130,6 +138,7 @@ class Trainer:
                 f"{self.folder} holds a run of another recipe; train into a new folder, or remove this one"
             )
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.epochs = state["epochs"]
 

@@ -59,7 +59,7 @@ class TokenEmbedding(nn.Module):
         with torch.no_grad():
             unseen = ~seen_rows
             unseen[: UNKNOWN_ROW + 1] = False
-            self.item.weight[unseen] = self.item.weight[UNKNOWN_ROW]
+            self.item.weight[unseen] = self.item.weight[UNKNOWN_ROW].clone()
 
     def _items(self, rows: Tensor) -> Tensor:
         if self.training and self.item_dropout > 0:

@@ -32,7 +32,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     negatives: int = 100
     max_positives: int = 48
     listwise: float = 1.0
-    averaging: float = 0.995
+    averaging: float = 0.98
     seed: int = 7
 
 

@@ -1,0 +1,212 @@
+"""The model repository: a folder of models and versions, loaded and unloaded while others serve.
+
+    <root>/<model>/<version>/model.toml
+
+Requests read one dict without a lock; whoever loads or unloads changes it under one. Events are appended to every ready
+version of a model and kept in a journal, from which a version that is loaded later catches up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from rankd.artifact import list_versions
+from rankd.errors import InvalidRequest, NotFound, RankdError, Unavailable, nearest
+from rankd.observe.metrics import ServerMetrics
+from rankd.ranker import Ranker
+from rankd.serve.settings import ServeConfig
+from rankd.types import Event
+
+log = logging.getLogger("rankd")
+JOURNAL_EVENTS = 100_000
+
+
+class ModelState(Enum):
+    """Where a version is in its life, in the words of the model repository extension."""
+
+    UNAVAILABLE = "UNAVAILABLE"
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One version as the index shows it; `reason` says why it is not ready."""
+
+    name: str
+    version: str
+    state: ModelState
+    reason: str = ""
+
+
+class ModelRepository:
+    """Models by name and version. `start()` loads the newest version of each; `close()` drains and unloads all."""
+
+    def __init__(self, root: Path, config: ServeConfig) -> None:
+        self.root, self.config, self.metrics = root, config, ServerMetrics()
+        self._rankers: dict[str, dict[str, Ranker]] = {}
+        self._status: dict[tuple[str, str], ModelStatus] = {}
+        self._journals: dict[str, deque[tuple[str, tuple[Event, ...]]]] = {}
+        self._changes = threading.RLock()  # one load or unload at a time
+        self._events = threading.Lock()  # an append, or the hand-over of a journal to a new version
+        self._started = self._closing = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that start-up was to load takes requests."""
+        return self._started and not self._closing
+
+    def start(self) -> None:
+        """Load the newest version of every configured model.
+
+        Raises:
+            NotFound: no model there. ArtifactError: one of them is damaged.
+        """
+        names = self.config.models or self._model_names()
+        if not names:
+            raise NotFound(f"{self.root} holds no model; build one with `rankd build RUN --out {self.root}`")
+        for name in names:
+            if self._closing:
+                return
+            self.load(name)
+        self._started = True
+
+    def begin_draining(self) -> None:
+        """Stop being ready, so that load balancers look elsewhere; requests are still answered."""
+        self._closing = True
+
+    def rankers(self) -> list[tuple[str, str, Ranker]]:
+        """Everything that is ready: name, version, ranker."""
+        return [(n, v, ranker) for n, versions in self._rankers.items() for v, ranker in versions.items()]
+
+    def close(self) -> None:
+        """Refuse new requests, finish the accepted ones, unload everything."""
+        self.begin_draining()
+        for name, version, _ in self.rankers():
+            self.unload(name, version)
+
+    def get(self, name: str = "", version: str = "") -> Ranker:
+        """The ranker of a model; without a name the only one there is, without a version the newest that is ready.
+
+        Raises:
+            NotFound: no such model or version. InvalidRequest: no name and several models. Unavailable: not loaded.
+        """
+        rankers = self._rankers
+        if not name:
+            if len(rankers) != 1:
+                raise InvalidRequest(f"this server has several models; give `model`, one of: {', '.join(sorted(rankers))}")
+            name = next(iter(rankers))
+        versions = rankers.get(name)
+        if versions:
+            if not version:
+                return versions[next(reversed(versions))]
+            if version in versions:
+                return versions[version]
+        known = self._known_versions(name)
+        if not version:
+            raise Unavailable(f"model '{name}' has no version that is ready; see /v2/repository/index")
+        if version not in known:
+            raise NotFound(f"model '{name}' has no version '{version}'; it has {', '.join(known)}.{nearest(version, known)}")
+        raise Unavailable(f"version '{version}' of model '{name}' is not loaded; load it or ask for another")
+
+    def load(self, name: str, version: str = "") -> Ranker:
+        """Load a version (the newest on disk if none is named), warm it, let it catch up, and let it take requests.
+
+        Raises:
+            NotFound: no such model or version. ArtifactError: it is damaged; others are not touched.
+        """
+        with self._changes:
+            version = self._version_on_disk(name, version)
+            loaded = self._rankers.get(name, {}).get(version)
+            if loaded is not None:
+                return loaded
+            self._set(name, version, ModelState.LOADING)
+            try:
+                ranker = Ranker.load(self.root / name / version, self.config.engine, max_waiting=self.config.max_waiting)
+            except RankdError as error:
+                self._set(name, version, ModelState.UNAVAILABLE, str(error))
+                raise
+            with self._events:
+                for user_id, events in self._journals.get(name, ()):
+                    ranker.append_events(user_id, events)
+                versions = {**self._rankers.get(name, {}), version: ranker}
+                ordered = {v: versions[v] for v in list_versions(self.root / name) if v in versions}
+                self._rankers = {**self._rankers, name: {**ordered, **versions}}
+            self._set(name, version, ModelState.READY)
+            log.info("model %s version %s is ready in %s", name, version, ranker.backend.precision.value)
+            return ranker
+
+    def unload(self, name: str, version: str = "") -> None:
+        """Take one version, or all versions of a model, out of service; accepted requests are finished first.
+
+        Raises:
+            NotFound: the model or version is not loaded.
+        """
+        with self._changes:
+            versions = self._rankers.get(name, {})
+            if not versions or (version and version not in versions):
+                known = ", ".join(f"{n} {v}" for n, vs in self._rankers.items() for v in vs) or "nothing"
+                raise NotFound(f"model '{name}' {version} is not loaded; loaded are: {known}")
+            leaving = {v: ranker for v, ranker in versions.items() if not version or v == version}
+            staying = {v: ranker for v, ranker in versions.items() if v not in leaving}
+            others = {n: vs for n, vs in self._rankers.items() if n != name}
+            self._rankers = {**others, name: staying} if staying else others
+            for one, ranker in leaving.items():
+                self._set(name, one, ModelState.UNLOADING)
+                ranker.close()
+                self._set(name, one, ModelState.UNAVAILABLE, "unloaded")
+
+    def index(self) -> list[ModelStatus]:
+        """Every version on disk or in memory."""
+        found = {(n, v): ModelStatus(n, v, ModelState.UNAVAILABLE) for n in self._model_names() for v in self._on_disk(n)}
+        return [{**found, **self._status}[key] for key in sorted({**found, **self._status})]
+
+    def append_events(self, name: str, user_id: str, events: tuple[Event, ...]) -> tuple[dict[str, int], tuple[str, ...]]:
+        """Append events to a user in every ready version of a model: the next request sees them.
+
+        Returns:
+            How many events each version stores for the user now, and the item ids that the newest version does not know.
+        """
+        newest = self.get(name)
+        name = newest.manifest.name
+        with self._events:
+            stored: dict[str, int] = {}
+            unknown: tuple[str, ...] = ()
+            for version, ranker in self._rankers.get(name, {}).items():
+                stored[version], unknown = ranker.append_events(user_id, events)
+            journal = self._journals.setdefault(name, deque(maxlen=JOURNAL_EVENTS))
+            dropped = len(journal[0][1]) if len(journal) == JOURNAL_EVENTS else 0
+            journal.append((user_id, events))
+        self.metrics.appended(name, len(events), dropped)
+        return stored, unknown
+
+    def _version_on_disk(self, name: str, version: str) -> str:
+        known = self._known_versions(name)
+        if version and version not in known:
+            raise NotFound(f"model '{name}' has no version '{version}'; it has {', '.join(known)}.{nearest(version, known)}")
+        return version or known[-1]
+
+    def _known_versions(self, name: str) -> list[str]:
+        """Names are looked up among what the folder lists, so that none of them can lead out of it."""
+        names = self._model_names()
+        if name not in names:
+            raise NotFound(f"no model '{name}' here; there is: {', '.join(names) or 'none'}.{nearest(name, names)}")
+        return self._on_disk(name)
+
+    def _model_names(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return sorted(p.name for p in self.root.iterdir() if not p.name.startswith(".") and self._on_disk(p.name))
+
+    def _on_disk(self, name: str) -> list[str]:
+        return list_versions(self.root / name)
+
+    def _set(self, name: str, version: str, state: ModelState, reason: str = "") -> None:
+        self._status = {**self._status, (name, version): ModelStatus(name, version, state, reason)}
+        self.metrics.ready.labels(name, version).set(state is ModelState.READY)

@@ -1,0 +1,27 @@
+"""The server's configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from rankd.engine.backend import EngineConfig
+
+
+class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Read from a TOML file, RANKD_* variables and flags (`config.read_config`).
+
+    `models` empty loads all of the folder. `max_waiting` is how many requests a model lets wait. On SIGTERM accepted
+    requests have `drain_seconds`. `histories` and `items` are Parquet files that take the place of an artifact's own.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
+    models: tuple[str, ...] = ()
+    max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 8 << 20
+    max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    drain_seconds: Annotated[float, msgspec.Meta(gt=0)] = 20.0
+    histories: str = ""
+    items: str = ""
+    engine: EngineConfig = EngineConfig()

@@ -1,0 +1,211 @@
+"""The JSON of the /v1 API, as Structs that decode and check in one pass, and their way to and from our types."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from rankd.errors import InvalidRequest, nearest
+from rankd.types import Event, RankRequest, Scores
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+Text = Annotated[str, Meta(min_length=1, max_length=512)]
+Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Id = Text | Whole
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Seconds = Annotated[int, Meta(ge=0, lt=2**40)]
+Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
+
+
+class EventBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One event: what was done to which item, when (seconds since 1970 UTC; now, if left out)."""
+
+    item_id: Id
+    event: Annotated[str, Meta(max_length=200)] = ""
+    time: Seconds | None = None
+    values: Annotated[dict[str, Number], Meta(max_length=64)] = {}
+
+
+class RankBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """POST /v1/rank. `model` may be left out where there is only one; `version` means the newest that is ready."""
+
+    user_id: Id
+    candidates: Annotated[list[Id], Meta(min_length=1, max_length=100_000)]
+    model: Annotated[str, Meta(max_length=200)] = ""
+    version: Annotated[str, Meta(max_length=200)] = ""
+    history: Annotated[list[EventBody], Meta(max_length=100_000)] | None = None
+    context: Annotated[dict[str, str | Number], Meta(max_length=64)] = {}
+    time: Seconds | None = None
+    top_k: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    timeout_ms: Annotated[float, Meta(gt=0, le=3_600_000)] | None = None
+    request_id: Annotated[str, Meta(max_length=128, pattern=r"^[\x21-\x7e]*$")] = ""
+
+
+class RankAnswer(msgspec.Struct, frozen=True):
+    """The scores: row i of `scores` belongs to `candidates[i]`, column k to `tasks[k]`. They are logits."""
+
+    model: str
+    version: str
+    request_id: str
+    tasks: tuple[str, ...]
+    candidates: tuple[str, ...]
+    scores: list[list[float]]
+    unknown: tuple[str, ...]
+    unknown_user: bool
+    degraded: tuple[str, ...]
+    timings_ms: dict[str, float]
+
+
+class EventsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """POST /v1/events: append to a user's history."""
+
+    user_id: Id
+    events: Annotated[list[EventBody], Meta(min_length=1, max_length=10_000)]
+    model: Annotated[str, Meta(max_length=200)] = ""
+
+
+class EventsAnswer(msgspec.Struct, frozen=True):
+    """How many events each version of the model stores for the user now, and the item ids that it does not know."""
+
+    model: str
+    user_id: str
+    stored: dict[str, int]
+    unknown: tuple[str, ...]
+
+
+class ModelAnswer(msgspec.Struct, frozen=True):
+    """One version in GET /v1/models. What follows `reason` is there when it is ready."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+    kind: str = ""
+    created: str = ""
+    precision: str = ""
+    parity: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    tasks: tuple[str, ...] = ()
+    event_types: tuple[str, ...] = ()
+    history_length: int = 0
+    max_candidates: int = 0
+    num_items: int = 0
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """The class of `rankd.errors` and what it says."""
+
+    type: str
+    message: str
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+_rank_decoder = msgspec.json.Decoder(RankBody)
+_events_decoder = msgspec.json.Decoder(EventsBody)
+_encoder = msgspec.json.Encoder()
+
+
+def decode_rank(body: bytes) -> RankRequest:
+    """A /v1/rank body as a request.
+
+    Raises:
+        InvalidRequest: not JSON, or not this JSON; the message has the path of the field.
+    """
+    raw: RankBody = _decode(_rank_decoder, body)
+    return RankRequest(
+        user_id=str(raw.user_id),
+        candidates=tuple(map(str, raw.candidates)),
+        model=raw.model,
+        version=raw.version,
+        history=None if raw.history is None else tuple(map(_event, raw.history)),
+        context=raw.context,
+        time=raw.time,
+        top_k=raw.top_k,
+        timeout_ms=raw.timeout_ms,
+        request_id=raw.request_id or uuid.uuid4().hex,
+    )
+
+
+def decode_events(body: bytes) -> tuple[str, str, tuple[Event, ...]]:
+    """A /v1/events body as (model, user id, events); raises like `decode_rank`."""
+    raw: EventsBody = _decode(_events_decoder, body)
+    return raw.model, str(raw.user_id), tuple(map(_event, raw.events))
+
+
+def encode_scores(scores: Scores) -> bytes:
+    """The answer to /v1/rank."""
+    return _encoder.encode(
+        RankAnswer(
+            model=scores.model,
+            version=scores.version,
+            request_id=scores.request_id,
+            tasks=scores.tasks,
+            candidates=scores.candidates,
+            scores=scores.scores.tolist(),
+            unknown=scores.unknown,
+            unknown_user=scores.unknown_user,
+            degraded=scores.degraded,
+            timings_ms={stage: round(ms, 4) for stage, ms in scores.timings_ms.items()},
+        )
+    )
+
+
+def encode(answer: msgspec.Struct | list[Any] | dict[str, Any]) -> bytes:
+    """Any other answer."""
+    return _encoder.encode(answer)
+
+
+def encode_request(request: RankRequest) -> bytes:
+    """What a client sends for a request."""
+    return _encoder.encode(
+        RankBody(
+            user_id=request.user_id,
+            candidates=list(request.candidates),
+            model=request.model,
+            version=request.version,
+            history=None if request.history is None else [encode_event(event) for event in request.history],
+            context=dict(request.context),
+            time=request.time,
+            top_k=request.top_k,
+            timeout_ms=request.timeout_ms,
+            request_id=request.request_id,
+        )
+    )
+
+
+def encode_event(event: Event) -> EventBody:
+    """What a client sends for an event."""
+    return EventBody(event.item_id, event.event, event.time, dict(event.values))
+
+
+def _event(raw: EventBody) -> Event:
+    return Event(str(raw.item_id), raw.event, raw.time, raw.values)
+
+
+def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(_explain(str(error), decoder.type)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+
+
+def _explain(message: str, kind: Any) -> str:
+    """msgspec's message, with the nearest known key where one is unknown."""
+    unknown = re.search(r"unknown field `(.*?)`", message)
+    if unknown is None:
+        return message
+    inner = EventBody if "[...]" in message else kind
+    fields = inner.__struct_fields__
+    return f"{message}; known here are {', '.join(fields)}.{nearest(unknown[1], fields)}"

@@ -1,0 +1,166 @@
+"""The rankers keep what serving relies on: splits, padding and batches change no score."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rankd.errors import ConfigError
+from rankd.features.assembly import candidate_arrays, history_arrays
+from rankd.features.schema import FeatureSchema, Strategy, SubSequence
+from rankd.models.climber import MASKED, Climber, Layer, time_bucket
+from rankd.models.protocol import create_model, is_split, logits_of
+from tests.features.sample_schema import DAY, make_history, make_items, make_schema, make_user
+
+KINDS = ["climber", "sasrec", "examples/attentive_pooling.py:AttentivePooling"]
+ITEMS, USER, NOW = make_items(), make_user(), 100 * DAY
+SCHEMAS = {kind: make_schema(SubSequence(Strategy.RECENT)) if kind != "climber" else make_schema() for kind in KINDS}
+
+
+def model_of(kind: str) -> nn.Module:
+    torch.manual_seed(3)
+    model = create_model(kind, SCHEMAS[kind], {})
+    for parameter in model.parameters():  # fresh biases are zero; make every part of the model count
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+MODELS = {kind: model_of(kind) for kind in KINDS}
+
+
+def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def scores(kind: str, rows: list[int], candidates: list[int], schema: FeatureSchema | None = None) -> Tensor:
+    schema, history = schema or SCHEMAS[kind], make_history(rows)
+    packed = candidate_arrays(schema, ITEMS, history, np.asarray(candidates, np.int32), USER, NOW)
+    with torch.inference_mode():
+        logits = logits_of(MODELS[kind], tensors(history_arrays(schema, ITEMS, history)), tensors(packed))
+    return logits[0, : len(candidates)]
+
+
+HISTORIES = st.lists(st.integers(1, 31), max_size=12)
+CANDIDATES = st.lists(st.integers(1, 31), min_size=2, max_size=16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(HISTORIES, CANDIDATES, st.integers(1, 15))
+def test_any_split_scores_like_the_whole(kind: str, rows: list[int], candidates: list[int], cut: int) -> None:
+    cut = min(cut, len(candidates) - 1)
+    parts = torch.cat([scores(kind, rows, candidates[:cut]), scores(kind, rows, candidates[cut:])])
+    torch.testing.assert_close(parts, scores(kind, rows, candidates), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["climber", "sasrec"])
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 31), max_size=3), CANDIDATES)
+def test_padding_of_the_history_changes_nothing(kind: str, rows: list[int], candidates: list[int]) -> None:
+    import msgspec
+
+    wide = msgspec.structs.replace(SCHEMAS[kind], history_buckets=(8,))
+    torch.testing.assert_close(
+        scores(kind, rows, candidates), scores(kind, rows, candidates, wide), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_scores_like_its_requests_one_by_one(kind: str) -> None:
+    histories = [make_history(rows) for rows in ([], [5, 6, 7, 8], [9] * 8)]
+    history = [tensors(history_arrays(fixed(kind), ITEMS, one)) for one in histories]
+    rows = np.asarray([3, 4, 5, 6], np.int32)
+    candidates = [tensors(candidate_arrays(fixed(kind), ITEMS, one, rows, USER, NOW)) for one in histories]
+    with torch.inference_mode():
+        one_by_one = torch.cat([logits_of(MODELS[kind], h, c) for h, c in zip(history, candidates, strict=True)])
+        together = logits_of(MODELS[kind], stacked(history), stacked(candidates))
+    torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def fixed(kind: str) -> FeatureSchema:
+    import msgspec
+
+    return msgspec.structs.replace(SCHEMAS[kind], history_buckets=(8,), candidate_buckets=(4,))
+
+
+def stacked(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([one[name] for one in dicts]) for name in dicts[0]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_history_and_candidate_matter(kind: str) -> None:
+    assert not torch.allclose(scores(kind, [5, 6, 7], [3, 4]), scores(kind, [9, 10, 7], [3, 4]))
+    assert not torch.allclose(scores(kind, [5, 6, 7], [3, 3])[0], scores(kind, [5, 6, 7], [4, 4])[0])
+
+
+def test_which_models_have_a_state() -> None:
+    assert [is_split(MODELS[kind]) for kind in KINDS] == [True, True, False]
+
+
+def test_climber_reads_every_block_position_and_time() -> None:
+    model = Climber(make_schema())
+    history = make_history([5, 6, 7, 5])
+    packed = tensors(history_arrays(make_schema(), ITEMS, history))
+    candidates = tensors(candidate_arrays(make_schema(), ITEMS, history, np.asarray([3], np.int32), USER, NOW))
+    logits_of(model, packed, candidates).sum().backward()  # type: ignore[no-untyped-call]
+    untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    # Nobody reads what the last layer would make of the history, but its weights serve the candidates.
+    assert untouched == []
+    layer = model.blocks[0][0]  # type: ignore[index]
+    assert isinstance(layer, Layer)
+    assert layer.bias.time.grad is not None
+    assert layer.log_temperature.grad is not None
+    assert bool(layer.log_temperature.grad.any())
+
+
+def test_climber_attention_equals_a_dense_mask() -> None:
+    """One layer over [history, candidates] with the single-user-many-items mask written out as a matrix."""
+    torch.manual_seed(0)
+    layer = Layer(width=8, heads=2, ffn_ratio=2, positions=6, dropout=0.0).eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    tokens, items = torch.randn(1, 5, 8), torch.randn(1, 3, 8)
+    times = torch.tensor([10, 400, 90_000, 90_100, 200_000])
+    now = torch.tensor(300_000)
+    all_times = torch.cat([times, now.expand(3)])
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 5, 5])
+    distance = positions[:, None] - positions
+    seconds = all_times[:, None] - all_times
+    allowed = torch.zeros(8, 8, dtype=torch.bool)
+    allowed[:5, :5] = torch.tril(torch.ones(5, 5, dtype=torch.bool))
+    allowed[5:, :5] = True
+    allowed[5:, 5:] = torch.eye(3, dtype=torch.bool)
+    dense_bias = layer.bias(distance, seconds) + torch.where(allowed, 0.0, MASKED)
+    x = torch.cat([tokens, items], 1)
+    dense = layer.history(x, layer.keys_values(x), dense_bias)
+    qkv = layer.keys_values(tokens)
+    own = layer.bias(distance[:5, :5], seconds[:5, :5]) + torch.where(allowed[:5, :5], 0.0, MASKED)
+    torch.testing.assert_close(layer.history(tokens, qkv, own), dense[:, :5], rtol=1e-4, atol=1e-5)
+    of_candidates = layer.bias(distance[5:6, :5], seconds[5:6, :5])[None]
+    torch.testing.assert_close(
+        layer.candidates(items, qkv[1], qkv[2], of_candidates), dense[:, 5:], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_time_buckets_are_half_octaves_of_minutes() -> None:
+    seconds = torch.tensor([-5, 0, 59, 60, 180, 86_400, 2**31 - 1])
+    assert time_bucket(seconds).tolist() == [0, 0, 1, 2, 4, 20, 47]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("climbr", {}, "Did you mean 'climber'"),
+        ("climber", {"widht": 3}, "widht"),
+        ("nowhere.module:Model", {}, "cannot import"),
+        ("examples/attentive_pooling.py:Pooling", {}, "has no class 'Pooling'"),
+        ("missing.py:Model", {}, "no Python file"),
+    ],
+)
+def test_a_wrong_model_name_says_what_to_do(kind: str, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model(kind, make_schema(), options)

@@ -1,0 +1,101 @@
+"""The waiting line: bounded, in order, every accepted job ends exactly once, deadlines under a fake clock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from rankd.errors import DeadlineExceeded, Overloaded, Unavailable
+from rankd.schedule.line import WaitingLine
+from rankd.types import Array, Float32Array, UserState
+
+
+class NoExecutor:
+    """Stands where an executor does; jobs of these tests never call it."""
+
+    def encode(self, history: Mapping[str, Array]) -> UserState:
+        raise AssertionError
+
+    def score(self, state: UserState, candidates: Mapping[str, Array]) -> Float32Array:
+        return np.zeros((0, 0), np.float32)
+
+
+@contextmanager
+def started(executors: int = 1, max_waiting: int = 100, now: list[float] | None = None) -> Iterator[WaitingLine]:
+    moment = now if now is not None else [0.0]
+    line = WaitingLine([NoExecutor() for _ in range(executors)], max_waiting, clock=lambda: moment[0])
+    line.start()
+    try:
+        yield line
+    finally:
+        line.close()
+
+
+def test_jobs_run_in_the_order_they_came() -> None:
+    done: list[int] = []
+    with started() as line:
+        for future in [line.submit(lambda _, n=n: done.append(n)) for n in range(20)]:  # type: ignore[misc]
+            future.result()
+    assert done == list(range(20))
+
+
+def test_a_full_line_refuses_at_once_and_says_when_to_come_back() -> None:
+    gate = threading.Event()
+    with started(max_waiting=2) as line:
+        accepted = [line.submit(lambda _: gate.wait(10)) for _ in range(3)]
+        with pytest.raises(Overloaded, match="2 may wait") as refused:
+            line.submit(lambda _: None)
+        assert refused.value.retry_after_s >= 0
+        gate.set()
+        assert all(future.result() for future in accepted)
+    assert line.waiting == 0
+
+
+def test_a_job_past_its_deadline_is_not_run() -> None:
+    now = [0.0]
+    gate, ran = threading.Event(), []
+    with started(now=now) as line:
+        first = line.submit(lambda _: gate.wait(10))
+        late = line.submit(lambda _: ran.append(1), deadline=1.0)
+        in_time = line.submit(lambda _: ran.append(2), deadline=3.0)
+        now[0] = 2.0
+        gate.set()
+        first.result()
+        with pytest.raises(DeadlineExceeded):
+            late.result()
+        in_time.result()
+    assert ran == [2]
+
+
+def test_an_error_goes_to_its_waiter_and_the_executor_lives() -> None:
+    with started() as line:
+        broken = line.submit(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            broken.result()
+        assert line.submit(lambda _: 7).result() == 7
+
+
+def test_a_cancelled_job_is_not_run_and_leaves_the_line() -> None:
+    gate, ran = threading.Event(), []
+    with started() as line:
+        first = line.submit(lambda _: gate.wait(10))
+        second = line.submit(lambda _: ran.append(1))
+        assert second.cancel()
+        gate.set()
+        first.result()
+    assert ran == []
+    assert line.waiting == 0
+
+
+def test_closing_finishes_what_was_accepted_and_takes_no_more() -> None:
+    done: list[int] = []
+    with started(executors=2) as line:
+        futures = [line.submit(lambda _, n=n: done.append(n)) for n in range(50)]  # type: ignore[misc]
+    assert sorted(done) == list(range(50))
+    assert all(future.done() for future in futures)
+    with pytest.raises(Unavailable):
+        line.submit(lambda _: None)

@@ -167,11 +167,15 @@ def _verify(path: Path, name: str, record: FileRecord) -> None:
         size = path.stat().st_size
         found = _record(path) if size == record.size_bytes else None
     except OSError as error:
-        raise ArtifactError(f"{path}: listed in {MANIFEST} but cannot be read: {error.strerror}; copy it again") from error
+        raise ArtifactError(
+            f"{path}: listed in {MANIFEST} but cannot be read: {error.strerror}; copy it again"
+        ) from error
     if found is None:
         raise ArtifactError(f"{path} has {size} bytes, {MANIFEST} says {record.size_bytes}: it was cut; copy it again")
     if found.sha256 != record.sha256:
-        raise ArtifactError(f"{path} does not match the checksum of {name} in {MANIFEST}: it was changed; copy it again")
+        raise ArtifactError(
+            f"{path} does not match the checksum of {name} in {MANIFEST}: it was changed; copy it again"
+        )
 
 
 def _record(path: Path) -> FileRecord:

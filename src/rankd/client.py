@@ -86,4 +86,6 @@ def _error_of(response: httpx.Response) -> RankdError:
     kind = getattr(errors, detail.type, RankdError)
     if kind is errors.Overloaded:
         return errors.Overloaded(detail.message, float(response.headers.get("retry-after", 1)))
-    return kind(detail.message) if isinstance(kind, type) and issubclass(kind, RankdError) else RankdError(detail.message)
+    return (
+        kind(detail.message) if isinstance(kind, type) and issubclass(kind, RankdError) else RankdError(detail.message)
+    )

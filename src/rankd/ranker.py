@@ -16,7 +16,7 @@ import numpy as np
 
 from rankd.artifact import Artifact
 from rankd.engine.backend import Backend, EngineConfig, Executor, load_backend
-from rankd.errors import DeadlineExceeded, InvalidRequest, nearest
+from rankd.errors import DeadlineExceeded, InvalidRequest
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue
 from rankd.features.requests import check_request, history_of_events, request_time, user_features_with
@@ -51,18 +51,27 @@ class Ranker:
         cls,
         path: str | Path,
         engine: EngineConfig | None = None,
-        store: FeatureStore | None = None,
+        histories: str | Path = "",
+        items: str | Path = "",
         max_waiting: int = MAX_WAITING,
     ) -> Self:
         """Open, verify, compile and warm a version folder (or a model folder: its latest version).
 
+        `histories` and `items` are Parquet files that take the place of the artifact's own (`features.parquet`).
+
         Raises:
             ArtifactError: the artifact is missing, damaged, or not built for this engine.
+            DataError: a Parquet file that does not fit the model.
         """
         artifact = Artifact.open(Path(path))
         catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
+        if histories or items:
+            from rankd.features.parquet import with_histories, with_items
+
+            catalogue = with_histories(catalogue, artifact.schema, Path(histories)) if histories else catalogue
+            catalogue = with_items(catalogue, artifact.schema, Path(items)) if items else catalogue
         backend = load_backend(artifact, engine or EngineConfig())
-        ranker = cls(artifact, catalogue, store or MemoryStore(artifact.schema, catalogue), backend, max_waiting)
+        ranker = cls(artifact, catalogue, MemoryStore(artifact.schema, catalogue), backend, max_waiting)
         ranker.start()
         return ranker
 
@@ -161,6 +170,7 @@ class Ranker:
 
     def _filled(self, tokens: int, candidates: int) -> Features:
         """Features of the given padded sizes, of zeros."""
+
         def shape(dims: tuple[int | str, ...]) -> list[int]:
             return [{"B": 1, "T": tokens, "C": candidates}[d] if isinstance(d, str) else d for d in dims]
 

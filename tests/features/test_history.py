@@ -16,7 +16,8 @@ ROWS = st.lists(st.integers(1, 31), max_size=30)
 
 
 def picked(rows: list[int], part: SubSequence, events: list[int] | None = None) -> list[int]:
-    return extract(make_history(rows, events), part, make_schema(), ITEMS.categories).tolist()
+    indices: list[int] = extract(make_history(rows, events), part, make_schema(), ITEMS.categories).tolist()
+    return indices
 
 
 @pytest.mark.parametrize(

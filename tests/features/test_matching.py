@@ -19,7 +19,7 @@ def slow(rows: list[int], events: list[int], days: list[float], candidate: int) 
     """Every match feature of one candidate, from the words of `matching.py`."""
     h = [(row, age) for row, event, age in zip(rows, events, days, strict=True) if event == 1 and row >= 2]
     mine = [age for row, age in h if row == candidate]
-    newest = {row: age for row, age in h}
+    newest = dict(h)
     pairs = dict.fromkeys(newest, 0.0)
     for row, similarity in zip(ITEMS.neighbours[candidate], ITEMS.similarities[candidate], strict=True):
         if int(row) in pairs:
@@ -34,7 +34,6 @@ def slow(rows: list[int], events: list[int], days: list[float], candidate: int) 
         "recent_affinity": math.log1p(sum(s * math.exp(-newest[row] / 30.0) for row, s in pairs.items())),
         "events": math.log1p(len(h)),
         "idle": math.log1p(min(age for _, age in h)) if h else 0.0,
-        "tenure": math.log1p(max(age for _, age in h)) if h else 0.0,
     }
 
 

@@ -15,7 +15,10 @@ from rankd.types import UserHistory
 
 def one(row: int, time: int, width: int) -> UserHistory:
     return UserHistory(
-        np.asarray([row], np.int32), np.zeros(1, np.int32), np.asarray([time], np.int64), np.zeros((1, width), np.float32)
+        np.asarray([row], np.int32),
+        np.zeros(1, np.int32),
+        np.asarray([time], np.int64),
+        np.zeros((1, width), np.float32),
     )
 
 

@@ -106,11 +106,11 @@ def test_climber_reads_every_block_position_and_time() -> None:
     history = make_history([5, 6, 7, 5])
     packed = tensors(history_arrays(make_schema(), ITEMS, history))
     candidates = tensors(candidate_arrays(make_schema(), ITEMS, history, np.asarray([3], np.int32), USER, NOW))
-    logits_of(model, packed, candidates).sum().backward()  # type: ignore[no-untyped-call]
+    logits_of(model, packed, candidates).sum().backward()
     untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     # Nobody reads what the last layer would make of the history, but its weights serve the candidates.
     assert untouched == []
-    layer = model.blocks[0][0]  # type: ignore[index]
+    layer = model.get_submodule("blocks.0.stack.0")
     assert isinstance(layer, Layer)
     assert layer.bias.time.grad is not None
     assert layer.log_temperature.grad is not None

@@ -23,9 +23,13 @@ def _need_torch(command: str) -> None:
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="The interaction log, .parquet or .csv.")
-@click.option("--describe", required=True, help="What its columns mean: a .toml file, or a packaged name (online-retail).")
+@click.option(
+    "--describe", required=True, help="What its columns mean: a .toml file, or a packaged name (online-retail)."
+)
 @click.option("--recipe", required=True, help="Model and training: a .toml file, or a packaged name (online-retail).")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The run's folder; an interrupted run goes on.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="The run's folder; an interrupted run goes on."
+)
 @click.option("--epochs", type=click.IntRange(1), help="At most so many epochs, over the recipe's.")
 @click.option("--seed", type=click.IntRange(0), help="Over the recipe's.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
@@ -68,7 +72,9 @@ def train(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Where the log is now, if it was moved.")
 @click.option("--artifact", type=click.Path(path_type=Path), help="Score with this built artifact instead of torch.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of the artifact's engine.")
+@click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of the artifact's engine."
+)
 @click.option("--sampled", type=click.IntRange(1), default=100, help="Other items beside the true ones of a basket.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the sampling and of the intervals.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")

@@ -67,7 +67,9 @@ def load_backend(artifact: Artifact, config: EngineConfig) -> Backend:
         ArtifactError: the artifact was not built for that target, or its graph does not compile here.
     """
     if config.target != "openvino":
-        raise ArtifactError(f"unknown engine target '{config.target}'; there is openvino.{nearest(config.target, ['openvino'])}")
+        raise ArtifactError(
+            f"unknown engine target '{config.target}'; there is openvino.{nearest(config.target, ['openvino'])}"
+        )
     from rankd.engine.openvino_backend import OpenVinoBackend
 
     return OpenVinoBackend.load(artifact, config)

@@ -113,4 +113,5 @@ def candidate_arrays(
 def _graph_time(times: Array, schema: FeatureSchema) -> Int32Array:
     """Seconds since the schema's origin, clipped to int32 (68 years each way)."""
     limits = np.iinfo(np.int32)
-    return np.clip(times - schema.time_origin, limits.min, limits.max).astype(np.int32)
+    seconds: Int32Array = np.clip(times - schema.time_origin, limits.min, limits.max).astype(np.int32)
+    return seconds

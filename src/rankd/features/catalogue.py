@@ -1,8 +1,8 @@
 """The catalogue of one model version: which ids it knows, and everything it knows of them. The `tables/` of an artifact.
 
-    tables/items.safetensors      categories, numeric, neighbours, similarities (see ItemTable), by item row
-    tables/users.safetensors      categories, numeric; histories: offsets (U + 1), rows, events, times, values
-    tables/ids.json               item ids (row 2 on), item names, user ids, vocabularies of the categorical columns
+tables/items.safetensors      categories, numeric, neighbours, similarities (see ItemTable), by item row
+tables/users.safetensors      categories, numeric; histories: offsets (U + 1), rows, events, times, values
+tables/ids.json               item ids (row 2 on), item names, user ids, vocabularies of the categorical columns
 """
 
 from __future__ import annotations
@@ -74,21 +74,31 @@ class Catalogue:
         """Write the files of `tables/` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         history = self.users.history
-        save_file(_contiguous({
-            "categories": self.items.categories,
-            "numeric": self.items.numeric,
-            "neighbours": self.items.neighbours,
-            "similarities": self.items.similarities,
-        }), folder / "items.safetensors")
-        save_file(_contiguous({
-            "categories": self.users.categories,
-            "numeric": self.users.numeric,
-            "offsets": self.users.offsets,
-            "rows": history.rows,
-            "events": history.events,
-            "times": history.times,
-            "values": history.values,
-        }), folder / "users.safetensors")
+        save_file(
+            _contiguous(
+                {
+                    "categories": self.items.categories,
+                    "numeric": self.items.numeric,
+                    "neighbours": self.items.neighbours,
+                    "similarities": self.items.similarities,
+                }
+            ),
+            folder / "items.safetensors",
+        )
+        save_file(
+            _contiguous(
+                {
+                    "categories": self.users.categories,
+                    "numeric": self.users.numeric,
+                    "offsets": self.users.offsets,
+                    "rows": history.rows,
+                    "events": history.events,
+                    "times": history.times,
+                    "values": history.values,
+                }
+            ),
+            folder / "users.safetensors",
+        )
         (folder / "ids.json").write_bytes(msgspec.json.encode(self.ids))
 
     @classmethod

@@ -11,7 +11,6 @@ model, and never enter the user's state. With h the matching events (`match_even
     recent_affinity  the same, each item weighted by exp(-days since its newest event / 30)
     events           log(1 + events in h), the same for every candidate
     idle             log(1 + days since the newest event of h), the same for every candidate
-    tenure           log(1 + days since the oldest event of h), the same for every candidate
 """
 
 from __future__ import annotations
@@ -107,7 +106,6 @@ _OF_SEEN: dict[str, Callable[[_Seen], Float32Array]] = {
 _OF_USER: dict[str, Callable[[_Seen], float]] = {
     "events": lambda seen: float(seen.counts.sum()),
     "idle": lambda seen: float(seen.last_days.min()),
-    "tenure": lambda seen: float(seen.first_days.max()),
 }
 _AFFINITIES: dict[str, Callable[[_Seen], Float32Array]] = {
     "affinity": lambda seen: np.ones(seen.rows.shape[0], np.float32),

@@ -25,7 +25,6 @@ MATCH_FEATURES = (
     "recent_affinity",
     "events",
     "idle",
-    "tenure",
 )
 
 

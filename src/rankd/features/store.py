@@ -86,7 +86,9 @@ class MemoryStore:
             merged = events if before is None else join(before, events)
             order = np.argsort(merged.times, kind="stable")
             if not np.array_equal(order, np.arange(len(merged))):
-                merged = UserHistory(merged.rows[order], merged.events[order], merged.times[order], merged.values[order])
+                merged = UserHistory(
+                    merged.rows[order], merged.events[order], merged.times[order], merged.values[order]
+                )
             merged = merged.last(self._schema.stored_history)
             self._changed[user_id] = merged
             self._changed.move_to_end(user_id)

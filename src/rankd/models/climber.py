@@ -10,6 +10,7 @@ candidate. So the state (keys and values of each block and layer) does not depen
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +95,12 @@ class Layer(nn.Module):
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.ffn(x))
+        result: Tensor = x + self.dropout(self.ffn(x))
+        return result
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return heads
 
     def _temperature(self) -> Tensor:
         return self.log_temperature.exp()[:, None, None]
@@ -129,8 +132,54 @@ class GatingFusion(nn.Module):
         return gated
 
 
+class Block(nn.Module):
+    """The layers over one sub-sequence. Blocks are alike and do not see each other before the fusion."""
+
+    def __init__(self, layers: int, width: int, heads: int, ffn_ratio: int, positions: int, dropout: float) -> None:
+        super().__init__()
+        self.stack = nn.ModuleList(Layer(width, heads, ffn_ratio, positions, dropout) for _ in range(layers))
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers, the first one first."""
+        return cast(list[Layer], list(self.stack))
+
+    def encode(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, L, H, T, D / H) of tokens (B, T, D); the last layer's tokens are needed by nobody."""
+        index = torch.arange(times.shape[-1], device=times.device)
+        distance = index[:, None] - index
+        mask = torch.where(distance >= 0, 0.0, MASKED)
+        bucket = time_bucket(times[:, :, None] - times[:, None, :])
+        keys, values = [], []
+        for depth, layer in enumerate(self.layers):
+            qkv = layer.keys_values(x)
+            keys.append(qkv[1])
+            values.append(qkv[2])
+            if depth < len(self.stack) - 1:
+                x = layer.history(x, qkv, layer.bias.of_position(distance) + layer.bias.of_time(bucket) + mask)
+        return torch.stack(keys, 1), torch.stack(values, 1)
+
+    def candidates(self, x: Tensor, keys: Tensor, values: Tensor, seconds: Tensor, length: Tensor) -> Tensor:
+        """Outputs (B, C, D) of candidates (B, C, D): each sees the history and itself.
+
+        keys, values (B, L, H, T, D / H); seconds (B, T) from each event to now; length (B,) real events.
+        """
+        index = torch.arange(seconds.shape[-1], device=seconds.device)
+        distance = (length[:, None] - index)[:, None]  # (B, 1, T): a candidate stands right after the history
+        mask = torch.where(distance > 0, 0.0, MASKED)[:, None]
+        bucket = time_bucket(seconds)[:, None]
+        for depth, layer in enumerate(self.layers):
+            bias = layer.bias.of_position(distance) + layer.bias.of_time(bucket) + mask
+            x = layer.candidates(x, keys[:, depth], values[:, depth], bias)
+        return x
+
+
 class Climber(nn.Module):
-    """The whole ranker. Options: width D, heads H, layers L of a block, ffn_ratio, hidden (of the head), dropouts."""
+    """The whole ranker. Options: width D, heads H, layers L of a block, ffn_ratio, hidden (of the heads), dropouts.
+
+    `direct` adds a small network over the candidates' numeric features to the logits (not in the paper): what is known of
+    a candidate outright, such as how often it was bought, need not find its way through the transformer.
+    """
 
     def __init__(
         self,
@@ -142,37 +191,34 @@ class Climber(nn.Module):
         hidden: int = 128,
         dropout: float = 0.1,
         item_dropout: float = 0.1,
+        direct: bool = True,
     ) -> None:
         super().__init__()
         self.tokens = TokenEmbedding(schema, width, item_dropout)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(Layer(width, heads, ffn_ratio, schema.history_length, dropout) for _ in range(layers))
-            for _ in schema.sub_sequences
+            Block(layers, width, heads, ffn_ratio, schema.history_length, dropout) for _ in schema.sub_sequences
         )
         self.history_norm = nn.LayerNorm(width)
         self.candidate_norm = nn.LayerNorm(width)
         self.fusion = GatingFusion(width, heads, schema.num_sub_sequences)
-        channels = width * schema.num_sub_sequences
+        channels, tasks = width * schema.num_sub_sequences, len(schema.tasks)
         self.head = nn.Sequential(
             nn.LayerNorm(channels),
             nn.Linear(channels, hidden),
             nn.SiLU(),
             nn.Dropout(dropout),
-            nn.Linear(hidden, len(schema.tasks)),
+            nn.Linear(hidden, tasks),
         )
+        self.direct = _direct(schema.candidate_numeric, hidden, tasks) if direct and schema.candidate_numeric else None
 
     def encode(self, history: Tensors) -> dict[str, Tensor]:
         """State: keys, values (B, N, L, H, T, D / H), and the times and lengths that the candidates' bias needs."""
         tokens = self.history_norm(self.tokens.events(history))
         times = history["history_time"]
-        keys, values = [], []
-        for block, layers in enumerate(self.blocks):
-            block_keys, block_values = _encode_block(layers, tokens[:, block], times[:, block])
-            keys.append(block_keys)
-            values.append(block_values)
+        encoded = [block.encode(tokens[:, n], times[:, n]) for n, block in enumerate(self._blocks())]
         return {
-            "keys": torch.stack(keys, 1),
-            "values": torch.stack(values, 1),
+            "keys": torch.stack([keys for keys, _ in encoded], 1),
+            "values": torch.stack([values for _, values in encoded], 1),
             "times": times,
             "lengths": history["history_length"],
         }
@@ -180,37 +226,20 @@ class Climber(nn.Module):
     def score(self, state: Tensors, candidates: Tensors) -> Tensor:
         """Logits (B, C, K)."""
         tokens = self.candidate_norm(self.tokens.candidates(candidates))
-        now = candidates["context_time"]
-        outputs = []
-        for block, layers in enumerate(self.blocks):
-            times, length = state["times"][:, block], state["lengths"][:, block]
-            index = torch.arange(times.shape[-1], device=times.device)
-            distance = (length[:, None] - index)[:, None]  # (B, 1, T): the candidate stands right after the history
-            mask = torch.where(distance > 0, 0.0, MASKED)[:, None]
-            bucket = time_bucket(now[:, None] - times)[:, None]
-            x = tokens
-            for depth, layer in enumerate(layers):
-                bias = layer.bias.of_position(distance) + layer.bias.of_time(bucket) + mask  # type: ignore[operator]
-                x = layer.candidates(  # type: ignore[operator]
-                    x, state["keys"][:, block, depth], state["values"][:, block, depth], bias
-                )
-            outputs.append(x)
+        seconds = candidates["context_time"][:, None, None] - state["times"]
+        keys, values, lengths = state["keys"], state["values"], state["lengths"]
+        outputs = [
+            block.candidates(tokens, keys[:, n], values[:, n], seconds[:, n], lengths[:, n])
+            for n, block in enumerate(self._blocks())
+        ]
         logits: Tensor = self.head(self.fusion(torch.stack(outputs, 2)))
-        return logits
+        return logits if self.direct is None else logits + self.direct(candidates["candidate_numeric"])
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
 
 
-def _encode_block(layers: nn.Module, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, L, H, T, D / H) of one block; the last layer's tokens are needed by nobody."""
-    depth = len(layers)  # type: ignore[arg-type]
-    index = torch.arange(times.shape[-1], device=times.device)
-    distance = index[:, None] - index
-    mask = torch.where(distance >= 0, 0.0, MASKED)
-    bucket = time_bucket(times[:, :, None] - times[:, None, :])
-    keys, values = [], []
-    for number, layer in enumerate(layers):  # type: ignore[arg-type,var-annotated]
-        qkv = layer.keys_values(x)
-        keys.append(qkv[1])
-        values.append(qkv[2])
-        if number < depth - 1:
-            x = layer.history(x, qkv, layer.bias.of_position(distance) + layer.bias.of_time(bucket) + mask)
-    return torch.stack(keys, 1), torch.stack(values, 1)
+def _direct(inputs: int, hidden: int, tasks: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, tasks)
+    )

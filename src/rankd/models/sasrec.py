@@ -73,4 +73,5 @@ class _CausalLayer(nn.Module):
         q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in self.qkv(self.norm(x)).chunk(3, -1))
         attention = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask, dim=-1)
         x = x + self.dropout(self.out((attention @ v).transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.ffn(x))
+        result: Tensor = x + self.dropout(self.ffn(x))
+        return result

@@ -24,7 +24,9 @@ class TokenEmbedding(nn.Module):
         self.event = nn.Embedding(len(schema.event_types), width)
         self.values = nn.Linear(len(schema.event_values), width, bias=False) if schema.event_values else None
         self.numeric = _dense(schema.candidate_numeric, width) if schema.candidate_numeric else None
-        self.user_categories = nn.Embedding(schema.num_user_codes, width, padding_idx=0) if schema.user_columns else None
+        self.user_categories = (
+            nn.Embedding(schema.num_user_codes, width, padding_idx=0) if schema.user_columns else None
+        )
         self.user_numeric = nn.Linear(len(schema.user_numeric), width, bias=False) if schema.user_numeric else None
         for table in (self.item, self.categories, self.event, self.user_categories):
             if table is not None:

@@ -56,10 +56,15 @@ class ServerMetrics:
         )
         self._events = Counter("rankd_events", "Events appended to histories.", ("model",), registry=self.registry)
         self._dropped = Counter(
-            "rankd_journal_dropped_events", "Events that a later version will not see.", ("model",), registry=self.registry
+            "rankd_journal_dropped_events",
+            "Events that a later version will not see.",
+            ("model",),
+            registry=self.registry,
         )
         self.waiting = Gauge("rankd_unfinished_requests", "Accepted, not yet answered.", model, registry=self.registry)
-        self.ready = Gauge("rankd_model_ready", "1 where a model version takes requests.", model, registry=self.registry)
+        self.ready = Gauge(
+            "rankd_model_ready", "1 where a model version takes requests.", model, registry=self.registry
+        )
         Gauge("rankd_build_info", "Always 1.", ("release",), registry=self.registry).labels(rankd.__version__).set(1)
         self._statistics: dict[tuple[str, str], ModelStatistics] = {}
         self._children: dict[tuple[str, str], tuple[dict[str, Histogram], Histogram]] = {}

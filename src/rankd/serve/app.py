@@ -27,7 +27,7 @@ def create_app(repository: ModelRepository, config: ServeConfig) -> Starlette:
             *v1.routes(repository, config),
             *open_inference.routes(repository, config),
             *operations.routes(repository),
-            *openapi.routes(),
+            *openapi.routes(repository),
             *page.routes(repository),
         ],
         exception_handlers={

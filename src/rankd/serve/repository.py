@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 
 from rankd.artifact import list_versions
-from rankd.errors import InvalidRequest, NotFound, RankdError, Unavailable, nearest
+from rankd.errors import ConfigError, InvalidRequest, NotFound, RankdError, Unavailable, nearest
 from rankd.observe.metrics import ServerMetrics
 from rankd.ranker import Ranker
 from rankd.serve.settings import ServeConfig
@@ -71,6 +71,10 @@ class ModelRepository:
         names = self.config.models or self._model_names()
         if not names:
             raise NotFound(f"{self.root} holds no model; build one with `rankd build RUN --out {self.root}`")
+        if len(names) > 1 and (self.config.histories or self.config.items):
+            raise ConfigError(
+                f"histories and items are of one model, {', '.join(names)} are to be loaded; name one in models"
+            )
         for name in names:
             if self._closing:
                 return
@@ -100,7 +104,9 @@ class ModelRepository:
         rankers = self._rankers
         if not name:
             if len(rankers) != 1:
-                raise InvalidRequest(f"this server has several models; give `model`, one of: {', '.join(sorted(rankers))}")
+                raise InvalidRequest(
+                    f"this server has several models; give `model`, one of: {', '.join(sorted(rankers))}"
+                )
             name = next(iter(rankers))
         versions = rankers.get(name)
         if versions:
@@ -112,7 +118,9 @@ class ModelRepository:
         if not version:
             raise Unavailable(f"model '{name}' has no version that is ready; see /v2/repository/index")
         if version not in known:
-            raise NotFound(f"model '{name}' has no version '{version}'; it has {', '.join(known)}.{nearest(version, known)}")
+            raise NotFound(
+                f"model '{name}' has no version '{version}'; it has {', '.join(known)}.{nearest(version, known)}"
+            )
         raise Unavailable(f"version '{version}' of model '{name}' is not loaded; load it or ask for another")
 
     def load(self, name: str, version: str = "") -> Ranker:
@@ -128,7 +136,13 @@ class ModelRepository:
                 return loaded
             self._set(name, version, ModelState.LOADING)
             try:
-                ranker = Ranker.load(self.root / name / version, self.config.engine, max_waiting=self.config.max_waiting)
+                ranker = Ranker.load(
+                    self.root / name / version,
+                    self.config.engine,
+                    self.config.histories,
+                    self.config.items,
+                    self.config.max_waiting,
+                )
             except RankdError as error:
                 self._set(name, version, ModelState.UNAVAILABLE, str(error))
                 raise
@@ -164,10 +178,14 @@ class ModelRepository:
 
     def index(self) -> list[ModelStatus]:
         """Every version on disk or in memory."""
-        found = {(n, v): ModelStatus(n, v, ModelState.UNAVAILABLE) for n in self._model_names() for v in self._on_disk(n)}
+        found = {
+            (n, v): ModelStatus(n, v, ModelState.UNAVAILABLE) for n in self._model_names() for v in self._on_disk(n)
+        }
         return [{**found, **self._status}[key] for key in sorted({**found, **self._status})]
 
-    def append_events(self, name: str, user_id: str, events: tuple[Event, ...]) -> tuple[dict[str, int], tuple[str, ...]]:
+    def append_events(
+        self, name: str, user_id: str, events: tuple[Event, ...]
+    ) -> tuple[dict[str, int], tuple[str, ...]]:
         """Append events to a user in every ready version of a model: the next request sees them.
 
         Returns:
@@ -189,7 +207,9 @@ class ModelRepository:
     def _version_on_disk(self, name: str, version: str) -> str:
         known = self._known_versions(name)
         if version and version not in known:
-            raise NotFound(f"model '{name}' has no version '{version}'; it has {', '.join(known)}.{nearest(version, known)}")
+            raise NotFound(
+                f"model '{name}' has no version '{version}'; it has {', '.join(known)}.{nearest(version, known)}"
+            )
         return version or known[-1]
 
     def _known_versions(self, name: str) -> list[str]:

@@ -151,7 +151,7 @@ def encode_outputs(
     for name, values in tensors.items():
         datatype, shape = _type_of(values)
         if name in raw:
-            chunk = pack_bytes(values) if datatype == "BYTES" else np.ascontiguousarray(values).tobytes()  # type: ignore[arg-type]
+            chunk = pack_bytes(values) if datatype == "BYTES" else np.ascontiguousarray(values).tobytes()
             chunks.append(chunk)
             outputs.append(OutputTensor(name, datatype, shape, {"binary_data_size": len(chunk)}))
         else:
@@ -163,7 +163,7 @@ def encode_outputs(
 
 def pack_bytes(texts: Iterable[str]) -> bytes:
     """BYTES elements on the wire."""
-    parts = []
+    parts: list[bytes] = []
     for text in texts:
         raw = text.encode()
         parts += (_LENGTH.pack(len(raw)), raw)
@@ -176,7 +176,8 @@ def unpack_bytes(data: bytes) -> list[str]:
     Raises:
         InvalidRequest: a length that leads out of the data, or bytes that are not UTF-8.
     """
-    texts, position, end = [], 0, len(data)
+    texts: list[bytes] = []
+    position, end = 0, len(data)
     while position < end:
         start = position + 4
         if start > end:

@@ -97,6 +97,44 @@ class ModelAnswer(msgspec.Struct, frozen=True):
     num_items: int = 0
 
 
+class UserSummary(msgspec.Struct, frozen=True):
+    """A user in GET /v1/models/{model}/users."""
+
+    user_id: str
+    events: int
+
+
+class ShownEvent(msgspec.Struct, frozen=True):
+    """An event as people read it; `time` is seconds since 1970 UTC."""
+
+    item_id: str
+    item_name: str
+    event: str
+    time: int
+
+
+class UserAnswer(msgspec.Struct, frozen=True):
+    """GET /v1/models/{model}/users/{user_id}: the newest events first; `events` counts all that are stored."""
+
+    user_id: str
+    events: int
+    history: list[ShownEvent]
+
+
+class ItemAnswer(msgspec.Struct, frozen=True):
+    """An item and its name for people."""
+
+    item_id: str
+    item_name: str
+
+
+class CandidatesAnswer(msgspec.Struct, frozen=True):
+    """GET /v1/models/{model}/candidates: the same sample for the same count and seed."""
+
+    seed: int
+    items: list[ItemAnswer]
+
+
 class ErrorDetail(msgspec.Struct, frozen=True):
     """The class of `rankd.errors` and what it says."""
 
@@ -206,6 +244,6 @@ def _explain(message: str, kind: Any) -> str:
     unknown = re.search(r"unknown field `(.*?)`", message)
     if unknown is None:
         return message
-    inner = EventBody if "[...]" in message else kind
+    inner = EventBody if re.search(r"`\$\.\w+\[", message) else kind
     fields = inner.__struct_fields__
     return f"{message}; known here are {', '.join(fields)}.{nearest(unknown[1], fields)}"

@@ -25,7 +25,7 @@ def baselines(dataset: Dataset, as_of: int) -> dict[str, Scorer]:
     wanted = [log.event_types.index(name) for name in log.description.match_events or log.event_types]
     past = log.before(as_of)
     matching = np.isin(log.events[past], wanted)
-    rows, users, times = (column[past][matching] for column in (log.rows, log.users, log.times))
+    rows, users, times = log.rows[past][matching], log.users[past][matching], log.times[past][matching]
     size = log.num_item_rows
     total = np.bincount(rows, minlength=size).astype(np.float64)
     recent = np.bincount(rows[times >= as_of - 30 * SECONDS_A_DAY], minlength=size).astype(np.float64)

@@ -37,9 +37,7 @@ def fixed_shapes(schema: FeatureSchema, num_candidates: int) -> FeatureSchema:
     )
 
 
-def training_batches(
-    dataset: Dataset, samples: Sequence[Sample], training: Training, epoch: int
-) -> Iterator[Batch]:
+def training_batches(dataset: Dataset, samples: Sequence[Sample], training: Training, epoch: int) -> Iterator[Batch]:
     """One epoch: every sample once, in an order and with negatives that depend on the seed and the epoch alone."""
     random = np.random.default_rng((training.seed, epoch))
     order = random.permutation(len(samples))
@@ -49,7 +47,10 @@ def training_batches(
 
     def build(index: int) -> Batch:
         picked = [samples[i] for i in order[starts[index] : starts[index] + training.batch_size]]
-        drawn = [draw_candidates(dataset, s, training, np.random.default_rng((seeds[index], n))) for n, s in enumerate(picked)]
+        drawn = [
+            draw_candidates(dataset, s, training, np.random.default_rng((seeds[index], n)))
+            for n, s in enumerate(picked)
+        ]
         return make_batch(dataset, schema, picked, drawn)
 
     with ThreadPoolExecutor(1, thread_name_prefix="rankd-batches") as pool:

@@ -13,7 +13,7 @@ import polars as pl
 
 from rankd.errors import DataError, nearest
 from rankd.features.schema import FIRST_ITEM_ROW
-from rankd.train.description import Action, LogDescription, RowRule
+from rankd.train.description import Action, FeatureColumn, LogDescription, RowRule, ValueColumn
 from rankd.types import Float32Array, Int32Array, Int64Array
 
 ANONYMOUS = -1
@@ -90,7 +90,8 @@ def _check_columns(frame: pl.DataFrame, description: LogDescription, path: Path)
     columns = description.columns
     wanted = {"columns." + key: name for key in columns.__struct_fields__ if (name := getattr(columns, key))}
     wanted |= {f"rows '{rule.name}'": rule.column for rule in description.rows}
-    features = (*description.item_features, *description.user_features, *description.event_values)
+    features: list[FeatureColumn | ValueColumn] = [*description.item_features, *description.user_features]
+    features += description.event_values
     wanted |= {f"feature '{feature.name}'": feature.column for feature in features}
     for where, name in wanted.items():
         if name not in frame.columns:
@@ -156,7 +157,7 @@ def _condition(rule: RowRule) -> pl.Expr:
     if sum(given) != 1 or (rule.action is Action.EVENT) != bool(rule.event):
         raise DataError(
             f"row rule '{rule.name}': give exactly one of matches, below and missing; "
-            f"`event` goes with action = \"event\" and with nothing else"
+            f'`event` goes with action = "event" and with nothing else'
         )
     if rule.matches:
         return column.cast(pl.String).str.contains(rule.matches)
@@ -190,9 +191,11 @@ def _to_log(frame: pl.DataFrame, description: LogDescription, report: dict[str, 
                 raise DataError(f"task '{rule.name}' wants event '{name}', the log has {', '.join(event_types)}")
     names = item_ids
     if description.columns.item_name:
-        names = frame.group_by(_RESERVED + "item", maintain_order=True).agg(
-            pl.col(description.columns.item_name).drop_nulls().first()
-        )[description.columns.item_name].fill_null("")
+        names = (
+            frame.group_by(_RESERVED + "item", maintain_order=True)
+            .agg(pl.col(description.columns.item_name).drop_nulls().first())[description.columns.item_name]
+            .fill_null("")
+        )
     return InteractionLog(
         description=description,
         users=_codes(frame[_RESERVED + "user"], user_ids, ANONYMOUS),
@@ -202,7 +205,9 @@ def _to_log(frame: pl.DataFrame, description: LogDescription, report: dict[str, 
         baskets=frame[_RESERVED + "basket"].rank("dense").to_numpy().astype(np.int64),
         values=frame.select(
             pl.col(_RESERVED + "sum_" + value.column).cast(pl.Float32) for value in description.event_values
-        ).to_numpy().reshape(frame.height, -1),
+        )
+        .to_numpy()
+        .reshape(frame.height, -1),
         item_ids=tuple(item_ids),
         item_names=tuple(str(name) for name in names),
         user_ids=tuple(user_ids),

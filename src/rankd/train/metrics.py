@@ -102,17 +102,22 @@ def _sums(events: ScoredEvents) -> dict[str, tuple[Float64Array, Float64Array]]:
     pairs = list(zip(events.scores, events.labels, strict=True))
     ones = np.bincount(user).astype(np.float64)
     result = {
-        "ndcg@10": (np.bincount(user, [ndcg_at(s, y, 10) for s, y in pairs]), ones),
-        "gauc": (np.bincount(user, [auc_of(s, y) for s, y in pairs]), ones),
-        "hr@10": (np.bincount(user, [float(y[np.argsort(-s, kind="stable")[:10]].any()) for s, y in pairs]), ones),
+        "ndcg@10": (_per_user(user, [ndcg_at(s, y, 10) for s, y in pairs]), ones),
+        "gauc": (_per_user(user, [auc_of(s, y) for s, y in pairs]), ones),
+        "hr@10": (_per_user(user, [float(y[np.argsort(-s, kind="stable")[:10]].any()) for s, y in pairs]), ones),
     }
     if events.logits:
         rate = float(np.concatenate(events.labels).mean())
         entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
         losses = [float((np.logaddexp(0.0, s) - y * s).sum()) for s, y in pairs]
         sizes = [len(y) * entropy for _, y in pairs]
-        result["ne"] = (np.bincount(user, losses), np.bincount(user, sizes))
+        result["ne"] = (_per_user(user, losses), _per_user(user, sizes))
     return result
+
+
+def _per_user(user: npt.NDArray[np.intp], values: Sequence[float]) -> Float64Array:
+    """Sums of values (n,) by their user (n,)."""
+    return np.bincount(user, np.asarray(values, np.float64)).astype(np.float64)
 
 
 def _pooled_auc_interval(events: ScoredEvents, draws: Float64Array) -> Interval:

@@ -1,8 +1,8 @@
 """A run folder and what it was made from, so that `eval` and `build` can repeat exactly what `train` saw.
 
-    run.json         the log's path and checksum, its description, the recipe, the counts of rows
-    evaluation.json  the last evaluation (written by `rankd eval`)
-    beside them, what `trainer.py` writes
+run.json         the log's path and checksum, its description, the recipe, the counts of rows
+evaluation.json  the last evaluation (written by `rankd eval`)
+beside them, what `trainer.py` writes
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def begin_run(folder: Path, data: Path, description: LogDescription, recipe: Rec
         known = read_run(folder)
         for name in ("data_sha256", "description", "recipe"):
             if getattr(known, name) != getattr(run, name):
-                raise ConfigError(f"{folder} holds a run with another {name}; train into a new folder, or remove this one")
+                raise ConfigError(
+                    f"{folder} holds a run with another {name}; train into a new folder, or remove this one"
+                )
     folder.mkdir(parents=True, exist_ok=True)
     place.write_bytes(msgspec.json.format(msgspec.json.encode(run)))
     return run, log
@@ -178,7 +180,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
 def share_unseen_items(model: nn.Module, dataset: Dataset) -> None:
     """Items that training never saw get the unknown item's embedding, where the model has one (`tokens`)."""
     tokens = getattr(model, "tokens", None)
-    if hasattr(tokens, "share_unseen"):
+    if tokens is not None and hasattr(tokens, "share_unseen"):
         tokens.share_unseen(seen_rows(dataset))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -179,7 +180,7 @@ def _histories(log: InteractionLog, schema: FeatureSchema) -> tuple[UserHistory,
     bounds = np.searchsorted(users[order], np.arange(len(log.user_ids) + 1))
     return tuple(
         UserHistory(packed.rows[a:b], packed.events[a:b], packed.times[a:b], packed.values[a:b])
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in pairwise(bounds)
     )
 
 

@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 from scipy import sparse
+from scipy.stats import rankdata
 
 from rankd.features.schema import Categorical, Numeric
 from rankd.features.tables import ItemTable, encode_values, normalise, split_words
@@ -19,15 +21,17 @@ from rankd.train.description import FeatureColumn, FeatureKind
 from rankd.train.interactions import ANONYMOUS, InteractionLog
 from rankd.types import Float32Array, Int32Array, Int64Array
 
+Float64Array = npt.NDArray[np.float64]
+
 SECONDS_A_DAY = 86_400
 STATISTICS = (
-    Numeric("rate_total"),
-    Numeric("rate_30d"),
-    Numeric("rate_7d"),
-    Numeric("buyers_30d"),
-    Numeric("days_since_first"),
-    Numeric("days_since_last"),
-    Numeric("repeat_share"),
+    Numeric("popularity"),
+    Numeric("popularity_30d"),
+    Numeric("popularity_7d"),
+    Numeric("users_30d"),
+    Numeric("age"),
+    Numeric("staleness"),
+    Numeric("loyalty"),
 )
 
 
@@ -43,7 +47,7 @@ class Snapshot:
     @property
     def known(self) -> Int64Array:
         """Rows of the items that had been seen by then."""
-        return np.flatnonzero(self.raw[:, 0] > 0)
+        return np.flatnonzero(~np.isnan(self.raw[:, 0]))
 
 
 def snapshot_times(log: InteractionLog, cuts: Iterable[int]) -> list[int]:
@@ -72,14 +76,15 @@ def _matching(log: InteractionLog, past: slice) -> np.ndarray[tuple[int], np.dty
     return np.isin(log.events[past], [log.event_types.index(name) for name in wanted])
 
 
-def _statistics(rows: Int32Array, users: Int32Array, days: Float32Array, size: int) -> list[Float32Array]:
-    """The columns of STATISTICS, in their order; rates are log(1 + events in 30 days)."""
-    span = max(float(days.max(initial=1.0)), 1.0)
+def _statistics(rows: Int32Array, users: Int32Array, days: Float64Array, size: int) -> list[Float64Array]:
+    """The columns of STATISTICS, in their order, each as the share of the known items that are below.
 
-    def rate(within: float) -> Float32Array:
-        counts = np.bincount(rows[days <= within], minlength=size)
-        scaled: Float32Array = np.log1p(counts * (30.0 / min(within, span)))
-        return scaled
+    Shares and not amounts: amounts drift as the log grows (a network then meets values that it never saw in training),
+    an item's place among the others does not.
+    """
+
+    def count(within: float) -> Float64Array:
+        return np.bincount(rows[days <= within], minlength=size).astype(np.float64)
 
     recent = days <= 30.0
     pairs = np.unique(np.stack([rows[recent], users[recent]], 1), axis=0)[:, 0]
@@ -89,18 +94,28 @@ def _statistics(rows: Int32Array, users: Int32Array, days: Float32Array, size: i
     named = users != ANONYMOUS
     owners = np.bincount(np.unique(np.stack([rows[named], users[named]], 1), axis=0)[:, 0], minlength=size)
     events = np.bincount(rows[named], minlength=size)
-    return [
-        rate(np.inf if span == np.inf else span),
-        rate(30.0),
-        rate(7.0),
-        np.log1p(np.bincount(pairs, minlength=size)),
-        np.log1p(first),
-        np.log1p(last),
+    columns = [
+        count(np.inf),
+        count(30.0),
+        count(7.0),
+        np.bincount(pairs, minlength=size),
+        first,
+        last,
         np.where(events > 0, 1.0 - owners / np.maximum(events, 1), np.nan),
     ]
+    known = count(np.inf) > 0
+    return [_share_below(np.where(known, column, np.nan)) for column in columns]
 
 
-def _item_numeric(log: InteractionLog, past: slice) -> list[Float32Array]:
+def _share_below(column: Float64Array) -> Float64Array:
+    """The rank of each value among all that are not NaN, in 0..1, equal values sharing their mean rank."""
+    result = np.full(column.shape, np.nan)
+    given = ~np.isnan(column)
+    result[given] = (rankdata(column[given]) - 0.5) / max(int(given.sum()), 1)
+    return result
+
+
+def _item_numeric(log: InteractionLog, past: slice) -> list[Float64Array]:
     """Each numeric item column of the description: its mean over the newest 20 lines of the item."""
     columns = []
     for feature in log.description.item_features:
@@ -111,7 +126,7 @@ def _item_numeric(log: InteractionLog, past: slice) -> list[Float32Array]:
             .group_by("row")
             .agg(pl.col("value").drop_nulls().tail(20).mean())
         )
-        column = np.full(log.num_item_rows, np.nan, np.float32)
+        column = np.full(log.num_item_rows, np.nan)
         column[means["row"].to_numpy()] = means["value"].to_numpy()
         columns.append(column)
     return columns
@@ -182,7 +197,9 @@ def categorical_columns(
             raw[position] = None if value is None else str(value)
         words = feature.kind is FeatureKind.WORDS
         parts = [part for value in raw if value is not None for part in (split_words(value) if words else [value])]
-        counts = pl.Series("value", parts, dtype=pl.String).value_counts().sort("count", "value", descending=[True, False])
+        counts = (
+            pl.Series("value", parts, dtype=pl.String).value_counts().sort("count", "value", descending=[True, False])
+        )
         vocabulary = tuple(counts["value"].head(feature.vocabulary))
         column = Categorical(feature.name, offset, len(vocabulary), width=feature.width, words=words)
         columns.append(column)

@@ -39,7 +39,9 @@ Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
 
-def synthetic_log(seed: int = 11, num_users: int = 1200, num_items: int = 600, num_sessions: int = 10_000) -> pl.DataFrame:
+def synthetic_log(
+    seed: int = 11, num_users: int = 1200, num_items: int = 600, num_sessions: int = 10_000
+) -> pl.DataFrame:
     """Rows sorted by time: user, item, title, genre, minutes, plan, session, time, event. Equal for equal arguments."""
     random = np.random.default_rng(seed)
     genre = random.integers(len(GENRES), size=num_items)
@@ -66,7 +68,9 @@ def synthetic_log(seed: int = 11, num_users: int = 1200, num_items: int = 600, n
         columns["user"].append(np.full(SHOWN, user))
         columns["item"].append(shown)
         columns["session"].append(np.full(SHOWN, session))
-        columns["time"].append(np.full(SHOWN, int(END.timestamp() - (1 - moment) * DAYS * 86_400)) + np.arange(SHOWN) * 7)
+        columns["time"].append(
+            np.full(SHOWN, int(END.timestamp() - (1 - moment) * DAYS * 86_400)) + np.arange(SHOWN) * 7
+        )
         columns["level"].append(level)
     user, item, session_id, time, level = (np.concatenate(columns[name]) for name in columns)
     return pl.DataFrame(

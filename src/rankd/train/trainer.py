@@ -30,7 +30,7 @@ from rankd.errors import ConfigError
 from rankd.features.schema import FIRST_ITEM_ROW
 from rankd.models.protocol import create_model, logits_of
 from rankd.train.batches import Batch, fixed_shapes, make_batch, training_batches
-from rankd.train.evaluation import Scorer, TestEvent, make_test_events, score_events
+from rankd.train.evaluation import Scorer, make_test_events, score_events
 from rankd.train.metrics import evaluate
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset, Sample, baskets_between
@@ -86,7 +86,7 @@ class Trainer:
             self._set_learning_rate(number * steps + step, steps)
             loss = loss_of(self.model, batch, training.listwise)
             self.optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimiser.step()
             self.average.update_parameters(self.model)

@@ -1,0 +1,101 @@
+"""Parity before any timing: all contestants give the same scores, and they are the torch module's.
+
+In: an artifact and requests. Out: the scores each contestant is held to, and the largest differences.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import numpy as np
+
+from rankd.artifact import Artifact
+from rankd.errors import EngineFailure
+from rankd.features.assembly import assemble
+from rankd.features.requests import request_time
+from rankd.features.store import empty_history
+from rankd.ranker import Ranker
+from rankd.types import Features, Float32Array, RankRequest
+
+BOUNDS = {"fp32": 1e-3, "bf16": 0.5}
+"""Largest allowed |logit - torch float32 logit|, by the precision of the engine (those of `build.pack`)."""
+
+SAME = 1e-6
+"""Largest allowed difference between contestants: they run the same graphs on the same arrays."""
+
+
+def scores_in_process(ranker: Ranker, requests: Sequence[RankRequest]) -> list[Float32Array]:
+    """What every other contestant is held to: (C, K) float32 for each request."""
+    return [ranker.rank(request).scores for request in requests]
+
+
+def against_torch(ranker: Ranker, requests: Sequence[RankRequest], scores: Sequence[Float32Array]) -> float:
+    """max |score - torch float32 logit| over requests; the figure that the build wrote down if torch is not installed.
+
+    Raises:
+        EngineFailure: above the bound of the engine's precision.
+    """
+    artifact, precision = ranker.artifact, ranker.backend.precision.value
+    if importlib.util.find_spec("torch") is None:
+        worst = max(record.parity[precision] for record in artifact.manifest.engines.values())
+    else:
+        reference = _torch_logits(artifact, [features_of(ranker, request) for request in requests])
+        worst = max_difference(scores, reference)
+    if not worst <= BOUNDS[precision]:
+        raise EngineFailure(
+            f"the scores of {artifact.path} differ from torch by {worst:.3g} in {precision}; at most "
+            f"{BOUNDS[precision]:g} is allowed, so nothing is measured"
+        )
+    return worst
+
+
+def check_same(contestant: str, expected: Sequence[Float32Array], given: Sequence[Float32Array]) -> float:
+    """The largest difference of a contestant's scores.
+
+    Raises:
+        EngineFailure: above SAME.
+    """
+    worst = max_difference(expected, given)
+    if not worst <= SAME:
+        raise EngineFailure(
+            f"the scores of {contestant} differ from those in process by {worst:.3g}; at most {SAME:g} is allowed, so "
+            "nothing is measured"
+        )
+    return worst
+
+
+def max_difference(expected: Sequence[Float32Array], given: Sequence[Float32Array]) -> float:
+    """max |a - b| over pairs of arrays; infinite where shapes differ."""
+    pairs = list(zip(expected, given, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+def features_of(ranker: Ranker, request: RankRequest) -> Features:
+    """What the ranker feeds its graphs for a request about a stored user."""
+    schema, store = ranker.schema, ranker.store
+    stored = store.history(request.user_id)
+    history = empty_history(schema) if stored is None else stored
+    rows, now = ranker.catalogue.rows_of(request.candidates), request_time(request, schema, history)
+    return assemble(schema, store.items(), history, rows, store.user_features(request.user_id), now)
+
+
+def _torch_logits(artifact: Artifact, requests: Sequence[Features]) -> list[Float32Array]:
+    import torch
+    from safetensors.torch import load_file
+
+    from rankd.models.protocol import create_model, logits_of
+
+    model = create_model(artifact.manifest.model, artifact.schema, artifact.manifest.options).eval()
+    model.load_state_dict(load_file(artifact.path / "weights.safetensors"))
+    logits = []
+    with torch.inference_mode():
+        for features in requests:
+            history, candidates = (
+                {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+                for arrays in (features.history, features.candidates)
+            )
+            logits.append(logits_of(model, history, candidates)[0, : features.num_candidates].numpy())
+    return logits

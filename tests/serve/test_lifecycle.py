@@ -1,0 +1,145 @@
+"""The server's life from outside: `rankd serve` as a process, its readiness, its drain, its refusals to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rankd.errors import ConfigError
+from rankd.serve.lifecycle import Server
+from rankd.serve.settings import ServeConfig
+from tests.serve.conftest import copy_version
+
+
+@contextmanager
+def rankd_serve(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`rankd serve` on a free port; yields the process and its address once it is ready."""
+    command = [sys.executable, "-m", "rankd", "serve", *arguments, "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        url = ""
+        for line in process.stderr:
+            found = re.search(r"listening on (\S+)", line)
+            url = found[1] if found else url
+            if "ready; the live page" in line:
+                break
+        yield process, url
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def test_sigterm_finishes_what_was_accepted(demo_models: Path) -> None:
+    with rankd_serve(str(demo_models), "--executors", "1") as (process, url):
+        items = [item["item_id"] for item in httpx.get(f"{url}/v1/models/demo/candidates?count=200").json()["items"]]
+        body = json.dumps({"user_id": "u", "candidates": items}).encode()
+        statuses: list[int] = []
+        refused: list[str] = []
+
+        def keep_asking() -> None:
+            with httpx.Client() as client:
+                while True:
+                    try:
+                        statuses.append(client.post(f"{url}/v1/rank", content=body, timeout=20).status_code)
+                    except (httpx.ConnectError, httpx.RemoteProtocolError) as error:
+                        refused.append(type(error).__name__)  # the door is shut; nothing was accepted
+                        return
+                    except httpx.ReadError:
+                        refused.append("ReadError")
+                        return
+
+        threads = [threading.Thread(target=keep_asking) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while len(statuses) < 20:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(30)
+        assert process.wait(30) == 0
+    assert set(statuses) == {200}
+    assert "ReadError" not in refused
+
+
+def test_readiness_comes_after_the_models(demo_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(demo_models, ServeConfig(port=0))
+    gate = threading.Event()
+    real = server.repository.load
+    monkeypatch.setattr(server.repository, "load", lambda name: (gate.wait(20), real(name))[1])
+    starting = threading.Thread(target=server.start)
+    starting.start()
+    try:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                live = httpx.get(server.url + "/health/live")
+                break
+            except (ConfigError, httpx.ConnectError):
+                time.sleep(0.02)
+        assert live.status_code == 200
+        for path in ("/health/ready", "/v2/health/ready"):
+            assert httpx.get(server.url + path).status_code == 503
+        refused = httpx.post(server.url + "/v1/rank", json={"user_id": "u", "candidates": ["a"], "model": "demo"})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "Unavailable")
+        gate.set()
+        starting.join(30)
+        assert httpx.get(server.url + "/health/ready").status_code == 200
+        server.repository.begin_draining()
+        assert httpx.get(server.url + "/health/ready").status_code == 503
+    finally:
+        gate.set()
+        starting.join(30)
+        server.close()
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rankd", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+
+
+def test_a_damaged_artifact_stops_the_start(demo_models: Path, tmp_path: Path) -> None:
+    place = copy_version(demo_models / "demo" / "1", tmp_path, "films", "1")
+    graph = place / "engines" / "openvino" / "score.bin"
+    raw = bytearray(graph.read_bytes())
+    raw[100] ^= 1
+    graph.write_bytes(raw)
+    result = run(str(tmp_path), "--port", "0")
+    assert result.returncode == 2
+    assert "does not match the checksum" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_settings_stop_the_start(demo_models: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.toml"
+    config.write_text("prot = 1\n")
+    result = run(str(demo_models), "--config", str(config))
+    assert (result.returncode, "Did you mean 'port'" in result.stderr) == (2, True)
+    result = run(str(demo_models), RANKD_ENGINE__PRECISION="fp23")
+    assert result.returncode == 2
+    assert "fp23" in result.stderr
+    result = run(str(demo_models), RANKD_PORT="70000")
+    assert result.returncode == 2
+    assert "$.port" in result.stderr
+
+
+def test_a_taken_port_is_refused_with_advice(demo_models: Path) -> None:
+    with Server(demo_models, ServeConfig(port=0)) as running:
+        port = int(running.url.rpartition(":")[2])
+        with pytest.raises(ConfigError, match="choose another with --port"):
+            Server(demo_models, ServeConfig(port=port)).start()

@@ -1,0 +1,141 @@
+"""Models and versions come and go while others serve; events outlive a reload."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rankd import Event, RankRequest
+from rankd.errors import ArtifactError, ConfigError, InvalidRequest, NotFound, Unavailable
+from rankd.serve.repository import ModelRepository, ModelState
+from rankd.serve.settings import ServeConfig
+from tests.serve.conftest import ONE_EXECUTOR, copy_version
+
+CONFIG = ServeConfig(engine=ONE_EXECUTOR)
+
+
+@pytest.fixture
+def root(demo_models: Path, tmp_path: Path) -> Path:
+    """Two models; 'films' has two versions."""
+    copy_version(demo_models / "demo" / "1", tmp_path, "films", "9")
+    copy_version(demo_models / "demo" / "1", tmp_path, "films", "10")
+    copy_version(demo_models / "demo" / "1", tmp_path, "other", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def repository(root: Path) -> Iterator[ModelRepository]:
+    made = ModelRepository(root, CONFIG)
+    made.start()
+    yield made
+    made.close()
+
+
+def states(repository: ModelRepository) -> dict[tuple[str, str], ModelState]:
+    return {(status.name, status.version): status.state for status in repository.index()}
+
+
+def test_start_loads_the_newest_version_by_number(repository: ModelRepository) -> None:
+    assert states(repository) == {
+        ("films", "10"): ModelState.READY,
+        ("films", "9"): ModelState.UNAVAILABLE,
+        ("other", "1"): ModelState.READY,
+    }
+    assert repository.get("films").manifest.version == "10"
+    with pytest.raises(InvalidRequest, match="films, other"):
+        repository.get()
+    with pytest.raises(Unavailable, match="not loaded"):
+        repository.get("films", "9")
+
+
+def test_two_versions_serve_at_once_and_one_can_go(repository: ModelRepository) -> None:
+    repository.load("films", "9")
+    assert repository.get("films").manifest.version == "10"
+    assert repository.get("films", "9").manifest.version == "9"
+    repository.unload("films", "10")
+    assert repository.get("films").manifest.version == "9"
+    repository.unload("films")
+    with pytest.raises(Unavailable):
+        repository.get("films")
+    assert repository.get().manifest.name == "other"
+    with pytest.raises(NotFound, match="not loaded"):
+        repository.unload("films")
+
+
+def test_events_outlive_a_reload(repository: ModelRepository) -> None:
+    items = repository.get("films").catalogue.ids.items
+    for item in items[:3]:
+        repository.append_events("films", "someone", (Event(item, "like"),))
+    before = repository.get("films").rank(RankRequest("someone", items[:9])).scores
+    repository.unload("films")
+    repository.load("films", "9")
+    np.testing.assert_array_equal(repository.get("films").rank(RankRequest("someone", items[:9])).scores, before)
+    stored, _ = repository.append_events("films", "someone", (Event(items[5], "like"),))
+    assert stored == {"9": 4}
+
+
+def test_appends_during_a_load_reach_the_new_version(repository: ModelRepository) -> None:
+    items = repository.get("films").catalogue.ids.items
+    loading = threading.Thread(target=repository.load, args=("films", "9"))
+    loading.start()
+    count = 0
+    while loading.is_alive():
+        repository.append_events("films", "busy", (Event(items[count % 50], "click"),))
+        count += 1
+    loading.join()
+    for version in ("9", "10"):
+        history = repository.get("films", version).store.history("busy")
+        assert history is not None
+        assert len(history) == min(count, 500)
+
+
+def test_loading_and_unloading_disturbs_no_other_model(repository: ModelRepository) -> None:
+    items = repository.get("other").catalogue.ids.items
+    done, failures, answered = threading.Event(), [], []
+
+    def rank_on() -> None:
+        while not done.is_set():
+            try:
+                repository.get("other").rank(RankRequest("u", items[:8]))
+                answered.append(1)
+            except Exception as error:  # noqa: BLE001 - the test collects whatever goes wrong
+                failures.append(error)
+
+    threads = [threading.Thread(target=rank_on) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        repository.load("films", "9")
+        repository.unload("films", "9")
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(answered) > 10
+
+
+def test_a_damaged_version_is_refused_and_says_why(repository: ModelRepository, root: Path) -> None:
+    with (root / "films" / "9" / "weights.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ArtifactError, match="it was cut"):
+        repository.load("films", "9")
+    reason = {status.version: status.reason for status in repository.index() if status.name == "films"}["9"]
+    assert "weights.safetensors" in reason
+    assert repository.get("films").manifest.version == "10"
+
+
+@pytest.mark.parametrize("name", ["..", "../films", "/", "films/10", ""])
+def test_no_name_leads_out_of_the_folder(repository: ModelRepository, name: str) -> None:
+    with pytest.raises(NotFound):
+        repository.load(name)
+
+
+def test_an_empty_folder_and_a_mixed_up_configuration(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(NotFound, match="rankd build"):
+        ModelRepository(tmp_path / "nothing", CONFIG).start()
+    with pytest.raises(ConfigError, match="name one in models"):
+        ModelRepository(root, ServeConfig(histories="x.parquet")).start()

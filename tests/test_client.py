@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,10 +34,13 @@ def test_errors_keep_their_class_and_words(server: Server) -> None:
 
 
 def test_a_full_line_says_when_to_come_back(server: Server) -> None:
-    import threading
-
     gate, begun = threading.Event(), threading.Event()
-    server.repository.get().line.submit(lambda _: (begun.set(), gate.wait(20)))
+
+    def hold(_: object) -> None:
+        begun.set()
+        gate.wait(20)
+
+    server.repository.get().line.submit(hold)
     begun.wait(10)
     with Client(server.url) as client:
         with pytest.raises(Overloaded) as refused:

@@ -9,17 +9,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rankd.errors import RankdError
-from rankd.types import Event, RankRequest, Scores
 
 if TYPE_CHECKING:
     from rankd.client import Client
     from rankd.models.protocol import RankingModel
     from rankd.ranker import Ranker
+    from rankd.types import Event, RankRequest, Scores
 
 __version__ = "0.1.0"
 __all__ = ["Client", "Event", "RankRequest", "RankdError", "Ranker", "RankingModel", "Scores"]
 
-_LAZY = {"Ranker": "rankd.ranker", "Client": "rankd.client", "RankingModel": "rankd.models.protocol"}
+_LAZY = {
+    "Ranker": "rankd.ranker",
+    "Client": "rankd.client",
+    "RankingModel": "rankd.models.protocol",
+    **dict.fromkeys(("Event", "RankRequest", "Scores"), "rankd.types"),
+}
 
 
 def __getattr__(name: str) -> Any:

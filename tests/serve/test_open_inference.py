@@ -47,9 +47,7 @@ def test_server_and_model_metadata(connection: Any) -> None:
     assert metadata["versions"] == ["1"]
     assert [one["name"] for one in metadata["outputs"]] == ["scores", "candidates", "unknown"]
     assert connection.get_model_config("demo")["max_batch_size"] == 0
-    assert connection.get_model_repository_index() == [
-        {"name": "demo", "version": "1", "state": "READY", "reason": ""}
-    ]
+    assert connection.get_model_repository_index() == [{"name": "demo", "version": "1", "state": "READY", "reason": ""}]
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -97,7 +95,9 @@ def test_inline_history_time_and_top_k(connection: Any, demo_ranker: Ranker) -> 
 
 def test_statistics_count(connection: Any, demo_ranker: Ranker) -> None:
     def success() -> dict[str, int]:
-        found: dict[str, int] = connection.get_inference_statistics("demo")["model_stats"][0]["inference_stats"]["success"]
+        found: dict[str, int] = connection.get_inference_statistics("demo")["model_stats"][0]["inference_stats"][
+            "success"
+        ]
         return found
 
     before = success()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,13 +54,13 @@ def test_top_k_gives_the_best_first(client: Client, items: tuple[str, ...]) -> N
 
 
 def test_numbers_are_ids_too(server: Server) -> None:
-    answer = post(server, "/v1/rank", {"user_id": 7, "candidates": [1, 2]}).json()
+    answer = post(server, "/v1/rank", {"user_id": 7, "candidates": [1, 2.0]}).json()
     assert answer["candidates"] == ["1", "2"]
     assert answer["unknown_user"]
 
 
 def test_an_inline_history_replaces_the_stored_one(client: Client, items: tuple[str, ...]) -> None:
-    user = client.models() and "somebody new"
+    user = "somebody new"
     events = tuple(Event(item, "like") for item in items[:6])
     stored = client.rank(RankRequest(user, items[:10]))
     inline = client.rank(RankRequest(user, items[:10], history=events))
@@ -107,13 +108,15 @@ REFUSED = [
     ({"user_id": "u"}, 400, "missing required field `candidates`"),
     ({**RANK, "candidates": []}, 400, "length >= 1"),
     ({**RANK, "candidates": "a"}, 400, r"\$.candidates"),
-    ({**RANK, "candidates": [1.5]}, 400, r"\$.candidates"),
+    ({**RANK, "candidates": [1.5]}, 400, "the id 1.5 is neither"),
+    ({**RANK, "candidates": [True]}, 400, r"\$.candidates"),
     ({**RANK, "candidates": ["a"] * 201}, 400, "at most 200"),
     ({**RANK, "user_id": ""}, 400, "length >= 1"),
     ({**RANK, "user_id": None}, 400, r"\$.user_id"),
     ({**RANK, "topk": 3}, 400, "Did you mean 'top_k'"),
     ({**RANK, "top_k": 0}, 400, r"\$.top_k"),
     ({**RANK, "top_k": -1}, 400, r"\$.top_k"),
+    ({**RANK, "top_k": 2.5}, 400, "whole number"),
     ({**RANK, "timeout_ms": 0}, 400, r"\$.timeout_ms"),
     ({**RANK, "time": -1}, 400, r"\$.time"),
     ({**RANK, "history": [{"item_id": "a", "event": "clik"}]}, 400, "Did you mean 'click'"),
@@ -130,8 +133,6 @@ REFUSED = [
 
 @pytest.mark.parametrize(("body", "status", "message"), REFUSED)
 def test_a_bad_rank_request_is_refused(server: Server, body: bytes, status: int, message: str) -> None:
-    import re
-
     response = post(server, "/v1/rank", body)
     error = response.json()["error"]
     assert response.status_code == status, error

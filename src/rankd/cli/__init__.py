@@ -10,12 +10,12 @@ import click
 from rankd.errors import RankdError
 
 COMMANDS = {
-    "demo": "rankd.cli.serving",
-    "serve": "rankd.cli.serving",
-    "rank": "rankd.cli.serving",
-    "train": "rankd.cli.training",
-    "eval": "rankd.cli.training",
-    "build": "rankd.cli.training",
+    "demo": "rankd.cli.online",
+    "serve": "rankd.cli.online",
+    "rank": "rankd.cli.online",
+    "train": "rankd.cli.offline",
+    "eval": "rankd.cli.offline",
+    "build": "rankd.cli.offline",
     "bench": "rankd.cli.benchmarks",
 }
 HELP = {

@@ -27,6 +27,7 @@ from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig
 from rankd.serve.tensors import InferHeader, InputTensor, decode_infer, encode_outputs
 from rankd.serve.v1 import json_response, rank_with
+from rankd.serve.wire import IndexBody
 from rankd.types import Array, Event, RankRequest, Scores
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -76,11 +77,11 @@ def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
         return _json({"model_stats": [_statistics(repository, name, version) for name, version, _ in chosen]})
 
     async def index(request: Request) -> Response:
-        wanted = _json_body(await read_body(request, config.max_body_bytes))
+        wanted = _index_body(await read_body(request, config.max_body_bytes))
         rows = [
             {"name": s.name, "version": s.version, "state": s.state.value, "reason": s.reason}
             for s in repository.index()
-            if not wanted.get("ready") or s.state.value == "READY"
+            if not wanted.ready or s.state.value == "READY"
         ]
         return _json(rows)
 
@@ -129,6 +130,13 @@ def _json(document: Any, status: int = 200, headers: dict[str, str] | None = Non
 
 def _ranker(repository: ModelRepository, request: Request) -> Ranker:
     return repository.get(request.path_params["model"], request.path_params.get("version", ""))
+
+
+def _index_body(body: bytes) -> IndexBody:
+    try:
+        return msgspec.json.decode(body, type=IndexBody) if body.strip() else IndexBody()
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body does not fit: {error}") from error
 
 
 def _json_body(body: bytes) -> dict[str, Any]:

@@ -20,10 +20,14 @@ from rankd.serve.repository import ModelRepository
 from rankd.serve.tensors import InferHeader
 from rankd.serve.v1 import json_response
 from rankd.serve.wire import (
+    MAX_ID,
+    MAX_SECONDS,
+    MAX_TOP_K,
     CandidatesAnswer,
     ErrorAnswer,
     EventsAnswer,
     EventsBody,
+    IndexBody,
     ItemAnswer,
     ModelAnswer,
     RankAnswer,
@@ -35,7 +39,7 @@ from rankd.serve.wire import (
 Json = dict[str, Any]
 ANSWERS = (
     RankBody, RankAnswer, EventsBody, EventsAnswer, ModelAnswer, ErrorAnswer, InferHeader,
-    UserSummary, UserAnswer, CandidatesAnswer, ItemAnswer,
+    UserSummary, UserAnswer, CandidatesAnswer, ItemAnswer, IndexBody,
 )  # fmt: skip
 REFUSALS = {
     400: "The request cannot be served as it is.",
@@ -77,6 +81,21 @@ def describe(repository: ModelRepository) -> Json:
 
 def _narrow(components: Json, rankers: list[Ranker]) -> None:
     """Put what the loaded models take into the general schemas."""
+    components["Id"] = {
+        "anyOf": [
+            {"type": "string", "minLength": 1, "maxLength": MAX_ID},
+            {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+        ]
+    }
+    for body in ("RankBody", "EventsBody"):
+        components[body]["properties"]["user_id"] = {"$ref": "#/components/schemas/Id"}
+    seconds = {"type": "integer", "minimum": 0, "maximum": MAX_SECONDS}
+    for body in ("RankBody", "EventBody"):
+        components[body]["properties"]["time"] = {"anyOf": [seconds, {"type": "null"}]}
+    top_k = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K}
+    components["RankBody"]["properties"]["top_k"] = {"anyOf": [top_k, {"type": "null"}]}
+    components["EventBody"]["properties"]["item_id"] = {"$ref": "#/components/schemas/Id"}
+    components["RankBody"]["properties"]["candidates"]["items"] = {"$ref": "#/components/schemas/Id"}
     if not rankers:
         return
     schemas = [ranker.schema for ranker in rankers]
@@ -106,7 +125,6 @@ def _v1_paths(rankers: list[Ranker]) -> Json:
 
 def _page_paths(rankers: list[Ranker]) -> Json:
     model = _model_parameter(rankers)
-    users = sorted({user for r in rankers for user in r.catalogue.ids.users[:3]}) or ["nobody"]
     prefix = "/v1/models/{model}"
     return {
         f"{prefix}/users": {
@@ -118,7 +136,7 @@ def _page_paths(rankers: list[Ranker]) -> Json:
         f"{prefix}/users/{{user_id}}": {
             "get": _operation(
                 "getUser", "A user's newest events.", "UserAnswer", (400, 404, 503),
-                [model, {"name": "user_id", "in": "path", "required": True, "schema": {"type": "string", "enum": users}}],
+                [model, {"name": "user_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],
             )
         },
         f"{prefix}/candidates": {
@@ -166,7 +184,7 @@ def _protocol_paths(rankers: list[Ranker]) -> Json:
         "/v2/repository/index": {
             "post": _operation(
                 "repositoryIndex", "Every version and its state.", {"type": "array", "items": anything}, (400, 413),
-                body={"type": "object", "properties": {"ready": {"type": "boolean"}}}, error="ProtocolError",
+                body="IndexBody", error="ProtocolError",
                 body_required=False,
             )
         },

@@ -25,6 +25,7 @@ from rankd.serve.wire import CandidatesAnswer, ItemAnswer, ShownEvent, UserAnswe
 PAGE = Path(__file__).with_name("page.html").read_bytes()
 SHOWN_EVENTS = 200
 MAX_LIMIT = 200
+MAX_QUERY = 100
 MAX_SEED = 2**31 - 1
 
 
@@ -54,6 +55,8 @@ def routes(repository: ModelRepository) -> list[Route]:
     async def items(request: Request) -> Response:
         ranker, limit = _ranker(repository, request), _whole(request, "limit", 20, 1, MAX_LIMIT)
         wanted = request.query_params.get("query", "").lower()
+        if len(wanted) > MAX_QUERY:
+            raise InvalidRequest(f"query has {len(wanted)} characters; at most {MAX_QUERY} are searched for")
         ids = ranker.catalogue.ids
         pairs = enumerate(zip(ids.items, ids.item_names, strict=True), start=FIRST_ITEM_ROW)
         rows = (row for row, (item, name) in pairs if wanted in item.lower() or wanted in name.lower())

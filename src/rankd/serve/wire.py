@@ -14,11 +14,14 @@ from rankd.types import Event, RankRequest, Scores
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-Text = Annotated[str, Meta(min_length=1, max_length=512)]
+MAX_ID = 512
+Text = Annotated[str, Meta(min_length=1, max_length=MAX_ID)]
 Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Id = Text | Whole
+Id = Text | Whole | float  # in JSON 7.0 is a whole number too; `_id` refuses 7.5
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
-Seconds = Annotated[int, Meta(ge=0, lt=2**40)]
+MAX_SECONDS = 2**40 - 1
+MAX_TOP_K = 1_000_000
+Seconds = Annotated[int, Meta(ge=0, le=MAX_SECONDS)] | float  # 3.0, as above
 Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
 
 
@@ -41,7 +44,7 @@ class RankBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     history: Annotated[list[EventBody], Meta(max_length=100_000)] | None = None
     context: Annotated[dict[str, str | Number], Meta(max_length=64)] = {}
     time: Seconds | None = None
-    top_k: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | float | None = None
     timeout_ms: Annotated[float, Meta(gt=0, le=3_600_000)] | None = None
     request_id: Annotated[str, Meta(max_length=128, pattern=r"^[\x21-\x7e]*$")] = ""
 
@@ -135,6 +138,12 @@ class CandidatesAnswer(msgspec.Struct, frozen=True):
     items: list[ItemAnswer]
 
 
+class IndexBody(msgspec.Struct, frozen=True):
+    """POST /v2/repository/index: everything, or only what is ready."""
+
+    ready: bool = False
+
+
 class ErrorDetail(msgspec.Struct, frozen=True):
     """The class of `rankd.errors` and what it says."""
 
@@ -161,14 +170,14 @@ def decode_rank(body: bytes) -> RankRequest:
     """
     raw: RankBody = _decode(_rank_decoder, body)
     return RankRequest(
-        user_id=str(raw.user_id),
-        candidates=tuple(map(str, raw.candidates)),
+        user_id=_id(raw.user_id),
+        candidates=tuple(map(_id, raw.candidates)),
         model=raw.model,
         version=raw.version,
-        history=None if raw.history is None else tuple(map(_event, raw.history)),
+        history=None if raw.history is None else tuple(map(decode_event, raw.history)),
         context=raw.context,
-        time=raw.time,
-        top_k=raw.top_k,
+        time=_whole(raw.time, "time", 0, MAX_SECONDS),
+        top_k=_whole(raw.top_k, "top_k", 1, MAX_TOP_K),
         timeout_ms=raw.timeout_ms,
         request_id=raw.request_id or uuid.uuid4().hex,
     )
@@ -177,7 +186,7 @@ def decode_rank(body: bytes) -> RankRequest:
 def decode_events(body: bytes) -> tuple[str, str, tuple[Event, ...]]:
     """A /v1/events body as (model, user id, events); raises like `decode_rank`."""
     raw: EventsBody = _decode(_events_decoder, body)
-    return raw.model, str(raw.user_id), tuple(map(_event, raw.events))
+    return raw.model, _id(raw.user_id), tuple(map(decode_event, raw.events))
 
 
 def encode_scores(scores: Scores) -> bytes:
@@ -226,8 +235,25 @@ def encode_event(event: Event) -> EventBody:
     return EventBody(event.item_id, event.event, event.time, dict(event.values))
 
 
-def _event(raw: EventBody) -> Event:
-    return Event(str(raw.item_id), raw.event, raw.time, raw.values)
+def decode_event(raw: EventBody) -> Event:
+    """An event of a body."""
+    return Event(_id(raw.item_id), raw.event, _whole(raw.time, "time", 0, MAX_SECONDS), raw.values)
+
+
+def _whole(raw: float | None, name: str, low: int, high: int) -> int | None:
+    """A whole number, which JSON may write as 3 or as 3.0."""
+    if isinstance(raw, float) and not (raw.is_integer() and low <= raw <= high):
+        raise InvalidRequest(f"{name} is {raw}; it has to be a whole number from {low} to {high}")
+    return None if raw is None else int(raw)
+
+
+def _id(raw: str | float) -> str:
+    """An id as text."""
+    if type(raw) is str:
+        return raw
+    if isinstance(raw, float) and (not raw.is_integer() or abs(raw) >= 2**63):
+        raise InvalidRequest(f"the id {raw} is neither a text nor a whole number of 64 bits; write it as a text")
+    return str(int(raw))
 
 
 def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

@@ -105,8 +105,8 @@ def _request(
 ) -> RankRequest:
     import msgspec
 
-    from rankd.serve.wire import EventBody
-    from rankd.types import Event, RankRequest
+    from rankd.serve.wire import EventBody, decode_event
+    from rankd.types import RankRequest
 
     ids = [part.strip() for part in candidates.split(",")] if candidates else []
     if candidates_file is not None:
@@ -117,7 +117,7 @@ def _request(
             raw = msgspec.json.decode(history.read(), type=list[EventBody])
         except msgspec.MsgspecError as error:
             raise InvalidRequest(f"{history.name}: {error}") from error
-        events = tuple(Event(str(one.item_id), one.event, one.time, one.values) for one in raw)
+        events = tuple(decode_event(one) for one in raw)
     return RankRequest(user, tuple(ids), model=name, history=events, top_k=top_k, time=time)
 
 

@@ -98,7 +98,7 @@ def latest_version(model_folder: Path) -> Path:
     versions = list_versions(model_folder)
     if not versions:
         raise ArtifactError(
-            f"{model_folder}: no model version here (a version is a folder with a {MANIFEST}); make one with `rankd build`"
+            f"{model_folder}: no model version here (a folder with a {MANIFEST}); make one with `rankd build`"
         )
     return model_folder / versions[-1]
 

@@ -140,7 +140,7 @@ class Ranker:
         return replace(answer, timings_ms=clock.timings_ms())
 
     def _order(self, scores: Float32Array, top_k: int | None) -> list[int] | None:
-        """Indices of the best top_k rows, best first, equal scores in the order they came; None keeps all as they are."""
+        """Indices of the best top_k rows, best first, equals in the order they came; None keeps all as they are."""
         if top_k is None:
             return None
         order: list[int] = np.argsort(-(scores @ self._weights), kind="stable")[:top_k].tolist()
@@ -162,7 +162,7 @@ class Ranker:
         return self.store.append(user_id, history), unknown
 
     def _warm(self, executor: Executor) -> None:
-        """Run every pair of a history bucket and a candidate bucket, so that no request pays for a shape's first call."""
+        """Run every pair of a history bucket and a candidate bucket, so that no request pays for a first call."""
         for tokens in self.schema.history_buckets:
             for candidates in self.schema.candidate_buckets:
                 features = self._filled(tokens, candidates)

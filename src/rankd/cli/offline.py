@@ -83,8 +83,8 @@ def evaluate(
 ) -> None:
     """Evaluate a trained ranker against baselines on held-out time.
 
-    Each basket of the test time is one event: its true items against SAMPLED others, drawn uniformly from the items known
-    when the test began. Intervals are 95%, from resampling users.
+    Each basket of the test time is one event: its true items against SAMPLED others, drawn uniformly from the items
+    known when the test began. Intervals are 95%, from resampling users.
     """
     _need_torch("rankd eval")
     from rankd.engine.backend import Precision

@@ -66,7 +66,7 @@ class OpenVinoBackend:
 
 
 class OpenVinoExecutor:
-    """One inference request for each graph. Inputs are read where they lie; the state stays in the request's outputs."""
+    """One inference request for each graph. Inputs are read where they lie, the state stays in the outputs."""
 
     def __init__(self, encoder: Any, scorer: Any) -> None:
         self._encode = _Call(encoder) if encoder is not None else None

@@ -1,4 +1,4 @@
-"""The catalogue of one model version: which ids it knows, and everything it knows of them. The `tables/` of an artifact.
+"""The catalogue of one model version: the ids it knows and all it knows of them. The `tables/` of an artifact.
 
 tables/items.safetensors      categories, numeric, neighbours, similarities (see ItemTable), by item row
 tables/users.safetensors      categories, numeric; histories: offsets (U + 1), rows, events, times, values

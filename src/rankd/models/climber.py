@@ -177,8 +177,8 @@ class Block(nn.Module):
 class Climber(nn.Module):
     """The whole ranker. Options: width D, heads H, layers L of a block, ffn_ratio, hidden (of the heads), dropouts.
 
-    `direct` adds a small network over the candidates' numeric features to the logits (not in the paper): what is known of
-    a candidate outright, such as how often it was bought, need not find its way through the transformer.
+    `direct` adds a small network over the candidates' numeric features to the logits (not in the paper): what is known
+    of a candidate outright, such as how often it was bought, need not find its way through the transformer.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """The waiting line of one model: a bounded queue and one thread for each executor.
 
-In: a job (a function of an Executor) with a deadline. Out: a Future. A job whose deadline has passed when its turn comes
-is not run; when the line is full a job is refused at once with the time after which a place should be free. Each executor
-is touched by its own thread alone. Every job that was accepted ends exactly once: a result, an error, or cancelled.
+In: a job (a function of an Executor) with a deadline. Out: a Future. A job whose deadline has passed when its turn
+comes is not run; when the line is full a job is refused at once with the time after which a place should be free. Each
+executor is touched by its own thread alone. Every job that was accepted ends exactly once: a result, an error, or
+cancelled.
 """
 
 from __future__ import annotations

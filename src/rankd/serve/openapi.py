@@ -136,7 +136,8 @@ def _page_paths(rankers: list[Ranker]) -> Json:
         f"{prefix}/users/{{user_id}}": {
             "get": _operation(
                 "getUser", "A user's newest events.", "UserAnswer", (400, 404, 503),
-                [model, {"name": "user_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],
+                [model, {"name": "user_id", "in": "path", "required": True,
+                         "schema": {"type": "string", "minLength": 1}}],
             )
         },
         f"{prefix}/candidates": {

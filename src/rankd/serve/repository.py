@@ -189,7 +189,7 @@ class ModelRepository:
         """Append events to a user in every ready version of a model: the next request sees them.
 
         Returns:
-            How many events each version stores for the user now, and the item ids that the newest version does not know.
+            How many events each version stores for the user now, and the item ids unknown to the newest version.
         """
         newest = self.get(name)
         name = newest.manifest.name

@@ -1,7 +1,7 @@
 """Tensors on the wire: the JSON of the Open Inference Protocol with the binary tensor data extension.
 
-A body is JSON, followed by the raw data of those inputs that carry `binary_data_size`, in their order; the length of the
-JSON stands in a header. Numbers are little-endian; a BYTES element is a 4-byte length and that many bytes:
+A body is JSON, followed by the raw data of those inputs that carry `binary_data_size`, in their order; the length of
+the JSON stands in a header. Numbers are little-endian; a BYTES element is a 4-byte length and that many bytes:
 
     ["ab", "c"]  ->  02 00 00 00 61 62 01 00 00 00 63
 """

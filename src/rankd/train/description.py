@@ -69,7 +69,7 @@ class ValueColumn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TaskRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A label: 1 if the basket holds an event of one of these types on the item, its `value` being `at_least` so big."""
+    """A label: 1 if the basket has an event of one of these types on the item, with `value` of `at_least` so much."""
 
     name: str
     events: tuple[str, ...]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rankd.features.schema import UNKNOWN_ROW, FeatureSchema
-from rankd.train.metrics import Interval, ScoredEvents, difference, evaluate
+from rankd.train.ranking_metrics import Interval, ScoredEvents, difference, evaluate
 from rankd.train.samples import Dataset, Sample, baskets_between
 from rankd.types import Float32Array, Int32Array
 
@@ -52,7 +52,7 @@ def make_test_events(
 
 
 def score_events(events: Sequence[TestEvent], scorer: Scorer, schema: FeatureSchema, logits: bool) -> ScoredEvents:
-    """Scores of one contestant on every event; tasks are combined by their rank weights, labels are the first task's."""
+    """Scores of one contestant on every event; tasks are combined by rank weight, labels are the first task's."""
     weights = np.asarray([task.rank_weight for task in schema.tasks], np.float64)
     scores = []
     for event in events:

@@ -133,7 +133,7 @@ def _item_numeric(log: InteractionLog, past: slice) -> list[Float64Array]:
 
 
 def item_cosine(rows: Int32Array, groups: Int32Array, size: int) -> sparse.csr_matrix:
-    """Cosine of two items' sets of groups (users, or baskets): |both| / sqrt(|one| |other|), (I, I) without diagonal."""
+    """Cosine of two items' sets of groups (users, baskets): |both| / sqrt(|one| |other|), (I, I), no diagonal."""
     ones = np.ones(rows.shape[0], np.float32)
     matrix = sparse.csr_matrix((ones, (groups, rows)), shape=(int(groups.max(initial=0)) + 1, size))
     matrix.data[:] = 1.0  # the constructor added repeats up

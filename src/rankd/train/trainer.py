@@ -31,7 +31,7 @@ from rankd.features.schema import FIRST_ITEM_ROW
 from rankd.models.protocol import create_model, logits_of
 from rankd.train.batches import Batch, fixed_shapes, make_batch, training_batches
 from rankd.train.evaluation import Scorer, make_test_events, score_events
-from rankd.train.metrics import evaluate
+from rankd.train.ranking_metrics import evaluate
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset, Sample, baskets_between
 from rankd.types import Float32Array, Int32Array
@@ -64,7 +64,7 @@ class Trainer:
         )
 
     def start(self, progress: Progress = lambda done, total, line: None) -> list[dict[str, float]]:
-        """Train until the epochs are over or patience is, from the last checkpoint if there is one; one dict an epoch."""
+        """Train until the epochs are over or patience is, from the last checkpoint if any; one dict an epoch."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         while len(self.epochs) < self.recipe.training.epochs and self._stale_epochs() < self.recipe.training.patience:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankd.train.metrics import ScoredEvents, auc_of, difference, evaluate, ndcg_at
+from rankd.train.ranking_metrics import ScoredEvents, auc_of, difference, evaluate, ndcg_at
 
 EVENTS = st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=2, max_size=30).filter(
     lambda pairs: 0 < sum(label for _, label in pairs) < len(pairs)

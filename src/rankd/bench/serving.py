@@ -149,8 +149,8 @@ def _prepare(workload: Workload, model: Path | None, built: Path) -> Subject:
 
 
 def _users(catalogue: Catalogue, workload: Workload) -> list[str]:
-    """The users whose history is as long as the workload's; for other laws than a fixed one, all with a history."""
-    wanted = workload.history.value if isinstance(workload.history, Fixed) else 1
+    """Where histories are all alike, users whose history fills a block; else all who have one."""
+    wanted = workload.block_tokens if isinstance(workload.history, Fixed) else 1
     lengths = np.diff(catalogue.users.offsets)
     chosen = np.flatnonzero(lengths >= wanted)
     return [catalogue.ids.users[user] for user in chosen.tolist()]

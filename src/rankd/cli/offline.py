@@ -87,10 +87,12 @@ def evaluate(
     known when the test began. Intervals are 95%, from resampling users.
     """
     _need_torch("rankd eval")
+    from rankd.cli.progress import progress_bar
     from rankd.engine.backend import Precision
     from rankd.train.run import evaluate_run
 
-    report, document = evaluate_run(run, data, artifact, Precision(precision), sampled, seed)
+    with progress_bar("evaluating") as advance:
+        report, document = evaluate_run(run, data, artifact, Precision(precision), sampled, seed, advance)
     if as_json:
         click.echo(json.dumps(document))
     else:

@@ -179,6 +179,8 @@ class Climber(nn.Module):
 
     `direct` adds a small network over the candidates' numeric features to the logits (not in the paper): what is known
     of a candidate outright, such as how often it was bought, need not find its way through the transformer.
+    While training, the transformer's logits are left out of a share `deep_dropout` of the requests, so that the direct
+    network is good by itself and the transformer learns what it adds.
     """
 
     def __init__(
@@ -192,6 +194,7 @@ class Climber(nn.Module):
         dropout: float = 0.1,
         item_dropout: float = 0.1,
         direct: bool = True,
+        deep_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.tokens = TokenEmbedding(schema, width, item_dropout)
@@ -209,6 +212,7 @@ class Climber(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(hidden, tasks),
         )
+        self.deep_dropout = deep_dropout
         self.direct = _direct(schema.candidate_numeric, hidden, tasks) if direct and schema.candidate_numeric else None
 
     def encode(self, history: Tensors) -> dict[str, Tensor]:
@@ -233,7 +237,13 @@ class Climber(nn.Module):
             for n, block in enumerate(self._blocks())
         ]
         logits: Tensor = self.head(self.fusion(torch.stack(outputs, 2)))
-        return logits if self.direct is None else logits + self.direct(candidates["candidate_numeric"])
+        if self.direct is None:
+            return logits
+        if self.training and self.deep_dropout > 0:
+            kept = torch.rand(logits.shape[0], 1, 1, device=logits.device) >= self.deep_dropout
+            logits = logits * kept
+        direct: Tensor = self.direct(candidates["candidate_numeric"])
+        return logits + direct
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))

@@ -1,8 +1,9 @@
 """The Open Inference Protocol v2 over HTTP, with Triton's extensions, so that other people's clients work unmodified.
 
 A model takes `user_id` BYTES [1] and `candidates` BYTES (or INT64) [C], and if wanted `time` INT64 [1] and an
-inline history (`history_item` BYTES, `history_event` BYTES, `history_time` INT64, all [n]). Outputs are `scores` FP32 [C, K],
-`candidates` BYTES [C] and `unknown` BOOL [C]. Parameters: `top_k`, `timeout_ms`, or Triton's `timeout` in microseconds.
+inline history (`history_item` BYTES, `history_event` BYTES, `history_time` INT64, all [n]). Outputs are `scores` FP32
+[C, K], `candidates` BYTES [C] and `unknown` BOOL [C]. Parameters: `top_k`, `timeout_ms`, or Triton's
+`timeout` in microseconds.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ from rankd.train.ranking_metrics import Interval, ScoredEvents, difference, eval
 from rankd.train.samples import Dataset, Sample, baskets_between
 from rankd.types import Float32Array, Int32Array
 
+Progress = Callable[[int, int, str], None]
+"""Called with (done, in all, a line about it)."""
+
 Scorer = Callable[[Sample, Int32Array], Float32Array]
 """A contestant: (the request's sample, candidate rows (C,)) -> scores (C, K) or (C,), higher is better."""
 
@@ -51,15 +54,22 @@ def make_test_events(
     return events, counts
 
 
-def score_events(events: Sequence[TestEvent], scorer: Scorer, schema: FeatureSchema, logits: bool) -> ScoredEvents:
+def score_events(
+    events: Sequence[TestEvent],
+    scorer: Scorer,
+    schema: FeatureSchema,
+    logits: bool,
+    progress: Progress = lambda done, total, line: None,
+) -> ScoredEvents:
     """Scores of one contestant on every event; tasks are combined by rank weight, labels are the first task's."""
     weights = np.asarray([task.rank_weight for task in schema.tasks], np.float64)
     scores = []
-    for event in events:
+    for done, event in enumerate(events, start=1):
         raw = np.asarray(scorer(event.sample, event.rows), np.float64)
         combined = raw @ weights if raw.ndim == 2 else raw
         combined[event.rows == UNKNOWN_ROW] = schema.missing_item_score if logits else -np.inf
         scores.append(combined)
+        progress(done, len(events), "scoring test events")
     return ScoredEvents(
         users=np.asarray([event.sample.user for event in events], np.int64),
         scores=scores,

@@ -25,7 +25,7 @@ from rankd.models.protocol import create_model
 from rankd.train.baselines import baselines
 from rankd.train.batches import sample_features
 from rankd.train.description import LogDescription
-from rankd.train.evaluation import EvaluationReport, Scorer, compare, make_test_events, score_events
+from rankd.train.evaluation import EvaluationReport, Progress, Scorer, compare, make_test_events, score_events
 from rankd.train.interactions import InteractionLog, read_log
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset, Sample, prepare
@@ -126,7 +126,13 @@ def open_run(folder: Path, data: Path | None = None) -> tuple[Run, Dataset, nn.M
 
 
 def evaluate_run(
-    folder: Path, data: Path | None, artifact: Path | None, precision: Precision, sampled: int, seed: int
+    folder: Path,
+    data: Path | None,
+    artifact: Path | None,
+    precision: Precision,
+    sampled: int,
+    seed: int,
+    progress: Progress,
 ) -> tuple[EvaluationReport, dict[str, Any]]:
     """Evaluate a run's model, or an artifact built from it, against the baselines on the log's test time.
 
@@ -135,7 +141,7 @@ def evaluate_run(
     _, dataset, model = open_run(folder, data)
     events, counts = make_test_events(dataset, dataset.validate_until, dataset.schema.log_end + 1, sampled, seed)
     scorer = torch_scorer(model, dataset) if artifact is None else engine_scorer(artifact, precision, dataset)
-    contestants = {"ranker": score_events(events, scorer, dataset.schema, logits=True)}
+    contestants = {"ranker": score_events(events, scorer, dataset.schema, True, progress)}
     for name, baseline in baselines(dataset, dataset.validate_until).items():
         contestants[name] = score_events(events, baseline, dataset.schema, logits=False)
     report = compare(contestants, seed)

@@ -3,8 +3,8 @@
     python -m rankd.train.synthetic demo.parquet
 
 What there is to learn: everybody has a few genres, and the share between them drifts; films differ in appeal and wear
-off; a liked film brings on others of its genre; what was seen yesterday is not wanted today. A session shows films and each
-row is one of them: shown ("view"), opened ("click"), or opened and liked ("like").
+off; a liked film brings on others of its genre; what was seen yesterday is not wanted today. A session shows films and
+each row is one of them: shown ("view"), opened ("click"), or opened and liked ("like").
 """
 
 from __future__ import annotations

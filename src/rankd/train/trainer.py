@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,11 @@ from rankd.errors import ConfigError
 from rankd.features.schema import FIRST_ITEM_ROW
 from rankd.models.protocol import create_model, logits_of
 from rankd.train.batches import Batch, fixed_shapes, make_batch, training_batches
-from rankd.train.evaluation import Scorer, make_test_events, score_events
+from rankd.train.evaluation import Progress, Scorer, make_test_events, score_events
 from rankd.train.ranking_metrics import evaluate
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset, Sample, baskets_between
 from rankd.types import Float32Array, Int32Array
-
-Progress = Callable[[int, int, str], None]
-"""Called with (batches done, batches in all, a line about the epoch)."""
 
 WARM_UP_STEPS = 100
 VALIDATION_SAMPLED = 100

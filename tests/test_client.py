@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from rankd import Client, Event, RankRequest
 from rankd.engine.backend import EngineConfig
-from rankd.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Unavailable
+from rankd.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, RankdError, Unavailable
 from rankd.serve.lifecycle import Server
 from rankd.serve.settings import ServeConfig
 
@@ -52,3 +53,45 @@ def test_a_full_line_says_when_to_come_back(server: Server) -> None:
 def test_nobody_there() -> None:
     with Client("http://127.0.0.1:9") as client, pytest.raises(Unavailable, match="no answer"):
         client.models()
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "localhost:8000", "http://", "ftp://x", ""])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="give one such as http"):
+        Client(url)
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    """A server of something else: HTML for what is got, an HTML error for what is posted."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>\nhello</html>")
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(501)
+            self.end_headers()
+            self.wfile.write(b"<html>\n\nnot here\n</html>\n")
+
+        def log_message(self, format: str, *_: object) -> None:  # noqa: A002 - the name of the base class
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_server_of_something_else(stranger: str) -> None:
+    with Client(stranger) as client:
+        with pytest.raises(RankdError, match="does not answer as rankd does"):
+            client.models()
+        with pytest.raises(RankdError, match="HTTP 501") as refused:
+            client.rank(RankRequest("u", ("a",)))
+    assert "\n" not in str(refused.value)

@@ -25,4 +25,6 @@ def main(target: Path, width: int = 1280, height: int = 860, scheme: str = "ligh
 
 
 if __name__ == "__main__":
-    main(Path(__file__).with_name("live-page.png") if len(sys.argv) < 2 else Path(sys.argv[1]), *map(int, sys.argv[2:4]))
+    main(
+        Path(__file__).with_name("live-page.png") if len(sys.argv) < 2 else Path(sys.argv[1]), *map(int, sys.argv[2:4])
+    )

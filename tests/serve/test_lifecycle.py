@@ -17,15 +17,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rankd.errors import ConfigError
-from rankd.serve.lifecycle import Server
+from rankd.errors import ConfigError, NotFound
+from rankd.serve.lifecycle import Server, run_server
+from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig
 from tests.serve.conftest import copy_version
 
 
 @contextmanager
-def rankd_serve(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`rankd serve` on a free port; yields the process and its address once it is ready."""
+def rankd_serve(*arguments: str, until: str = "ready; the live page") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`rankd serve` on a free port; yields the process and its address once its log says `until`."""
     command = [sys.executable, "-m", "rankd", "serve", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -34,7 +35,7 @@ def rankd_serve(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         for line in process.stderr:
             found = re.search(r"listening on (\S+)", line)
             url = found[1] if found else url
-            if "ready; the live page" in line:
+            if until in line:
                 break
         yield process, url
     finally:
@@ -75,6 +76,58 @@ def test_sigterm_finishes_what_was_accepted(demo_models: Path) -> None:
         assert process.wait(30) == 0
     assert set(statuses) == {200}
     assert "ReadError" not in refused
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.06])
+def test_sigterm_while_models_load_ends_in_peace(demo_models: Path, delay_s: float) -> None:
+    with rankd_serve(str(demo_models), "--executors", "1", until="listening on") as (process, _):
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        log = process.stderr.read()
+    assert "Traceback" not in log
+    assert "drained and closed" in log
+
+
+def test_a_stop_that_comes_first_is_not_forgotten(demo_models: Path) -> None:
+    server = Server(demo_models, ServeConfig(port=0))
+    server.listen()
+    server.stop()  # a model folder that is refused at once does this before the event loop is up
+    serving = threading.Thread(target=server.serve, daemon=True)
+    serving.start()
+    serving.join(10)
+    assert not serving.is_alive()
+    server.close()
+
+
+def test_a_start_that_fails_leaves_nothing_running(
+    demo_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(NotFound):
+        Server(tmp_path, ServeConfig(port=0)).start()
+
+    def broken(_: ModelRepository) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(ModelRepository, "start", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        Server(demo_models, ServeConfig(port=0)).start()
+    assert set(threading.enumerate()) <= before
+
+
+def test_the_command_raises_what_loading_raises_and_gives_signals_back(
+    demo_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: ModelRepository) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(ModelRepository, "start", broken)
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(RuntimeError, match="a defect"):
+        run_server(demo_models, ServeConfig(port=0))
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_readiness_comes_after_the_models(demo_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

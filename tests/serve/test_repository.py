@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rankd import Event, RankRequest
+from rankd import Event, Ranker, RankRequest
 from rankd.errors import ArtifactError, ConfigError, InvalidRequest, NotFound, Unavailable
-from rankd.serve.repository import ModelRepository, ModelState
+from rankd.serve.repository import Journal, ModelRepository, ModelState
 from rankd.serve.settings import ServeConfig
+from rankd.serve.v1 import rank_with
 from tests.serve.conftest import ONE_EXECUTOR, copy_version
 
 CONFIG = ServeConfig(engine=ONE_EXECUTOR)
@@ -93,6 +97,76 @@ def test_appends_during_a_load_reach_the_new_version(repository: ModelRepository
         assert len(history) == min(count, 500)
 
 
+def test_events_without_a_time_happened_when_they_came(
+    demo_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("1", "2"):
+        copy_version(demo_models / "demo" / "1", tmp_path, "live", version, default_time="wall")
+    repository = ModelRepository(tmp_path, CONFIG)
+    repository.start()
+    item = repository.get("live").catalogue.ids.items[0]
+    monkeypatch.setattr("rankd.serve.repository.time", SimpleNamespace(time=lambda: 1_900_000_000.5))
+    repository.append_events("live", "someone", (Event(item), Event(item, time=1_800_000_000)))
+    repository.load("live", "1")
+    for version in ("1", "2"):
+        history = repository.get("live", version).store.history("someone")
+        assert history is not None
+        assert history.times.tolist() == [1_800_000_000, 1_900_000_000]
+    repository.close()
+
+
+def picky(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Let one version refuse events of 'like', as one that was built without this event type does."""
+    real = Ranker.append_events
+
+    def append_events(self: Ranker, user_id: str, events: tuple[Event, ...]) -> tuple[int, tuple[str, ...]]:
+        if self.manifest.version == version and any(event.event == "like" for event in events):
+            raise InvalidRequest("unknown event type 'like'")
+        return real(self, user_id, events)
+
+    monkeypatch.setattr(Ranker, "append_events", append_events)
+
+
+def test_the_newest_version_decides_whether_events_are_taken(
+    repository: ModelRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = repository.get("films").catalogue.ids.items[0]
+    repository.load("films", "9")
+    picky(monkeypatch, "10")
+    with pytest.raises(InvalidRequest, match="like"):
+        repository.append_events("films", "someone", (Event(item, "like"),))
+    assert repository.get("films", "9").store.history("someone") is None
+    monkeypatch.undo()
+    picky(monkeypatch, "9")
+    assert repository.append_events("films", "someone", (Event(item, "like"),))[0] == {"10": 1}
+    assert repository.append_events("films", "someone", (Event(item, "click"),))[0] == {"9": 1, "10": 2}
+
+
+def test_a_version_that_does_not_take_some_events_of_the_journal_still_loads(
+    repository: ModelRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = repository.get("films").catalogue.ids.items[0]
+    for event in ("click", "like", "click"):
+        repository.append_events("films", "someone", (Event(item, event),))
+    picky(monkeypatch, "9")
+    repository.load("films", "9")
+    assert states(repository)["films", "9"] is ModelState.READY
+    history = repository.get("films", "9").store.history("someone")
+    assert history is not None
+    assert len(history) == 2
+
+
+def test_a_journal_keeps_the_newest_events_and_counts_the_rest() -> None:
+    journal = Journal(max_events=5)
+    event = Event("a")
+    assert [journal.add(user, (event,) * count) for user, count in (("u", 2), ("v", 3), ("w", 1))] == [0, 0, 2]
+    assert [(user, len(events)) for user, events in journal.since(0)] == [("v", 3), ("w", 1)]
+    assert [user for user, _ in journal.since(2)] == ["w"]
+    assert journal.since(journal.position) == []
+    assert journal.add("x", (event,) * 9) == 13
+    assert journal.since(0) == []
+
+
 def test_loading_and_unloading_disturbs_no_other_model(repository: ModelRepository) -> None:
     items = repository.get("other").catalogue.ids.items
     done, failures, answered = threading.Event(), [], []
@@ -126,6 +200,42 @@ def test_a_damaged_version_is_refused_and_says_why(repository: ModelRepository, 
     reason = {status.version: status.reason for status in repository.index() if status.name == "films"}["9"]
     assert "weights.safetensors" in reason
     assert repository.get("films").manifest.version == "10"
+
+
+def test_a_load_that_fails_in_any_way_is_not_left_loading(
+    repository: ModelRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Ranker:
+        raise RuntimeError("the engine has a defect")
+
+    monkeypatch.setattr(Ranker, "load", broken)
+    with pytest.raises(RuntimeError):
+        repository.load("films", "9")
+    (status,) = (status for status in repository.index() if (status.name, status.version) == ("films", "9"))
+    assert (status.state, status.reason) == (ModelState.UNAVAILABLE, "the engine has a defect")
+
+
+def test_a_folder_has_the_name_of_its_model(repository: ModelRepository, root: Path) -> None:
+    shutil.copytree(root / "films" / "10", root / "films" / "11")
+    with pytest.raises(ArtifactError, match="name its folder films/10"):
+        repository.load("films", "11")
+    assert repository.get("films").manifest.version == "10"
+
+
+def test_a_request_is_not_lost_between_two_versions(
+    repository: ModelRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving, staying = repository.get("films"), repository.load("films", "9")
+    repository.unload("films", "10")
+    found = iter([leaving, staying])  # what `get` answers when the unloading falls between it and `submit`
+    monkeypatch.setattr(repository, "get", lambda *_: next(found))
+    scores = asyncio.run(rank_with(repository, RankRequest("u", staying.catalogue.ids.items[:3], model="films")))
+    assert scores.version == "9"
+
+
+def test_nothing_ready_is_not_the_fault_of_the_request(root: Path) -> None:
+    with pytest.raises(Unavailable, match="no model is ready"):
+        ModelRepository(root, CONFIG).get()
 
 
 @pytest.mark.parametrize("name", ["..", "../films", "/", "films/10", ""])

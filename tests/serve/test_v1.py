@@ -13,6 +13,7 @@ import pytest
 
 from rankd import Client, Event, Ranker, RankRequest
 from rankd.serve.lifecycle import Server
+from rankd.serve.repository import ModelState, ModelStatus
 
 
 def post(server: Server, path: str, body: bytes | dict[str, Any], **headers: str) -> httpx.Response:
@@ -188,6 +189,39 @@ def test_models_health_and_metrics(server: Server, client: Client, items: tuple[
     assert 'rankd_model_ready{model="demo",version="1"} 1.0' in text
 
 
+def outcomes(server: Server) -> dict[tuple[str, str, str], float]:
+    """rankd_requests_total by model, version and outcome."""
+    text = httpx.get(server.url + "/metrics").text
+    found = re.findall(r'rankd_requests_total\{model="(.*?)",outcome="(.*?)",version="(.*?)"\} (\S+)', text)
+    return {(model, version, outcome): float(count) for model, outcome, version, count in found}
+
+
+@pytest.mark.parametrize(
+    ("change", "booked"),
+    [
+        ({"timeout_ms": 1e-6}, ("demo", "1", "DeadlineExceeded")),
+        ({"timeout_ms": 1e-6, "model": "demo", "version": "1"}, ("demo", "1", "DeadlineExceeded")),
+        ({"candidates": ["a"] * 201, "model": "demo"}, ("demo", "1", "InvalidRequest")),
+        ({"model": "made up"}, ("", "", "NotFound")),
+        ({"candidates": []}, ("", "", "InvalidRequest")),
+    ],
+)
+def test_every_failure_is_counted_once_under_names_that_exist(
+    server: Server, change: dict[str, Any], booked: tuple[str, str, str]
+) -> None:
+    before = outcomes(server)
+    post(server, "/v1/rank", {**RANK, **change})
+    after = outcomes(server)
+    assert {key: count - before.get(key, 0) for key, count in after.items() if count != before.get(key)} == {booked: 1}
+
+
+def test_a_version_that_goes_while_the_models_are_listed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.repository, "index", lambda: [ModelStatus("demo", "0", ModelState.READY)])
+    response = httpx.get(server.url + "/v1/models")
+    assert response.status_code == 200
+    assert response.json()[0]["state"] == "UNLOADING"
+
+
 def test_a_defect_is_a_500_without_its_traceback(
     server: Server, items: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +229,9 @@ def test_a_defect_is_a_500_without_its_traceback(
         raise KeyError("a defect")
 
     monkeypatch.setattr(server.repository.get().store, "history", broken)
+    before = outcomes(server).get(("demo", "1", "InternalError"), 0)
     response = post(server, "/v1/rank", {"user_id": "u", "candidates": items[:2]})
     assert response.status_code == 500
+    assert outcomes(server)["demo", "1", "InternalError"] == before + 1
     assert response.json()["error"]["type"] == "InternalError"
     assert "defect" not in response.text

@@ -14,7 +14,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         PayloadTooLarge: it is, or says it is, over the limit; nothing beyond the limit is kept in memory.
     """
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit_bytes:
+    if declared.isdecimal() and int(declared) > limit_bytes:
         raise _too_large(f"{declared} bytes", limit_bytes)
     chunks, size = [], 0
     async for chunk in request.stream():

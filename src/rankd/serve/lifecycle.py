@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Self
 import msgspec
 import uvicorn
 
-from rankd.errors import ConfigError, RankdError
+from rankd.errors import ConfigError
 from rankd.serve.app import create_app
 from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig
@@ -35,16 +36,16 @@ class Server:
         self.repository = ModelRepository(root, config)
         self._config = config
         self._socket: socket.socket | None = None
-        self._uvicorn: uvicorn.Server | None = None
+        self._url = ""
+        self._uvicorn = self._make_uvicorn()  # before anybody can call `stop`
         self._thread: threading.Thread | None = None
 
     @property
     def url(self) -> str:
         """Where it listens; with port 0 the port that the system chose."""
-        if self._socket is None:
+        if not self._url:
             raise ConfigError("the server is not started")
-        host, port = self._socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return self._url
 
     def listen(self) -> None:
         """Bind the address.
@@ -53,6 +54,8 @@ class Server:
             ConfigError: it is taken, or not ours.
         """
         self._socket = _bind(self._config.host, self._config.port)
+        host, port = self._socket.getsockname()[:2]
+        self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def start(self) -> None:
         """Listen, serve on a thread, and load the models; returns when requests are taken.
@@ -65,26 +68,12 @@ class Server:
         self._thread.start()
         try:
             self.repository.start()
-        except RankdError:
+        except BaseException:
             self.close()
             raise
 
     def serve(self) -> None:
         """Run the event loop until `stop`; uvicorn takes SIGTERM and SIGINT if this is the main thread."""
-        app = create_app(self.repository, self._config)
-        self._uvicorn = _DrainingServer(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                loop="auto",
-                access_log=False,
-                log_level="warning",
-                lifespan="off",
-                timeout_graceful_shutdown=int(self._config.drain_seconds) or 1,
-                backlog=BACKLOG,
-            ),
-            self.repository,
-        )
         assert self._socket is not None  # noqa: S101 - `listen` came before
         with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
             runner.run(self._uvicorn.serve(sockets=[self._socket]))
@@ -92,8 +81,7 @@ class Server:
     def stop(self) -> None:
         """Ask the event loop to drain and end."""
         self.repository.begin_draining()
-        if self._uvicorn is not None:
-            self._uvicorn.should_exit = True
+        self._uvicorn.should_exit = True
 
     def close(self) -> None:
         """Drain, end the thread, close the models and the socket."""
@@ -103,6 +91,19 @@ class Server:
         self.repository.close()
         if self._socket is not None:
             self._socket.close()
+
+    def _make_uvicorn(self) -> uvicorn.Server:
+        config = uvicorn.Config(
+            create_app(self.repository, self._config),
+            http="httptools",
+            loop="auto",
+            access_log=False,
+            log_level="warning",
+            lifespan="off",
+            timeout_graceful_shutdown=int(self._config.drain_seconds) or 1,
+            backlog=BACKLOG,
+        )
+        return _DrainingServer(config, self.repository)
 
     def __enter__(self) -> Self:
         self.start()
@@ -120,8 +121,9 @@ class _DrainingServer(uvicorn.Server):
         self._repository = repository
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        """SIGTERM or SIGINT: readiness goes at once, the rest is uvicorn's graceful shutdown."""
+        """Readiness goes at once, the rest is uvicorn's graceful shutdown; a second SIGINT does not wait for it."""
         self._repository.begin_draining()
+        self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
 
@@ -133,9 +135,20 @@ def run_server(root: Path, config: ServeConfig) -> None:
     """
     log.info("configuration: %s", msgspec.json.encode(config).decode())
     server = Server(root, config)
+    # uvicorn takes signals only while its loop runs; before and after that they have to drain too, not kill.
+    before = {one: signal.signal(one, lambda *_: server.stop()) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _serve_and_load(server)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    log.info("drained and closed")
+
+
+def _serve_and_load(server: Server) -> None:
     server.listen()
     log.info("listening on %s", server.url)
-    failures: list[RankdError] = []
+    failures: list[Exception] = []
     loader = threading.Thread(target=_load, args=(server, failures), name="rankd-loader", daemon=True)
     loader.start()
     try:
@@ -145,17 +158,17 @@ def run_server(root: Path, config: ServeConfig) -> None:
         server.close()
     if failures:
         raise failures[0]
-    log.info("drained and closed")
 
 
-def _load(server: Server, failures: list[RankdError]) -> None:
+def _load(server: Server, failures: list[Exception]) -> None:
     try:
         server.repository.start()
-    except RankdError as error:
+    except Exception as error:  # noqa: BLE001 - the edge of the thread: `run_server` raises it
         failures.append(error)
         server.stop()
     else:
-        log.info("ready; the live page is at %s/", server.url)
+        if server.repository.ready:
+            log.info("ready; the live page is at %s/", server.url)
 
 
 def _bind(host: str, port: int) -> socket.socket:

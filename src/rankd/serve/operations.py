@@ -32,6 +32,7 @@ def routes(repository: ModelRepository) -> list[Route]:
         return Response('{"ready":true}', media_type="application/json")
 
     async def metrics(request: Request) -> Response:
+        repository.metrics.waiting.clear()  # versions that were unloaded have no line any more
         for name, version, ranker in repository.rankers():
             repository.metrics.waiting.labels(name, version).set(ranker.line.waiting)
         return Response(repository.metrics.text(), media_type="text/plain; version=0.0.4")

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rankd.errors import RankdError
+from rankd.errors import RankdError, Unavailable
 from rankd.ranker import Ranker
 from rankd.serve.bodies import check_json, read_body
 from rankd.serve.repository import ModelRepository, ModelState, ModelStatus
@@ -26,37 +26,58 @@ def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None
 async def rank_with(repository: ModelRepository, request: RankRequest) -> Scores:
     """Rank on the executors' threads without holding up the event loop, and book how it ended."""
     started = time.perf_counter()
-    name, version = request.model, request.version
+    ranker: Ranker | None = None
     try:
-        ranker = repository.get(name, version)
-        name, version = ranker.manifest.name, ranker.manifest.version
-        scores = await asyncio.wrap_future(ranker.submit(request))
-    except RankdError as error:
-        known = version != request.version or name != request.model  # never a label of the caller's making
-        labels = (name, version) if known else ("", "")
-        repository.metrics.failed(*labels, type(error).__name__, time.perf_counter() - started)
+        ranker = repository.get(request.model, request.version)
+        try:
+            future = ranker.submit(request)
+        except Unavailable:  # it may have been unloaded since `get`, and another version be ready
+            replacement = repository.get(request.model, request.version)
+            if replacement is ranker:
+                raise
+            ranker = replacement
+            future = ranker.submit(request)
+        scores = await asyncio.wrap_future(future)
+    except (Exception, asyncio.CancelledError) as error:
+        _book_failure(repository, ranker, error, started)
         raise
     repository.metrics.succeeded(scores)
     return scores
+
+
+def _book_failure(repository: ModelRepository, ranker: Ranker | None, error: BaseException, started: float) -> None:
+    """Count a failure; without a ranker it has no model, for a label is never of the caller's making."""
+    labels = (ranker.manifest.name, ranker.manifest.version) if ranker is not None else ("", "")
+    ours = isinstance(error, RankdError | asyncio.CancelledError)
+    outcome = type(error).__name__ if ours else "InternalError"
+    repository.metrics.failed(*labels, outcome, time.perf_counter() - started)
 
 
 def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
     """POST /v1/rank, POST /v1/events, GET /v1/models."""
 
     async def rank(request: Request) -> Response:
-        check_json(request)
-        scores = await rank_with(repository, decode_rank(await read_body(request, config.max_body_bytes)))
+        started = time.perf_counter()
+        try:
+            check_json(request)
+            decoded = decode_rank(await read_body(request, config.max_body_bytes))
+        except RankdError as error:
+            _book_failure(repository, None, error, started)
+            raise
+        scores = await rank_with(repository, decoded)
         return json_response(encode_scores(scores), headers={"x-request-id": scores.request_id})
 
     async def events(request: Request) -> Response:
         check_json(request)
         model, user_id, appended = decode_events(await read_body(request, config.max_body_bytes))
-        stored, unknown = await asyncio.to_thread(repository.append_events, model, user_id, appended)
         name = repository.get(model).manifest.name
+        stored, unknown = await asyncio.to_thread(repository.append_events, name, user_id, appended)
         return json_response(encode(EventsAnswer(name, user_id, stored, unknown)))
 
     async def models(request: Request) -> Response:
-        return json_response(encode([_describe(repository, status) for status in repository.index()]))
+        found = await asyncio.to_thread(repository.index)  # it reads the disk
+        rankers = {(name, version): ranker for name, version, ranker in repository.rankers()}
+        return json_response(encode([_describe(one, rankers.get((one.name, one.version))) for one in found]))
 
     return [
         Route("/v1/rank", rank, methods=["POST"]),
@@ -65,13 +86,11 @@ def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
     ]
 
 
-def _describe(repository: ModelRepository, status: ModelStatus) -> ModelAnswer:
-    if status.state is not ModelState.READY:
-        return ModelAnswer(status.name, status.version, status.state.value, status.reason)
-    return _of_ranker(status, repository.get(status.name, status.version))
-
-
-def _of_ranker(status: ModelStatus, ranker: Ranker) -> ModelAnswer:
+def _describe(status: ModelStatus, ranker: Ranker | None) -> ModelAnswer:
+    """A version for people; one that was READY in the index and has no ranker by now is on its way out."""
+    if ranker is None or status.state is not ModelState.READY:
+        state = ModelState.UNLOADING if status.state is ModelState.READY else status.state
+        return ModelAnswer(status.name, status.version, state.value, status.reason)
     manifest, schema = ranker.manifest, ranker.schema
     precision = ranker.backend.precision.value
     return ModelAnswer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from typing import Annotated, Any, TypeVar
@@ -213,7 +214,13 @@ def encode(answer: msgspec.Struct | list[Any] | dict[str, Any]) -> bytes:
 
 
 def encode_request(request: RankRequest) -> bytes:
-    """What a client sends for a request."""
+    """What a client sends for a request.
+
+    Raises:
+        InvalidRequest: a timeout_ms that is not a number; JSON would say null, which means no limit at all.
+    """
+    if request.timeout_ms is not None and not math.isfinite(request.timeout_ms):
+        raise InvalidRequest(f"timeout_ms is {request.timeout_ms}; it has to be above 0, or left out")
     return _encoder.encode(
         RankBody(
             user_id=request.user_id,

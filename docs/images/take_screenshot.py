@@ -1,4 +1,4 @@
-"""Take the README's picture of the live page: python docs/images/take_screenshot.py (needs Chromium and the dev extra)."""
+"""Take the picture of the live page: python docs/images/take_screenshot.py (needs Chromium and the dev extra)."""
 
 import shutil
 import sys

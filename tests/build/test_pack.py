@@ -1,0 +1,129 @@
+"""Building: what is served is what was trained, and what is not is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rankd import Ranker, RankRequest
+from rankd.build.pack import BuildOptions, build_artifact, next_version, parity_requests, reference_logits
+from rankd.engine.backend import EngineConfig
+from rankd.errors import BuildError
+from rankd.features.schema import FeatureSchema
+from rankd.models.protocol import create_model
+from rankd.train.batches import sample_features
+from rankd.train.evaluation import make_test_events
+from rankd.train.recipe import ModelChoice
+from tests.train.small_log import RECIPE, small_dataset
+
+DATASET = small_dataset()
+KINDS = ["climber", "sasrec", "examples/attentive_pooling.py:AttentivePooling"]
+
+
+def made(kind: str) -> nn.Module:
+    torch.manual_seed(1)
+    options = RECIPE.model.options if kind == "climber" else {}
+    model = create_model(kind, DATASET.schema, options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Ranker]]:
+    """Each kind of ranker, built and loaded."""
+    rankers = {}
+    for kind in KINDS:
+        model, root = made(kind), tmp_path_factory.mktemp("models")
+        recipe = msgspec.structs.replace(RECIPE, model=ModelChoice(kind, RECIPE.model.options))
+        place = build_artifact(root, model, DATASET, recipe, BuildOptions("films", "1"))
+        rankers[kind] = model, Ranker.load(place, EngineConfig(executors=1))
+    return rankers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_engine_computes_what_torch_computes(built: dict[str, tuple[nn.Module, Ranker]], kind: str) -> None:
+    model, ranker = built[kind]
+    executor = ranker.backend.executor()
+    for features in parity_requests(DATASET, 12):
+        logits = executor.score(executor.encode(features.history), features.candidates)[: features.num_candidates]
+        np.testing.assert_allclose(logits, reference_logits(model, features), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_server_and_offline_evaluation_give_the_same_scores(
+    built: dict[str, tuple[nn.Module, Ranker]], kind: str
+) -> None:
+    """At the end of the log the artifact's tables are the newest snapshot: the two ways must meet there."""
+    model, ranker = built[kind]
+    log, end = DATASET.log, DATASET.schema.log_end + 1
+    events, _ = make_test_events(DATASET, DATASET.validate_until, end, 20, seed=0)
+    for event in events[:10]:
+        import dataclasses
+
+        at_end = dataclasses.replace(event.sample, time=end, snapshot=len(DATASET.snapshots) - 1)
+        offline = reference_logits(model, sample_features(DATASET, DATASET.schema, at_end, event.rows))
+        known = event.rows >= 2
+        ids = tuple(log.item_ids[row - 2] for row in event.rows[known])
+        served = ranker.rank(RankRequest(log.user_ids[event.sample.user], ids, time=end))
+        np.testing.assert_allclose(served.scores, offline[known], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_split_of_the_candidates_scores_like_the_whole(
+    built: dict[str, tuple[nn.Module, Ranker]], kind: str, data: st.DataObject
+) -> None:
+    _, ranker = built[kind]
+    user = data.draw(st.sampled_from((*ranker.catalogue.ids.users, "somebody new")))
+    items = tuple(data.draw(st.lists(st.sampled_from(ranker.catalogue.ids.items), min_size=2, max_size=64)))
+    cut = data.draw(st.integers(1, len(items) - 1))
+    whole = ranker.rank(RankRequest(user, items)).scores
+    parts = [ranker.rank(RankRequest(user, part)).scores for part in (items[:cut], items[cut:])]
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-4)
+
+
+class SeesOthers(nn.Module):
+    """A ranker that breaks the rule: a candidate's score depends on the other candidates."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        super().__init__()
+        self.item = nn.Embedding(schema.num_item_rows, len(schema.tasks))
+
+    def forward(self, history: Mapping[str, Tensor], candidates: Mapping[str, Tensor]) -> Tensor:
+        items: Tensor = self.item(candidates["candidate_item"])
+        return items - items.mean(1, keepdim=True)
+
+
+class NotANumber(SeesOthers):
+    """A ranker whose scores are NaN."""
+
+    def forward(self, history: Mapping[str, Tensor], candidates: Mapping[str, Tensor]) -> Tensor:
+        items: Tensor = self.item(candidates["candidate_item"])
+        return items / 0.0 * 0.0
+
+
+@pytest.mark.parametrize("model", [SeesOthers, NotANumber])
+def test_a_model_that_breaks_the_rules_is_refused(tmp_path: Path, model: type[SeesOthers]) -> None:
+    with pytest.raises(BuildError, match="must not see the others"):
+        build_artifact(tmp_path, model(DATASET.schema), DATASET, RECIPE, BuildOptions("films", "1"))
+    assert not (tmp_path / "films").exists()
+
+
+def test_unknown_targets_are_refused_and_versions_counted(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="unknown target 'tpu'"):
+        build_artifact(tmp_path, made("sasrec"), DATASET, RECIPE, BuildOptions("films", "1", target="tpu"))
+    assert next_version(tmp_path / "films") == "1"
+    for version in ("2", "11", "beta"):
+        (tmp_path / "films" / version).mkdir(parents=True)
+        (tmp_path / "films" / version / "model.toml").touch()
+    assert next_version(tmp_path / "films") == "12"

@@ -1,1 +1,1 @@
-"""From a trained run to an artifact: export of the graphs, parity with the reference, packing. Needs the train extra."""
+"""From a trained run to an artifact: export, parity with the reference, packing. Needs the train extra."""

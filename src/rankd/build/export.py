@@ -1,7 +1,7 @@
 """Export: a torch ranker becomes the OpenVINO graphs `encode.xml` and `score.xml`.
 
-In: an nn.Module of one of the two shapes of `models.protocol`. Out: graphs with named inputs and outputs, T and C dynamic,
-B fixed at 1. A JointModel becomes a single `score.xml` that reads history and candidates together.
+In: an nn.Module of one of the two shapes of `models.protocol`. Out: graphs with named inputs and outputs, T and C
+dynamic, B fixed at 1. A JointModel becomes a single `score.xml` that reads history and candidates together.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def state_specs(model: Any, schema: FeatureSchema) -> tuple[TensorSpec, ...]:
         shape: list[int | str] = []
         for index, (a, b) in enumerate(zip(tensor.shape, long[name].shape, strict=True)):
             if a != b and (a, b) != (5, 7):
-                raise BuildError(f"state '{name}' has sizes {a} and {b} for histories of 5 and 7 tokens; only T may vary")
+                raise BuildError(f"state '{name}' has sizes {a} and {b} for 5 and 7 history tokens; only T may vary")
             shape.append("B" if index == 0 else "T" if a != b else a)
         specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(shape)))
     return tuple(specs)
@@ -84,6 +84,7 @@ def example(specs: Sequence[TensorSpec], **sizes: int) -> Tensors:
 def _export(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[str], path: Path) -> None:
     import openvino as ov
 
+    types = {name: getattr(ov.Type, short) for name, short in _OV_TYPES.items()}
     shapes = [[1 if d == "B" else -1 if isinstance(d, str) else d for d in spec.shape] for spec in inputs]
     try:
         with warnings.catch_warnings(), torch.inference_mode():
@@ -91,7 +92,7 @@ def _export(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[s
             graph = ov.convert_model(
                 module,
                 example_input=tuple(example(inputs).values()),
-                input=[(shape, getattr(ov.Type, _OV_TYPES[spec.dtype])) for shape, spec in zip(shapes, inputs, strict=True)],
+                input=[(shape, types[spec.dtype]) for shape, spec in zip(shapes, inputs, strict=True)],
             )
     except RuntimeError as error:
         raise BuildError(f"OpenVINO cannot convert {path.stem}: {error}") from error

@@ -124,8 +124,8 @@ def parity_requests(dataset: Dataset, count: int) -> list[Features]:
     requests = []
     for number, user in enumerate(users):
         history = dataset.histories[user] if number else dataset.histories[user].until(0)
-        rows = random.choice(dataset.snapshots[-1].known, random.integers(1, schema.max_candidates + 1)).astype(np.int32)
-        requests.append(assemble(schema, table, history, rows, dataset.users[user], schema.log_end))
+        rows = random.choice(dataset.snapshots[-1].known, random.integers(1, schema.max_candidates + 1))
+        requests.append(assemble(schema, table, history, rows.astype(np.int32), dataset.users[user], schema.log_end))
     return requests
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import polars as pl
+import torch
 
 from rankd.features.schema import Strategy, SubSequence
 from rankd.train.description import LogDescription
@@ -13,6 +14,8 @@ from rankd.train.recipe import ModelChoice, Recipe, Training
 from rankd.train.run import packaged_or_file
 from rankd.train.samples import Dataset, Shapes, prepare
 from rankd.train.synthetic import synthetic_log
+
+torch.set_num_threads(1)  # these models are too small to share; several threads only wait for each other
 
 SHAPES = Shapes(
     sub_sequences=(SubSequence(Strategy.RECENT), SubSequence(Strategy.CATEGORY, column="genre")),

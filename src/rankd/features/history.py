@@ -52,6 +52,9 @@ def _in_top_categories(
             break
         start += column.width
     codes = item_categories[rows, start : start + column.width]
-    values, counts = np.unique(codes[codes > 0], return_counts=True)
-    top = values[np.argsort(-counts, kind="stable")[: sub_sequence.top]]
-    return np.flatnonzero(np.isin(codes, top).any(axis=1))
+    counts = np.bincount(codes.ravel(), minlength=schema.num_item_codes)
+    counts[0] = 0  # no value
+    top = np.argsort(-counts, kind="stable")[: sub_sequence.top]
+    wanted = np.zeros(counts.shape[0], bool)
+    wanted[top] = counts[top] > 0
+    return np.flatnonzero(wanted[codes].any(axis=1))

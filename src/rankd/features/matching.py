@@ -15,6 +15,7 @@ model, and never enter the user's state. With h the matching events (`match_even
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,11 +52,12 @@ def match_features(
         return result
     position = np.minimum(np.searchsorted(seen.rows, candidates), seen.rows.shape[0] - 1)
     hit = seen.rows[position] == candidates
+    near = items.neighbours[candidates], items.similarities[candidates]
     for column, name in enumerate(schema.match):
         if name in _AFFINITIES:
-            result[:, column] = _affinity(seen, candidates, items, _AFFINITIES[name](seen))
+            result[:, column] = _affinity(seen, *near, items.neighbours.shape[0], _AFFINITIES[name](seen))
         elif name in _OF_USER:
-            result[:, column] = np.log1p(_OF_USER[name](seen))
+            result[:, column] = math.log1p(_OF_USER[name](seen))
         else:
             result[:, column] = np.where(hit, _OF_SEEN[name](seen)[position], 0.0)
     return result
@@ -64,22 +66,29 @@ def match_features(
 def _seen_items(history: UserHistory, now: int, schema: FeatureSchema) -> _Seen:
     rows, times = history.rows, history.times
     keep = rows >= FIRST_ITEM_ROW
-    if schema.match_events:
-        wanted = [schema.event_types.index(name) for name in schema.match_events]
-        keep &= np.isin(history.events, wanted)
-    rows, days = rows[keep], ((now - times[keep]) / SECONDS_A_DAY).astype(np.float32)
-    unique, first, inverse, counts = np.unique(rows, return_index=True, return_inverse=True, return_counts=True)
-    newest = np.empty(unique.shape[0], np.int64)
-    newest[inverse] = np.arange(rows.shape[0])  # the last write to a slot is its newest event
-    return _Seen(unique, counts, np.maximum(days[first], 0.0), np.maximum(days[newest], 0.0))
+    if schema.match_events and len(schema.match_events) < len(schema.event_types):
+        wanted = np.asarray([name in schema.match_events for name in schema.event_types])
+        keep &= wanted[history.events]
+    if not keep.all():
+        rows, times = rows[keep], times[keep]
+    order = np.argsort(rows, kind="stable")  # stable: within an item the events stay oldest first
+    ranked = rows[order]
+    days = np.maximum((now - times[order]) / SECONDS_A_DAY, 0.0).astype(np.float32)
+    ends = np.flatnonzero(ranked[1:] != ranked[:-1])
+    first = np.concatenate(([0], ends + 1)) if ranked.shape[0] else ends
+    last = np.concatenate((ends, [ranked.shape[0] - 1])) if ranked.shape[0] else ends
+    return _Seen(ranked[first], last - first + 1, days[first], days[last])
 
 
-def _affinity(seen: _Seen, candidates: Int32Array, items: ItemTable, weights: Float32Array) -> Float32Array:
-    scratch = _row_weights(items.neighbours.shape[0])
+def _affinity(
+    seen: _Seen, neighbours: Int32Array, similarities: Float32Array, num_rows: int, weights: Float32Array
+) -> Float32Array:
+    """log(1 + weighted similarity to what was seen) of candidates with neighbours and similarities (C, M)."""
+    scratch = _row_weights(num_rows)
     scratch[seen.rows] = weights
-    near = scratch[items.neighbours[candidates]]
+    near = scratch[neighbours]
     scratch[seen.rows] = 0.0
-    total: Float32Array = np.log1p(np.einsum("cm,cm->c", near, items.similarities[candidates]))
+    total: Float32Array = np.log1p((near * similarities).sum(axis=1))
     return total
 
 

@@ -41,7 +41,8 @@ async def rank_with(repository: ModelRepository, request: RankRequest) -> Scores
     except (Exception, asyncio.CancelledError) as error:
         _book_failure(repository, ranker, error, started)
         raise
-    repository.metrics.succeeded(scores)
+    # Booked on the loop's next turn, when the answer is on its way.
+    asyncio.get_running_loop().call_soon(repository.metrics.succeeded, scores)
     return scores
 
 

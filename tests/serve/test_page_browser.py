@@ -49,7 +49,8 @@ def test_a_visitor_ranks_and_sends_an_event(page: Page, server: Server) -> None:
     page.fill("#user", "a visitor")
     page.press("#user", "Enter")
     expect(page.locator("#history-size")).to_have_text("none: ranked as a new user")
-    before = page.locator("#ranked button").all_inner_texts()
+    expect(page.locator("#ranked")).not_to_contain_text("in history")
+    before = page.locator("#ranked td.task").all_inner_texts()
     last = rows.last.locator("button")
     name = last.inner_text()
     page.select_option("#event", "like")
@@ -60,7 +61,7 @@ def test_a_visitor_ranks_and_sends_an_event(page: Page, server: Server) -> None:
     stored = server.repository.get().store.history("a visitor")
     assert stored is not None
     assert len(stored) == 1
-    assert page.locator("#ranked button").all_inner_texts() != before
+    assert page.locator("#ranked td.task").all_inner_texts() != before
 
 
 def test_own_candidates_and_a_message_for_what_cannot_be(page: Page) -> None:

@@ -106,7 +106,7 @@ def latest_version(model_folder: Path) -> Path:
 def list_versions(model_folder: Path) -> list[str]:
     """Names of the versions in a model folder, oldest first."""
     found = [p.parent.name for p in model_folder.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
-    return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+    return sorted(found, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
 def write_artifact(root: Path, name: str, version: str, fill: Callable[[Path], Manifest]) -> Path:

@@ -97,4 +97,6 @@ def _put(document: dict[str, Any], dotted: str, value: Any) -> None:
     *folders, key = dotted.split(".")
     for folder in folders:
         document = document.setdefault(folder, {})
+        if not isinstance(document, dict):
+            raise ConfigError(f"'{dotted}' is given, and '{folder}' as a whole is {document!r}; give one of the two")
     document[key] = value

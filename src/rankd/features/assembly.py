@@ -112,6 +112,5 @@ def candidate_arrays(
 
 def _graph_time(times: Array, schema: FeatureSchema) -> Int32Array:
     """Seconds since the schema's origin, clipped to int32 (68 years each way)."""
-    limits = np.iinfo(np.int32)
-    seconds: Int32Array = np.clip(times - schema.time_origin, limits.min, limits.max).astype(np.int32)
+    seconds: Int32Array = np.minimum(np.maximum(times - schema.time_origin, -(2**31)), 2**31 - 1).astype(np.int32)
     return seconds

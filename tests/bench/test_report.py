@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from rankd.bench.report import Report, commit, machine, medians, percentile, percentiles, print_report
+from rankd.bench.report import Neighbours, Report, commit, machine, medians, percentile, percentiles, print_report
 
 
 def report() -> Report:
@@ -67,6 +68,17 @@ def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for part in ("workload w", "1 useful", "p50_ms", "0.1235", "1,000,000", "ratios: x 2"):
         assert part in shown
+
+
+def test_a_busy_machine_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    busy = replace(report(), machine={"cpu": "c", "cores": 2, "others_cpu_share": 0.4})
+    print_report(busy)
+    assert "other programs used 40% of the processors" in capsys.readouterr().out
+
+
+def test_neighbours_take_a_share_of_the_processors() -> None:
+    share = Neighbours().share()
+    assert share is None or 0.0 <= share <= 1.0
 
 
 def test_machine_and_commit_are_named() -> None:

@@ -39,6 +39,7 @@ def test_serve_ends_with_the_contract(tmp_path: Path) -> None:
     assert document["workload"]["flops"]["useful"] > 0
     assert 0 < document["workload"]["returning_share"] < 1
     assert document["machine"]["cores"] >= 1
+    assert "others_cpu_share" in document["machine"]
     assert document["parity"]["http-json"] <= 1e-6
     assert document["parity"]["http-binary"] <= 1e-6
     assert document["parity"]["in-process"] <= 1e-3

@@ -19,6 +19,7 @@ from typing import Any
 
 import rankd
 
+QUIET = 0.05
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
 Row = dict[str, Any]
@@ -74,6 +75,30 @@ def machine() -> dict[str, Any]:
     }
 
 
+class Neighbours:
+    """How much of the processors other programs took while we measured: figures from a busy machine are not quoted."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def share(self) -> float | None:
+        """Of all cores since the start, 0..1; None where there is no /proc/stat. Counts our ended children as ours."""
+        if self._start is None or (now := self._now()) is None:
+            return None
+        total, busy, ours = (after - before for after, before in zip(now, self._start, strict=True))
+        return max(busy - ours, 0.0) / total if total else 0.0
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """Seconds of all cores: in all, busy, and of this process and its children."""
+        try:
+            words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]  # guests are counted in user already
+        except OSError:
+            return None
+        ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
+        ours = sum(os.times()[:4])
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], ours
+
+
 def commit() -> str:
     """`git describe` of the checkout that the package lies in; the package's version outside of one."""
     folder = Path(rankd.__file__).resolve().parents[2]
@@ -106,6 +131,11 @@ def print_report(report: Report) -> None:
         for name in names:
             table.add_row(name, *(_cell(row.get(name)) for row in rows))
         console.print(table)
+    others = report.machine.get("others_cpu_share")
+    if others is not None and others > QUIET:
+        console.print(
+            f"[bold]other programs used {others:.0%} of the processors meanwhile: do not quote these figures[/]"
+        )
     for title, figures in (("largest difference of a score", report.parity), ("ratios", report.ratios)):
         console.print(f"{title}: " + ", ".join(f"{name} {_cell(value)}" for name, value in figures.items()))
 

@@ -27,7 +27,7 @@ from rankd.bench.in_process import InProcessPlan, rank_in_process
 from rankd.bench.load import Connection, LoadPlan, LoadResult, generate, poisson_arrivals
 from rankd.bench.parity import against_torch, check_same, features_of, scores_in_process
 from rankd.bench.peak import peak_gflops
-from rankd.bench.report import Report, Row, commit, machine, medians, percentile, percentiles
+from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians, percentile, percentiles
 from rankd.bench.served_model import ServedModel
 from rankd.bench.synthetic_model import build_model, packaged_model
 from rankd.bench.wire_forms import Form, decode_scores, decode_timings, encode_request
@@ -98,7 +98,7 @@ def run_serve(workload: Workload, options: ServeOptions, advance: Advance) -> Re
         surroundings["peak_gflops_a_thread"] = peak_gflops(subject.precision)
         root = _repository(subject, Path(folder) / "served")
         parity = {IN_PROCESS: subject.parity}
-        rate, rounds = options.rate, []
+        rate, rounds, neighbours = options.rate, [], Neighbours()
         for number in range(options.runs):
             advance(1 + number, steps, f"round {number + 1}")
             with ServedModel(root) as server:
@@ -109,6 +109,7 @@ def run_serve(workload: Workload, options: ServeOptions, advance: Advance) -> Re
                 rate = rate or LOAD_SHARE * closed.figures[Form.JSON.value]["requests_a_second"]
                 opened = _open_round(server, subject, options.seconds, rate, workload.seed + number)
             rounds.append(Round(closed.figures | opened.figures, closed.failed | opened.failed))
+        surroundings["others_cpu_share"] = neighbours.share()
         advance(steps, steps, "done")
     return Report(
         suite="serve",

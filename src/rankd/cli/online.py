@@ -115,7 +115,7 @@ def _request(
     if history is not None:
         try:
             raw = msgspec.json.decode(history.read(), type=list[EventBody])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"{history.name}: {error}") from error
         events = tuple(decode_event(one) for one in raw)
     return RankRequest(user, tuple(ids), model=name, history=events, top_k=top_k, time=time)

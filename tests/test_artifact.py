@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rankd import Ranker
 from rankd.artifact import Artifact, Manifest, list_versions, write_artifact
 from rankd.engine.backend import EngineConfig, Precision
-from rankd.errors import ArtifactError
+from rankd.errors import ArtifactError, ConfigError
 
 
 @pytest.fixture
@@ -97,17 +97,19 @@ def test_versions_are_immutable_and_ordered_by_number(copied: Path) -> None:
 
 
 def test_an_engine_that_was_not_built_is_refused(demo_models: Path) -> None:
-    with pytest.raises(ArtifactError, match="unknown engine target 'tensorrt'"):
+    with pytest.raises(ConfigError, match="unknown target 'tensorrt'"):
         Ranker.load(demo_models / "demo", EngineConfig(target="tensorrt"))
+    with pytest.raises(ArtifactError, match="was built for openvino, not for onnxruntime"):
+        Ranker.load(demo_models / "demo", EngineConfig(target="onnxruntime"))
 
 
 def test_bf16_where_the_processor_has_it(demo_models: Path, demo_ranker: Ranker) -> None:
     import numpy as np
 
     from rankd import RankRequest
-    from rankd.engine.openvino_backend import supports
+    from rankd.engine.openvino_backend import why_not
 
-    if not supports(Precision.BF16):
+    if why_not(Precision.BF16):
         pytest.skip("this processor has no bfloat16")
     request = RankRequest(demo_ranker.catalogue.ids.users[0], demo_ranker.catalogue.ids.items[:50])
     with Ranker.load(demo_models / "demo", EngineConfig(precision=Precision.BF16, executors=1)) as ranker:

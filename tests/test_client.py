@@ -14,6 +14,7 @@ from rankd.engine.backend import EngineConfig
 from rankd.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, RankdError, Unavailable
 from rankd.serve.lifecycle import Server
 from rankd.serve.settings import ServeConfig
+from rankd.types import UserHistory
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +35,19 @@ def test_errors_keep_their_class_and_words(server: Server) -> None:
             client.rank(RankRequest("u", ("a",), timeout_ms=1e-6))
 
 
-def test_a_full_line_says_when_to_come_back(server: Server) -> None:
+def test_a_full_line_says_when_to_come_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, begun = threading.Event(), threading.Event()
+    ranker = server.repository.get()
+    history = ranker.store.history
 
-    def hold(_: object) -> None:
-        begun.set()
-        gate.wait(20)
+    def slow_history(user_id: str) -> UserHistory | None:
+        if user_id == "slow":
+            begun.set()
+            gate.wait(20)
+        return history(user_id)
 
-    server.repository.get().line.submit(hold)
+    monkeypatch.setattr(ranker.store, "history", slow_history)
+    ranker.submit(RankRequest("slow", ("a",)))
     begun.wait(10)
     with Client(server.url) as client:
         with pytest.raises(Overloaded) as refused:

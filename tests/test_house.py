@@ -18,17 +18,24 @@ FLOORS = [
     ["config", "observe"],
     ["features"],
     ["artifact"],
+    ["models"],
     ["engine"],
-    ["schedule"],
+    ["states", "schedule"],
     ["ranker"],
-    ["serve", "client", "models"],
+    ["serve", "client"],
     ["train"],
     ["build"],
     ["demo", "bench"],
     ["cli", "__main__"],
 ]
 ALLOWED_UP = {("observe.metrics", "__init__")}
-FORBIDDEN = {"serve": {"models", "train", "build"}, "features": {"engine", "schedule"}, "models": {"serve", "ranker"}}
+FORBIDDEN = {
+    "serve": {"models", "train", "build"},
+    "features": {"engine", "schedule"},
+    "models": {"serve", "ranker"},
+    "schedule": {"states"},
+    "states": {"schedule"},
+}
 
 
 def imports_of(path: Path) -> set[str]:

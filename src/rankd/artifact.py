@@ -25,7 +25,7 @@ import msgspec
 from rankd.errors import ArtifactError
 from rankd.features.schema import FeatureSchema, TensorSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "model.toml"
 MANIFEST_SUM = "model.toml.sha256"
 WORK_PREFIX = ".building-"
@@ -46,7 +46,9 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """model.toml. `split` says whether the user's state is computed apart from the candidates (encode and score)."""
+    """model.toml. `split` says whether the user's state is computed apart from the candidates (encode and score),
+    `extends` whether new events can be appended to a state.
+    """
 
     format: int
     name: str
@@ -58,6 +60,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     history_inputs: tuple[TensorSpec, ...]
     candidate_inputs: tuple[TensorSpec, ...]
     state: tuple[TensorSpec, ...]
+    extends: bool
     engines: dict[str, EngineRecord]
     options: dict[str, Any] = {}
     metrics: dict[str, float] = {}

@@ -1,32 +1,61 @@
 """The request path: RankRequest -> admission -> features -> state -> scores, in one function (`Ranker._rank`).
 
 HTTP, the command line and the library all call a Ranker. It holds one model version: its artifact, store, compiled
-graphs and waiting line.
+graphs, user states and waiting line.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from rankd.artifact import Artifact
-from rankd.engine.backend import Backend, EngineConfig, Executor, load_backend
-from rankd.errors import DeadlineExceeded, InvalidRequest
-from rankd.features.assembly import assemble
+from rankd.engine.backend import Backend, EngineConfig, Executor
+from rankd.engine.targets import load_backend
+from rankd.engine.warming import Shapes, score_ms, warm
+from rankd.errors import DeadlineExceeded, InvalidRequest, RankdError
+from rankd.features.assembly import bucket_of, candidate_arrays, history_arrays, until
 from rankd.features.catalogue import Catalogue
 from rankd.features.requests import check_request, history_of_events, request_time, user_features_with
 from rankd.features.schema import UNKNOWN_ROW
 from rankd.features.store import FeatureStore, MemoryStore, empty_history
 from rankd.observe.clocks import StageClock
+from rankd.observe.state_metrics import StateCounts
 from rankd.schedule.line import WaitingLine
-from rankd.types import Event, Features, Float32Array, RankRequest, Scores
+from rankd.schedule.packing import Packing, measure
+from rankd.states.lending import HeldState, States
+from rankd.states.open_states import engine_state_type, open_states
+from rankd.states.state_config import StateConfig
+from rankd.types import Array, Event, Float32Array, Int32Array, RankRequest, Scores
 
 MAX_WAITING = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request on its way, with the clock that was started when it came."""
+
+    request: RankRequest
+    clock: StageClock
+    deadline: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A request whose features and state are there."""
+
+    asked: _Asked
+    rows: Int32Array
+    candidates: Mapping[str, Array]
+    held: HeldState
+    unknown_user: bool
 
 
 class Ranker:
@@ -38,12 +67,15 @@ class Ranker:
         catalogue: Catalogue,
         store: FeatureStore,
         backend: Backend,
+        states: States,
         max_waiting: int = MAX_WAITING,
     ) -> None:
         self.artifact, self.catalogue, self.store, self.backend = artifact, catalogue, store, backend
         self.manifest, self.schema = artifact.manifest, artifact.schema
+        self._states = states
         self._executors = [backend.executor() for _ in range(backend.num_executors)]
-        self.line = WaitingLine(self._executors, max_waiting, name=artifact.manifest.name)
+        self.packing = Packing()
+        self.line = WaitingLine(self._executors, self._rank, max_waiting, self._joins, artifact.manifest.name)
         self._weights = np.asarray([task.rank_weight for task in self.schema.tasks], np.float32)
 
     @classmethod
@@ -54,6 +86,7 @@ class Ranker:
         histories: str | Path = "",
         items: str | Path = "",
         max_waiting: int = MAX_WAITING,
+        states: StateConfig | None = None,
     ) -> Self:
         """Open, verify, compile and warm a version folder (or a model folder: its latest version).
 
@@ -61,6 +94,7 @@ class Ranker:
 
         Raises:
             ArtifactError: the artifact is missing, damaged, or not built for this engine.
+            ConfigError: an unknown target, or states that cannot be kept as configured.
             DataError: a Parquet file that does not fit the model.
         """
         artifact = Artifact.open(Path(path))
@@ -70,20 +104,26 @@ class Ranker:
 
             catalogue = with_histories(catalogue, artifact.schema, Path(histories)) if histories else catalogue
             catalogue = with_items(catalogue, artifact.schema, Path(items)) if items else catalogue
-        backend = load_backend(artifact, engine or EngineConfig())
-        ranker = cls(artifact, catalogue, MemoryStore(artifact.schema, catalogue), backend, max_waiting)
+        keep = states or StateConfig()
+        backend = load_backend(artifact, engine or EngineConfig(), engine_state_type(keep))
+        store = MemoryStore(artifact.schema, catalogue)
+        ranker = cls(artifact, catalogue, store, backend, open_states(artifact, backend, keep), max_waiting)
         ranker.start()
         return ranker
 
     def start(self) -> None:
         """Warm every shape on every executor, then accept requests."""
+        shapes = Shapes(self.manifest, self.backend.state_type)
+        buckets, first = self.schema.candidate_buckets, self._executors[0]
+        self.packing = measure(lambda bucket, users: score_ms(first, shapes, bucket, users), buckets)
         for executor in self._executors:
-            self._warm(executor)
+            warm(executor, shapes, {bucket: self.packing.sizes(bucket) for bucket in buckets})
         self.line.start()
 
     def close(self) -> None:
-        """Finish the accepted requests and end the threads."""
+        """Finish the accepted requests, end the threads, put the states away."""
         self.line.close()
+        self._states.close()
 
     def __enter__(self) -> Self:
         return self
@@ -104,40 +144,80 @@ class Ranker:
         clock = StageClock()
         check_request(request, self.schema)
         deadline = None if request.timeout_ms is None else clock.started + request.timeout_ms / 1e3
-        return self.line.submit(lambda executor: self._rank(request, executor, clock, deadline), deadline)
+        return self.line.submit(_Asked(request, clock, deadline), deadline)
 
-    def _rank(self, request: RankRequest, executor: Executor, clock: StageClock, deadline: float | None) -> Scores:
-        """The way of a request, once it is its turn."""
-        clock.lap("queue")
-        schema = self.schema
-        rows = self.catalogue.rows_of(request.candidates)
-        stored = self.store.history(request.user_id) if request.history is None else None
-        given = None if request.history is None else history_of_events(request.history, schema, self.catalogue)[0]
-        history = given if given is not None else stored if stored is not None else empty_history(schema)
-        now = request_time(request, schema, history)
-        user = user_features_with(request.context, self.store.user_features(request.user_id), schema, self.catalogue)
-        features = assemble(schema, self.store.items(), history, rows, user, now)
-        clock.lap("features")
-        _check_deadline(deadline, clock)
-        state = executor.encode(features.history)
-        clock.lap("encode")
-        _check_deadline(deadline, clock)
-        scores = executor.score(state, features.candidates)[: features.num_candidates]
+    def state_counts(self) -> StateCounts:
+        """What the user states did and hold."""
+        return self._states.counts()
+
+    def _rank(self, asked: Sequence[_Asked], executor: Executor) -> Sequence[Scores | Exception]:
+        """The way of requests, once it is their turn; several share a call where that pays (`schedule.packing`)."""
+        for one in asked:
+            one.clock.lap("queue")
+        with ExitStack() as lent:
+            ready = [self._prepared(one, executor, lent) for one in asked]
+            due = [one for one in ready if isinstance(one, _Ready)]
+            logits: list[Float32Array] = []
+            while len(logits) < len(due):
+                size = self.packing.fits(_rows_of(due[0].candidates), len(due) - len(logits))
+                call = due[len(logits) : len(logits) + size]
+                logits.extend(executor.score([one.held.state for one in call], _side_by_side(call)))
+        scored = iter(logits)
+        return [self._answer(one, next(scored)) if isinstance(one, _Ready) else one for one in ready]
+
+    def _prepared(self, asked: _Asked, executor: Executor, lent: ExitStack) -> _Ready | Exception:
+        """Features and state of a request; `lent` gives the state back when all is done."""
+        request, clock, schema = asked.request, asked.clock, self.schema
+        try:
+            rows = self.catalogue.rows_of(request.candidates)
+            stored = self.store.history(request.user_id) if request.history is None else None
+            given = None if request.history is None else history_of_events(request.history, schema, self.catalogue)[0]
+            history = given if given is not None else stored if stored is not None else empty_history(schema)
+            now = request_time(request, schema, history)
+            features = self.store.user_features(request.user_id)
+            user = user_features_with(request.context, features, schema, self.catalogue)
+            items, history = self.store.items(), until(history, now)
+            candidates = candidate_arrays(schema, items, history, rows, user, now)
+            clock.lap("features")
+            _check_deadline(asked)
+            lending = self._states.held(
+                request.user_id, history, lambda: history_arrays(schema, items, history), executor, asked.deadline
+            )
+            held = lent.enter_context(lending)
+            clock.lap("encode")
+            _check_deadline(asked)
+        except RankdError as error:
+            return error
+        return _Ready(asked, rows, candidates, held, unknown_user=stored is None and given is None)
+
+    def _answer(self, ready: _Ready, logits: Float32Array) -> Scores:
+        """Logits (C, K) of padded rows as the answer to the request."""
+        request, clock, rows = ready.asked.request, ready.asked.clock, ready.rows
         clock.lap("score")
-        scores[rows == UNKNOWN_ROW] = schema.missing_item_score
+        scores = logits[: len(rows)]
+        scores[rows == UNKNOWN_ROW] = self.schema.missing_item_score
         order = self._order(scores, request.top_k)
         answer = Scores(
             model=self.manifest.name,
             version=self.manifest.version,
             candidates=request.candidates if order is None else tuple(request.candidates[i] for i in order),
-            tasks=schema.task_names,
+            tasks=self.schema.task_names,
             scores=scores if order is None else scores[order],
             unknown=tuple(request.candidates[i] for i in np.flatnonzero(rows == UNKNOWN_ROW)),
-            unknown_user=stored is None and given is None,
+            unknown_user=ready.unknown_user,
+            state=ready.held.origin.value,
             request_id=request.request_id,
         )
         clock.lap("order")
         return replace(answer, timings_ms=clock.timings_ms())
+
+    def _joins(self, chosen: Sequence[_Asked], waiting: _Asked) -> bool:
+        """Whether a waiting request may share the call of those chosen: as many candidates, and it pays."""
+        bucket = self._bucket(chosen[0])
+        return len(chosen) < self.packing.most(bucket) and self._bucket(waiting) == bucket
+
+    def _bucket(self, asked: _Asked) -> int:
+        return bucket_of(len(asked.request.candidates), self.schema.candidate_buckets)
 
     def _order(self, scores: Float32Array, top_k: int | None) -> list[int] | None:
         """Indices of the best top_k rows, best first, equals in the order they came; None keeps all as they are."""
@@ -161,28 +241,20 @@ class Ranker:
         history, unknown = history_of_events(events, self.schema, self.catalogue)
         return self.store.append(user_id, history), unknown
 
-    def _warm(self, executor: Executor) -> None:
-        """Run every pair of a history bucket and a candidate bucket, so that no request pays for a first call."""
-        for tokens in self.schema.history_buckets:
-            for candidates in self.schema.candidate_buckets:
-                features = self._filled(tokens, candidates)
-                executor.score(executor.encode(features.history), features.candidates)
 
-    def _filled(self, tokens: int, candidates: int) -> Features:
-        """Features of the given padded sizes, of zeros."""
-
-        def shape(dims: tuple[int | str, ...]) -> list[int]:
-            return [{"B": 1, "T": tokens, "C": candidates}[d] if isinstance(d, str) else d for d in dims]
-
-        manifest = self.manifest
-        return Features(
-            history={s.name: np.zeros(shape(s.shape), s.dtype) for s in manifest.history_inputs},
-            candidates={s.name: np.zeros(shape(s.shape), s.dtype) for s in manifest.candidate_inputs},
-            num_candidates=candidates,
-        )
+def _rows_of(candidates: Mapping[str, Array]) -> int:
+    return int(candidates["candidate_item"].shape[1])
 
 
-def _check_deadline(deadline: float | None, clock: StageClock) -> None:
-    if deadline is not None and time.perf_counter() >= deadline:
-        spent = ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in clock.timings_ms().items())
+def _side_by_side(call: Sequence[_Ready]) -> Mapping[str, Array]:
+    """The candidate inputs of several requests as one; of one request they are handed through."""
+    first = call[0].candidates
+    if len(call) == 1:
+        return first
+    return {name: np.concatenate([one.candidates[name] for one in call]) for name in first}
+
+
+def _check_deadline(asked: _Asked) -> None:
+    if asked.deadline is not None and time.perf_counter() >= asked.deadline:
+        spent = ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in asked.clock.timings_ms().items())
         raise DeadlineExceeded(f"timeout_ms passed on the way: {spent}")

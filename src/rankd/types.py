@@ -9,6 +9,7 @@ Dimension letters, the same everywhere:
     K  tasks (click, like, ...)      D  width of the model
     H  attention heads               L  layers of a block
     G  categorical columns           F  numeric columns          E  numeric values carried by an event
+    A  events appended to a state
 """
 
 from __future__ import annotations
@@ -62,25 +63,28 @@ class UserHistory:
     """The events of one user in a model version's own rows, oldest first; n events.
 
     rows (n,) int32 item rows; events (n,) int32 index of the event type; times (n,) int64 seconds since 1970;
-    values (n, E) float32. Arrays are never written to after the history is made: an append makes a new history.
+    values (n, E) float32. `dropped` counts older events that are no longer kept: event i is the user's event number
+    dropped + i. Arrays are never written to after the history is made: an append makes a new history.
     """
 
     rows: Int32Array
     events: Int32Array
     times: Int64Array
     values: Float32Array
+    dropped: int = 0
 
     def __len__(self) -> int:
         return int(self.rows.shape[0])
 
     def until(self, end: int) -> UserHistory:
         """The first `end` events, as views."""
-        return UserHistory(self.rows[:end], self.events[:end], self.times[:end], self.values[:end])
+        return UserHistory(self.rows[:end], self.events[:end], self.times[:end], self.values[:end], self.dropped)
 
     def last(self, count: int) -> UserHistory:
         """The newest `count` events, as views."""
         start = max(len(self) - count, 0)
-        return UserHistory(self.rows[start:], self.events[start:], self.times[start:], self.values[start:])
+        kept = self.rows[start:], self.events[start:], self.times[start:], self.values[start:]
+        return UserHistory(*kept, self.dropped + start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +101,13 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class UserState:
-    """What `encode` made of a history: named arrays whose shapes are the model's own affair."""
+    """What `encode` made of a history: arrays named and shaped as the artifact's `state` says, with a B of 1.
+
+    An array with a T dimension has room for a bucket of tokens; of block n the first `lengths[n]` are real.
+    """
 
     arrays: Mapping[str, Array]
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +117,8 @@ class Scores:
     `scores` is (C, K) float32, the model's logits: sigmoid gives the probability of a task. Without top_k the rows
     are in the order of the request's candidates; with top_k they are the best top_k, best first. `candidates` names
     each row. `unknown` names the candidates that the model has never heard of; they carry the declared missing-item
-    score. `degraded` says what the answer had to do without. `timings_ms` holds the stages, in milliseconds.
+    score. `degraded` says what the answer had to do without. `state` says where the user's state came from (see
+    `states.lending.Origin`). `timings_ms` holds the stages, in milliseconds.
     """
 
     model: str
@@ -120,5 +129,6 @@ class Scores:
     unknown: tuple[str, ...] = ()
     unknown_user: bool = False
     degraded: tuple[str, ...] = ()
+    state: str = ""
     request_id: str = ""
     timings_ms: Mapping[str, float] = field(default_factory=dict)

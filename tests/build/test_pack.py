@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rankd import Ranker, RankRequest
-from rankd.build.pack import BuildOptions, build_artifact, next_version, parity_requests, reference_logits
-from rankd.engine.backend import EngineConfig
-from rankd.errors import BuildError
+from rankd.build.checks import kept_state, reference_logits
+from rankd.build.pack import BuildOptions, build_artifact, next_version, parity_requests
+from rankd.engine.backend import EngineConfig, Precision
+from rankd.errors import BuildError, ConfigError
 from rankd.features.schema import FeatureSchema
 from rankd.models.protocol import create_model
 from rankd.train.batches import sample_features
@@ -54,8 +55,9 @@ def test_the_engine_computes_what_torch_computes(built: dict[str, tuple[nn.Modul
     model, ranker = built[kind]
     executor = ranker.backend.executor()
     for features in parity_requests(DATASET, 12):
-        logits = executor.score(executor.encode(features.history), features.candidates)[: features.num_candidates]
-        np.testing.assert_allclose(logits, reference_logits(model, features), atol=1e-3)
+        logits = executor.score([kept_state(executor, features.history)], features.candidates)[0]
+        expected = reference_logits(model, features)
+        np.testing.assert_allclose(logits[: features.num_candidates], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,10 +122,61 @@ def test_a_model_that_breaks_the_rules_is_refused(tmp_path: Path, model: type[Se
 
 
 def test_unknown_targets_are_refused_and_versions_counted(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="unknown target 'tpu'"):
-        build_artifact(tmp_path, made("sasrec"), DATASET, RECIPE, BuildOptions("films", "1", target="tpu"))
+    with pytest.raises(ConfigError, match=r"unknown target 'openvin'.*Did you mean 'openvino'"):
+        build_artifact(tmp_path, made("sasrec"), DATASET, RECIPE, BuildOptions("films", "1", targets=("openvin",)))
     assert next_version(tmp_path / "films") == "1"
     for version in ("2", "11", "beta"):
         (tmp_path / "films" / version).mkdir(parents=True)
         (tmp_path / "films" / version / "model.toml").touch()
     assert next_version(tmp_path / "films") == "12"
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "reference"])
+def test_a_precision_that_a_target_lacks_is_refused_by_name(tmp_path: Path, target: str) -> None:
+    options = BuildOptions("films", "1", Precision.BF16, (target,))
+    with pytest.raises(BuildError, match=f"cannot build for {target} in bf16: .* fp32"):
+        build_artifact(tmp_path, made("sasrec"), DATASET, RECIPE, options)
+    assert not (tmp_path / "films").exists()
+
+
+class NoSuchOperation(SeesOthers):
+    """A ranker with an operation that no target has."""
+
+    def forward(self, history: Mapping[str, Tensor], candidates: Mapping[str, Tensor]) -> Tensor:
+        items: Tensor = self.item(candidates["candidate_item"])
+        logits: Tensor = items + torch.special.bessel_y0(items.abs() + 1.0)
+        return logits
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_an_operation_that_a_target_lacks_is_refused_by_name(tmp_path: Path, target: str) -> None:
+    with pytest.raises(BuildError, match="bessel_y0"):
+        build_artifact(
+            tmp_path, NoSuchOperation(DATASET.schema), DATASET, RECIPE, BuildOptions("films", "1", targets=(target,))
+        )
+    assert not (tmp_path / "films" / "1").exists()
+
+
+class ForgetsTheState(nn.Module):
+    """A ranker whose `extend` is wrong: it counts the new events alone."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        super().__init__()
+        self.item = nn.Embedding(schema.num_item_rows, len(schema.tasks))
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def encode(self, history: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"count": history["history_length"].sum(1, keepdim=True) * self.scale}
+
+    def extend(self, state: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"count": new["history_length"].sum(1, keepdim=True) * self.scale + 0.0 * state["count"]}
+
+    def score(self, state: Mapping[str, Tensor], candidates: Mapping[str, Tensor]) -> Tensor:
+        items: Tensor = self.item(candidates["candidate_item"])
+        return items + state["count"][:, None]
+
+
+def test_an_extend_that_forgets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="a state that was extended"):
+        build_artifact(tmp_path, ForgetsTheState(DATASET.schema), DATASET, RECIPE, BuildOptions("films", "1"))
+    assert not (tmp_path / "films" / "1").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -9,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rankd.bench.dense_model import DenseClimber
 from rankd.errors import ConfigError
-from rankd.features.assembly import candidate_arrays, history_arrays
+from rankd.features.assembly import appended_tokens, candidate_arrays, history_arrays
 from rankd.features.schema import FeatureSchema, Strategy, SubSequence
-from rankd.models.climber import MASKED, Climber, Layer, time_bucket
+from rankd.models.climber import Climber, Layer, time_bucket
 from rankd.models.protocol import create_model, is_split, logits_of
 from tests.features.sample_schema import DAY, make_history, make_items, make_schema, make_user
 
@@ -61,8 +63,6 @@ def test_any_split_scores_like_the_whole(kind: str, rows: list[int], candidates:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 31), max_size=3), CANDIDATES)
 def test_padding_of_the_history_changes_nothing(kind: str, rows: list[int], candidates: list[int]) -> None:
-    import msgspec
-
     wide = msgspec.structs.replace(SCHEMAS[kind], history_buckets=(8,))
     torch.testing.assert_close(
         scores(kind, rows, candidates), scores(kind, rows, candidates, wide), rtol=1e-4, atol=1e-5
@@ -82,8 +82,6 @@ def test_a_batch_scores_like_its_requests_one_by_one(kind: str) -> None:
 
 
 def fixed(kind: str) -> FeatureSchema:
-    import msgspec
-
     return msgspec.structs.replace(SCHEMAS[kind], history_buckets=(8,), candidate_buckets=(4,))
 
 
@@ -117,32 +115,36 @@ def test_climber_reads_every_block_position_and_time() -> None:
     assert bool(layer.log_temperature.grad.any())
 
 
-def test_climber_attention_equals_a_dense_mask() -> None:
-    """One layer over [history, candidates] with the single-user-many-items mask written out as a matrix."""
-    torch.manual_seed(0)
-    layer = Layer(width=8, heads=2, ffn_ratio=2, positions=6, dropout=0.0).eval()
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    tokens, items = torch.randn(1, 5, 8), torch.randn(1, 3, 8)
-    times = torch.tensor([10, 400, 90_000, 90_100, 200_000])
-    now = torch.tensor(300_000)
-    all_times = torch.cat([times, now.expand(3)])
-    positions = torch.tensor([0, 1, 2, 3, 4, 5, 5, 5])
-    distance = positions[:, None] - positions
-    seconds = all_times[:, None] - all_times
-    allowed = torch.zeros(8, 8, dtype=torch.bool)
-    allowed[:5, :5] = torch.tril(torch.ones(5, 5, dtype=torch.bool))
-    allowed[5:, :5] = True
-    allowed[5:, 5:] = torch.eye(3, dtype=torch.bool)
-    dense_bias = layer.bias(distance, seconds) + torch.where(allowed, 0.0, MASKED)
-    x = torch.cat([tokens, items], 1)
-    dense = layer.history(x, layer.keys_values(x), dense_bias)
-    qkv = layer.keys_values(tokens)
-    own = layer.bias(distance[:5, :5], seconds[:5, :5]) + torch.where(allowed[:5, :5], 0.0, MASKED)
-    torch.testing.assert_close(layer.history(tokens, qkv, own), dense[:, :5], rtol=1e-4, atol=1e-5)
-    of_candidates = layer.bias(distance[5:6, :5], seconds[5:6, :5])[None]
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 31), max_size=8), CANDIDATES)
+def test_climber_equals_its_dense_form(rows: list[int], candidates: list[int]) -> None:
+    """History and candidates in one sequence, with the single-user-many-items mask written out as a matrix."""
+    model, schema, history = MODELS["climber"], SCHEMAS["climber"], make_history(rows)
+    assert isinstance(model, Climber)
+    packed = candidate_arrays(schema, ITEMS, history, np.asarray(candidates, np.int32), USER, NOW)
+    with torch.inference_mode():
+        dense = DenseClimber(model)(tensors(history_arrays(schema, ITEMS, history)), tensors(packed))
+    torch.testing.assert_close(dense[0, : len(candidates)], scores("climber", rows, candidates), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 31), max_size=8), st.integers(0, 8), st.integers(0, 4))
+def test_an_extended_state_is_the_state_of_the_longer_history(rows: list[int], before: int, padding: int) -> None:
+    schema = make_schema(SubSequence(Strategy.RECENT))
+    model = Climber(schema).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    whole = history_arrays(schema, ITEMS, make_history(rows))
+    cut = min(before, len(rows))
+    with torch.inference_mode():
+        state = model.encode(tensors({**whole, "history_length": np.asarray([[cut]], np.int32)}))
+        new = appended_tokens(whole, (cut,), (len(rows) - cut + padding or 1,))
+        added = model.extend(state, tensors(new))
+        expected = model.encode(tensors(whole))
+    count = len(rows) - cut
+    assert added["lengths"].tolist() == [[len(rows)]]
     torch.testing.assert_close(
-        layer.candidates(items, qkv[1], qkv[2], of_candidates), dense[:, 5:], rtol=1e-4, atol=1e-5
+        added["keys_values"][..., :count, :], expected["keys_values"][..., cut : len(rows), :], rtol=1e-4, atol=1e-5
     )
 
 

@@ -83,13 +83,14 @@ def test_the_bytes_of_an_answer() -> None:
         scores=np.asarray([[1.5, -2.0], [0.25, 0.0]], np.float32),
         unknown=("ü",),
         unknown_user=True,
+        state="cached",
         request_id="r",
         timings_ms={"queue": 0.123456, "total": 1.0},
     )
     expected = (
         '{"model":"m","version":"3","request_id":"r","tasks":["click","like"],"candidates":["a","ü"],'
         '"scores":[[1.5,-2.0],[0.25,0.0]],"unknown":["ü"],"unknown_user":true,"degraded":[],'
-        '"timings_ms":{"queue":0.1235,"total":1.0}}'
+        '"state":"cached","timings_ms":{"queue":0.1235,"total":1.0}}'
     )
     assert encode_scores(scores).decode() == expected
 

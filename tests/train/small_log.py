@@ -34,12 +34,16 @@ def small_frame() -> pl.DataFrame:
 
 
 @cache
-def small_dataset() -> Dataset:
+def small_dataset(window_step: int = 1) -> Dataset:
     """The packed log."""
     import tempfile
     from pathlib import Path
 
+    import msgspec
+
+    shapes = msgspec.structs.replace(SHAPES, window_step=window_step)
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log.parquet"
         small_frame().write_parquet(path)
-        return prepare(read_log(path, packaged_or_file(LogDescription, "logs", "demo")), SHAPES)
+        return prepare(read_log(path, packaged_or_file(LogDescription, "logs", "demo")), shapes)

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rankd.artifact import Artifact
 from rankd.errors import EngineFailure
 from rankd.features.assembly import assemble
+from rankd.features.catalogue import Catalogue
 from rankd.features.requests import request_time
-from rankd.features.store import empty_history
-from rankd.ranker import Ranker
+from rankd.features.schema import FeatureSchema
+from rankd.features.store import FeatureStore, empty_history
 from rankd.types import Features, Float32Array, RankRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rankd.ranker import Ranker
 
 BOUNDS = {"fp32": 1e-3, "bf16": 0.5}
 """Largest allowed |logit - torch float32 logit|, by the precision of the engine (those of `build.pack`)."""
@@ -40,7 +47,7 @@ def against_torch(ranker: Ranker, requests: Sequence[RankRequest], scores: Seque
     if importlib.util.find_spec("torch") is None:
         worst = max(record.parity[precision] for record in artifact.manifest.engines.values())
     else:
-        reference = _torch_logits(artifact, [features_of(ranker, request) for request in requests])
+        reference = torch_logits(artifact, [features_of(ranker, request) for request in requests])
         worst = max_difference(scores, reference)
     if not worst <= BOUNDS[precision]:
         raise EngineFailure(
@@ -75,27 +82,44 @@ def max_difference(expected: Sequence[Float32Array], given: Sequence[Float32Arra
 
 def features_of(ranker: Ranker, request: RankRequest) -> Features:
     """What the ranker feeds its graphs for a request about a stored user."""
-    schema, store = ranker.schema, ranker.store
+    return stored_features(ranker.schema, ranker.catalogue, ranker.store, request)
+
+
+def stored_features(schema: FeatureSchema, catalogue: Catalogue, store: FeatureStore, request: RankRequest) -> Features:
+    """The same without a ranker."""
     stored = store.history(request.user_id)
     history = empty_history(schema) if stored is None else stored
-    rows, now = ranker.catalogue.rows_of(request.candidates), request_time(request, schema, history)
+    rows, now = catalogue.rows_of(request.candidates), request_time(request, schema, history)
     return assemble(schema, store.items(), history, rows, store.user_features(request.user_id), now)
 
 
-def _torch_logits(artifact: Artifact, requests: Sequence[Features]) -> list[Float32Array]:
+def torch_model(artifact: Artifact) -> nn.Module:
+    """The artifact's model in torch, float32, from its reference weights."""
+    from rankd.models.protocol import load_model
+
+    manifest = artifact.manifest
+    return load_model(manifest.model, manifest.schema, manifest.options, artifact.path / "weights.safetensors")
+
+
+def torch_inputs(features: Features) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """History and candidates as tensors over the same memory."""
     import torch
-    from safetensors.torch import load_file
 
-    from rankd.models.protocol import create_model, logits_of
+    history, candidates = (
+        {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        for arrays in (features.history, features.candidates)
+    )
+    return history, candidates
 
-    model = create_model(artifact.manifest.model, artifact.schema, artifact.manifest.options).eval()
-    model.load_state_dict(load_file(artifact.path / "weights.safetensors"))
-    logits = []
+
+def torch_logits(artifact: Artifact, requests: Sequence[Features]) -> list[Float32Array]:
+    """Logits (C, K) float32 of each request, without padding: the reference."""
+    import torch
+
+    from rankd.models.protocol import logits_of
+
+    model = torch_model(artifact)
     with torch.inference_mode():
-        for features in requests:
-            history, candidates = (
-                {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-                for arrays in (features.history, features.candidates)
-            )
-            logits.append(logits_of(model, history, candidates)[0, : features.num_candidates].numpy())
-    return logits
+        return [
+            logits_of(model, *torch_inputs(features))[0, : features.num_candidates].numpy() for features in requests
+        ]

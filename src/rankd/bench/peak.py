@@ -13,8 +13,8 @@ SIZE = 1024
 TRIALS = 20
 
 
-def peak_gflops(precision: str) -> float:
-    """Billions of operations a second of one thread in the engine's own matrix product (1024 x 1024, best of 20)."""
+def peak_gflops(precision: str, threads: int = 1) -> float:
+    """Billions of operations a second of so many threads: the engine's own matrix product, 1024 x 1024, best of 20."""
     import openvino as ov
     from openvino import opset13
 
@@ -24,7 +24,7 @@ def peak_gflops(precision: str) -> float:
     options = {
         "INFERENCE_PRECISION_HINT": HINTS[Precision(precision)],
         "NUM_STREAMS": "1",
-        "INFERENCE_NUM_THREADS": "1",
+        "INFERENCE_NUM_THREADS": str(threads),
     }
     request = ov.Core().compile_model(graph, "CPU", options).create_infer_request()
     request.set_input_tensor(0, ov.Tensor(np.ones((SIZE, SIZE), np.float32)))

@@ -15,12 +15,18 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rankd
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 QUIET = 0.05
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+
+NOT_FIGURES = ("contestant", "loop", "threads", "reason", "table", "policy")
+MOST_COLUMNS = 6
 
 Row = dict[str, Any]
 
@@ -114,7 +120,6 @@ def commit() -> str:
 def print_report(report: Report) -> None:
     """Tables for people on standard output."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=None if os.isatty(1) else 140)
     about = report.workload
@@ -124,13 +129,12 @@ def print_report(report: Report) -> None:
     console.print(
         f"GFLOP a request: {flops}; on {report.machine['cpu']}, {report.machine['cores']} cores; {report.commit}"
     )
-    for kind in dict.fromkeys(row["loop"] for row in report.results):
-        rows = [row for row in report.results if row["loop"] == kind]
-        names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("contestant", "loop")]
-        table = Table("", *(row["contestant"] for row in rows), title=f"{kind} loop, medians of {about['runs']} runs")
-        for name in names:
-            table.add_row(name, *(_cell(row.get(name)) for row in rows))
-        console.print(table)
+    for title in dict.fromkeys(_title(row, about["runs"]) for row in report.results):
+        rows = [row for row in report.results if _title(row, about["runs"]) == title]
+        console.print(_table(title, [row for row in rows if "reason" not in row]))
+        for row in rows:
+            if "reason" in row:
+                console.print(f"{row['contestant']} left out: {row['reason']}", markup=False)
     others = report.machine.get("others_cpu_share")
     if others is not None and others > QUIET:
         console.print(
@@ -138,6 +142,31 @@ def print_report(report: Report) -> None:
         )
     for title, figures in (("largest difference of a score", report.parity), ("ratios", report.ratios)):
         console.print(f"{title}: " + ", ".join(f"{name} {_cell(value)}" for name, value in figures.items()))
+
+
+def _title(row: Row, runs: int) -> str:
+    """What a row's table is about: as it says itself, else the kind of loop, else the threads of a call."""
+    if "table" in row:
+        return str(row["table"])
+    if "loop" in row:
+        return f"{row['loop']} loop, medians of {runs} runs"
+    return f"threads: {row['threads']}, all calls of {runs} runs"
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    """A column for each contestant; where there are many, a line for each."""
+    from rich.table import Table
+
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in NOT_FIGURES]
+    if len(rows) <= MOST_COLUMNS:
+        table = Table("", *(row["contestant"] for row in rows), title=title)
+        for name in names:
+            table.add_row(name, *(_cell(row.get(name)) for row in rows))
+    else:
+        table = Table("", *names, title=title)
+        for row in rows:
+            table.add_row(row["contestant"], *(_cell(row.get(name)) for name in names))
+    return table
 
 
 def _cell(value: Any) -> str:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from rankd.artifact import Artifact
 from rankd.bench.in_process import InProcessPlan, rank_in_process
@@ -29,11 +28,10 @@ from rankd.bench.parity import against_torch, check_same, features_of, scores_in
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians, percentile, percentiles
 from rankd.bench.served_model import ServedModel
-from rankd.bench.synthetic_model import build_model, packaged_model
+from rankd.bench.synthetic_model import model_for, users_for
 from rankd.bench.wire_forms import Form, decode_scores, decode_timings, encode_request
-from rankd.bench.workload import Fixed, Workload, draw_requests, returning_share
+from rankd.bench.workload import Workload, draw_requests, returning_share
 from rankd.errors import EngineFailure
-from rankd.features.catalogue import Catalogue
 from rankd.ranker import Ranker
 from rankd.types import Float32Array, RankRequest
 
@@ -124,13 +122,9 @@ def run_serve(workload: Workload, options: ServeOptions, advance: Advance) -> Re
 
 def _prepare(workload: Workload, model: Path | None, built: Path) -> Subject:
     """The model, the requests, and parity in process; everything is closed again before a clock runs."""
-    source, path = "given", model
-    if path is None:
-        source, path = "packaged", packaged_model(workload)
-    if path is None:
-        source, path = "random weights", build_model(workload, built)
+    source, path = model_for(workload, built) if model is None else ("given", model)
     with Ranker.load(path) as ranker:
-        users = _users(ranker.catalogue, workload)
+        users = users_for(ranker.catalogue, workload)
         name = ranker.manifest.name
         requests = draw_requests(workload, users, ranker.catalogue.ids.items, REQUESTS, name)
         some = requests[:PARITY_REQUESTS]
@@ -147,14 +141,6 @@ def _prepare(workload: Workload, model: Path | None, built: Path) -> Subject:
             "tokens_a_block": statistics.mean(tokens),
         }
         return Subject(ranker.artifact.path, about, requests, expected, parity, precision)
-
-
-def _users(catalogue: Catalogue, workload: Workload) -> list[str]:
-    """Where histories are all alike, users whose history fills a block; else all who have one."""
-    wanted = workload.block_tokens if isinstance(workload.history, Fixed) else 1
-    lengths = np.diff(catalogue.users.offsets)
-    chosen = np.flatnonzero(lengths >= wanted)
-    return [catalogue.ids.users[user] for user in chosen.tolist()]
 
 
 def _repository(subject: Subject, root: Path) -> Path:

@@ -6,16 +6,14 @@ In: a Workload. Out: a version folder that loads like any other. Random weights 
 from __future__ import annotations
 
 import importlib.util
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from rankd.artifact import FORMAT, Artifact, EngineRecord, Manifest, write_artifact
+from rankd.artifact import Artifact, Manifest
 from rankd.bench.flops import ModelSizes
-from rankd.bench.workload import Workload, draw
+from rankd.bench.workload import Fixed, Workload, draw
 from rankd.demo import MODELS
-from rankd.engine.backend import Precision
 from rankd.errors import ArtifactError, MissingExtra
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
@@ -29,8 +27,6 @@ from rankd.features.schema import (
     Strategy,
     SubSequence,
     Task,
-    candidate_specs,
-    history_specs,
 )
 from rankd.features.tables import ItemTable, UserFeatures
 from rankd.types import Features, UserHistory
@@ -65,8 +61,22 @@ def agrees(manifest: Manifest, workload: Workload) -> bool:
     return manifest.model == "climber" and sizes == workload.model and shapes == wanted
 
 
-def build_model(workload: Workload, root: Path) -> Path:
-    """Write a model of random weights to `<root>/<workload>/1`; returns that folder.
+def model_for(workload: Workload, root: Path) -> tuple[str, Path]:
+    """Where the workload's model comes from, and its version folder: the packaged one or one made in `root`."""
+    packaged = packaged_model(workload)
+    return ("random weights", build_model(workload, root)) if packaged is None else ("packaged", packaged)
+
+
+def users_for(catalogue: Catalogue, workload: Workload) -> list[str]:
+    """Where histories are all alike, users whose history fills a block; else all who have one."""
+    wanted = workload.block_tokens if isinstance(workload.history, Fixed) else 1
+    lengths = np.diff(catalogue.users.offsets)
+    chosen = np.flatnonzero(lengths >= wanted)
+    return [catalogue.ids.users[user] for user in chosen.tolist()]
+
+
+def build_model(workload: Workload, root: Path, targets: tuple[str, ...] = ("openvino",)) -> Path:
+    """Write a model of random weights to `<root>/<workload>/1`, built for the targets; returns that folder.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -75,11 +85,8 @@ def build_model(workload: Workload, root: Path) -> Path:
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("tomli_w") is None:
         raise MissingExtra(f"rankd bench --workload {workload.name}", "train")
     import torch
-    from safetensors.torch import save_file
 
-    from rankd.build.export import export
-    from rankd.build.pack import check_parity, measure_parity
-    from rankd.engine.openvino_backend import TARGET, supports
+    from rankd.build.pack import BuildOptions, Contents, pack
     from rankd.models.protocol import create_model
 
     schema, catalogue = schema_of(workload), catalogue_of(workload)
@@ -90,35 +97,8 @@ def build_model(workload: Workload, root: Path) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith(("bias.position", "bias.time")):  # zeros when new: parity would not see them
             torch.nn.init.normal_(parameter, std=0.1)
-    requests = _parity_requests(schema, catalogue)
-
-    def fill(folder: Path) -> Manifest:
-        graphs = folder / "engines" / TARGET
-        state = export(model, schema, graphs)
-        parity = {
-            p: measure_parity(model, graphs, p, requests) for p in (Precision.FP32, Precision.BF16) if supports(p)
-        }
-        check_parity(parity)
-        save_file(
-            {name: t.detach().contiguous() for name, t in model.state_dict().items()}, folder / "weights.safetensors"
-        )
-        catalogue.save(folder / "tables")
-        return Manifest(
-            format=FORMAT,
-            name=workload.name,
-            version="1",
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            model="climber",
-            split=True,
-            schema=schema,
-            history_inputs=history_specs(schema),
-            candidate_inputs=candidate_specs(schema),
-            state=state,
-            engines={TARGET: EngineRecord(Precision.FP32.value, {p.value: worst for p, worst in parity.items()})},
-            options=options,
-        )
-
-    return write_artifact(root, workload.name, "1", fill)
+    contents = Contents(model, "climber", schema, catalogue, _parity_requests(schema, catalogue), options)
+    return pack(root, contents, BuildOptions(workload.name, "1", targets=targets))
 
 
 def schema_of(workload: Workload) -> FeatureSchema:
@@ -133,6 +113,7 @@ def schema_of(workload: Workload) -> FeatureSchema:
         candidate_buckets=workload.buckets.candidates,
         tasks=tuple(Task(f"task-{number}") for number in range(workload.model.tasks)),
         stored_history=workload.block_tokens * workload.model.blocks,
+        window_step=max(workload.block_tokens // 8, 1),
         item_categorical=(Categorical("genre", offset=1, size=GENRES),),
         item_numeric=(Numeric("price"), Numeric("age")),
         user_categorical=(Categorical("plan", offset=1, size=PLANS),),

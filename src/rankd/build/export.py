@@ -1,13 +1,16 @@
-"""Export: a torch ranker becomes the OpenVINO graphs `encode.xml` and `score.xml`.
+"""Export: a torch ranker becomes graphs with named inputs and outputs: encode, extend (where it can), score.
 
-In: an nn.Module of one of the two shapes of `models.protocol`. Out: graphs with named inputs and outputs, T and C
-dynamic, B fixed at 1. A JointModel becomes a single `score.xml` that reads history and candidates together.
+In: an nn.Module of one of the shapes of `models.protocol`. Out: files in `engines/<target>/`. T, A and C are dynamic; B
+is dynamic in `score` alone, since histories are encoded one at a time. A JointModel becomes a single `score` that reads
+history and candidates together. `openvino` writes .xml, `onnxruntime` .onnx, `reference` needs the weights alone.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,26 @@ from torch import Tensor, nn
 
 from rankd.errors import BuildError
 from rankd.features.schema import FeatureSchema, TensorSpec, candidate_specs, history_specs
-from rankd.models.protocol import Tensors, is_split
+from rankd.models.protocol import Tensors, is_extendable, is_split
 
 DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
-TRACED = {"B": 1, "T": 5, "C": 3}
+TRACED = {"B": 1, "T": 5, "C": 3, "A": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One graph to be exported: a method of the model, its inputs in groups (a dict each), the names of its outputs."""
+
+    name: str
+    method: str
+    groups: tuple[tuple[TensorSpec, ...], ...]
+    outputs: tuple[str, ...]
+    users: int  # B while tracing; 1 is fixed, 2 becomes dynamic
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """All inputs, in the order of the groups."""
+        return tuple(spec for group in self.groups for spec in group)
 
 
 class _Positional(nn.Module):
@@ -36,23 +55,46 @@ class _Positional(nn.Module):
         return tuple(result.values()) if isinstance(result, dict) else (result,)
 
 
-def export(model: nn.Module, schema: FeatureSchema, folder: Path) -> tuple[TensorSpec, ...]:
-    """Write the graphs into `folder`; returns the specs of the state (of the history inputs for a JointModel).
+def graphs_of(model: nn.Module, schema: FeatureSchema) -> tuple[tuple[Graph, ...], tuple[TensorSpec, ...]]:
+    """The graphs of a model, and the specs of its state (the history inputs for a JointModel).
 
     Raises:
-        BuildError: an operation that OpenVINO does not have, or outputs of the wrong shape.
+        BuildError: a state whose shapes follow no rule.
+    """
+    history, candidates = history_specs(schema), candidate_specs(schema)
+    if not is_split(model):
+        return (Graph("score", "forward", (history, candidates), ("logits",), 2),), history
+    state = state_specs(model, schema)
+    names = tuple(spec.name for spec in state)
+    graphs = [Graph("encode", "encode", (history,), names, 1)]
+    if is_extendable(model):
+        for spec in state:
+            if "T" in spec.shape and (len(spec.shape) < 3 or spec.shape[1] != schema.num_sub_sequences):
+                raise BuildError(
+                    f"state '{spec.name}' is {spec.shape}; what grows with the history has to be laid out "
+                    f"(B, {schema.num_sub_sequences} sub-sequences, ..., T, ...) for a model that has `extend`"
+                )
+        appended = tuple(
+            TensorSpec(f"new_{spec.name}", spec.dtype, tuple("A" if d == "T" else d for d in spec.shape))
+            for spec in history
+        )
+        graphs.append(Graph("extend", "extend", (state, appended), names, 1))
+    graphs.append(Graph("score", "score", (state, candidates), ("logits",), 2))
+    return tuple(graphs), state
+
+
+def export(model: nn.Module, schema: FeatureSchema, target: str, folder: Path) -> tuple[TensorSpec, ...]:
+    """Write the graphs for a target into `folder`; returns the specs of the state.
+
+    Raises:
+        BuildError: an operation that the target does not have (it is named), or outputs of the wrong shape.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = model.eval()
-    history, candidates = history_specs(schema), candidate_specs(schema)
-    if is_split(model):
-        state = state_specs(model, schema)
-        _export(_Positional(model, "encode", [_names(history)]), history, _names(state), folder / "encode.xml")
-        method = "score"
-    else:
-        state, method = history, "forward"
-    scoring = _Positional(model, method, [_names(state), _names(candidates)])
-    _export(scoring, (*state, *candidates), ["logits"], folder / "score.xml")
+    graphs, state = graphs_of(model.eval(), schema)
+    write = WRITERS[target]
+    for graph in graphs:
+        groups = [[spec.name.removeprefix("new_") for spec in group] for group in graph.groups]
+        write(_Positional(model, graph.method, groups), graph, folder)
     return state
 
 
@@ -81,33 +123,83 @@ def example(specs: Sequence[TensorSpec], **sizes: int) -> Tensors:
     }
 
 
-def _export(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[str], path: Path) -> None:
+def _write_openvino(module: nn.Module, graph: Graph, folder: Path) -> None:
     import openvino as ov
 
     types = {name: getattr(ov.Type, short) for name, short in _OV_TYPES.items()}
-    shapes = [[1 if d == "B" else -1 if isinstance(d, str) else d for d in spec.shape] for spec in inputs]
+    users = 1 if graph.users == 1 else -1
+    shapes = [[users if d == "B" else -1 if isinstance(d, str) else d for d in spec.shape] for spec in graph.inputs]
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # tracing warns of every Python integer; parity is checked after
-            graph = ov.convert_model(
+            made = ov.convert_model(
                 module,
-                example_input=tuple(example(inputs).values()),
-                input=[(shape, types[spec.dtype]) for shape, spec in zip(shapes, inputs, strict=True)],
+                example_input=tuple(example(graph.inputs, B=graph.users).values()),
+                input=[(shape, types[spec.dtype]) for shape, spec in zip(shapes, graph.inputs, strict=True)],
             )
     except RuntimeError as error:
-        raise BuildError(f"OpenVINO cannot convert {path.stem}: {error}") from error
-    if len(graph.outputs) != len(outputs):
-        raise BuildError(f"{path.stem} has {len(graph.outputs)} outputs, expected {', '.join(outputs)}")
+        raise BuildError(f"OpenVINO cannot convert {graph.name}: {error}") from error
+    _check_outputs(graph, len(made.outputs))
     # A state may hand an input through, and then input and output are one tensor: nodes carry the names, not tensors.
-    for port, spec in zip(graph.inputs, inputs, strict=True):
+    # Names are unique in a graph, and `extend` has a state on both sides: outputs are called out_<name>.
+    for port, spec in zip(made.inputs, graph.inputs, strict=True):
         port.get_node().set_friendly_name(spec.name)
-    for port, name in zip(graph.outputs, outputs, strict=True):
-        port.get_node().set_friendly_name(name)
-    ov.save_model(graph, path, compress_to_fp16=False)
+    for port, name in zip(made.outputs, graph.outputs, strict=True):
+        port.get_node().set_friendly_name(f"out_{name}")
+    ov.save_model(made, folder / f"{graph.name}.xml", compress_to_fp16=False)
 
 
+def _write_onnx(module: nn.Module, graph: Graph, folder: Path) -> None:
+    inputs = [spec.name for spec in graph.inputs]
+    outputs = [f"out_{name}" for name in graph.outputs]
+    free = {"T", "C", "A"} | ({"B"} if graph.users > 1 else set())
+    axes = {
+        spec.name: {i: str(d) for i, d in enumerate(spec.shape) if isinstance(d, str) and d in free}
+        for spec in graph.inputs
+    }
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(), _quiet("torch.onnx"):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module,
+                tuple(example(graph.inputs, B=graph.users).values()),
+                str(folder / f"{graph.name}.onnx"),
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_axes=axes,
+                opset_version=18,
+                dynamo=False,
+            )
+    except Exception as error:  # the exporter's errors share no public base class
+        raise BuildError(f"ONNX cannot express {graph.name}: {error}") from error
+
+
+class _quiet:  # noqa: N801 - reads as the statement it is
+    """Keep a logger from telling users of an exporter's inner life."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)
+
+
+def _write_nothing(module: nn.Module, graph: Graph, folder: Path) -> None:
+    """The reference computes with the torch module itself."""
+
+
+def _check_outputs(graph: Graph, count: int) -> None:
+    if count != len(graph.outputs):
+        raise BuildError(f"{graph.name} has {count} outputs, expected {', '.join(graph.outputs)}")
+
+
+WRITERS: dict[str, Callable[[nn.Module, Graph, Path], None]] = {
+    "openvino": _write_openvino,
+    "onnxruntime": _write_onnx,
+    "reference": _write_nothing,
+}
 _OV_TYPES = {"int32": "i32", "int64": "i64", "float32": "f32"}
-
-
-def _names(specs: Sequence[TensorSpec]) -> list[str]:
-    return [spec.name for spec in specs]

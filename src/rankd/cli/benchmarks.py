@@ -50,3 +50,105 @@ def serve(name: str, seconds: float, rate: float | None, runs: int, model: Path 
         click.echo(report.line())
     else:
         print_report(report)
+
+
+@bench.command()
+@click.option(
+    "--workload",
+    "name",
+    default="base",
+    show_default=True,
+    help="base, long, mixed, skewed, small, or a .toml file of your own.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1, 2),
+    show_default=True,
+    help="Of one call; may be given several times.",
+)
+@click.option("--runs", type=click.IntRange(1), default=7, show_default=True, help="Rounds of a few calls each.")
+@click.option(
+    "--contestant", "contestants", multiple=True, metavar="NAME", help="One of them alone; may be given several times."
+)
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
+def engine(name: str, threads: tuple[int, ...], runs: int, contestants: tuple[str, ...], as_json: bool) -> None:
+    """Latency of the model alone, beside torch and its compilers.
+
+    Torch eager under one dense mask (eager-fp32, eager-bf16), torch.compile, ONNX Runtime and OpenVINO on the same
+    model, and rankd's engine: all of a request (cold), candidates over a kept state (warm), the state alone (encode),
+    8 new events (extend). Each in a process of its own, a few calls in turn; -fast is MKL's best code on any processor.
+    """
+    from rankd.bench.engine import EngineOptions, run_engine
+    from rankd.bench.report import print_report
+    from rankd.bench.workload import load_workload
+    from rankd.cli.progress import progress_bar
+
+    options = EngineOptions(tuple(dict.fromkeys(threads)), runs, contestants)
+    with progress_bar("engine") as advance:
+        report = run_engine(load_workload(name), options, advance)
+    if as_json:
+        click.echo(report.line())
+    else:
+        print_report(report)
+
+
+@bench.command()
+@click.option(
+    "--workload",
+    "name",
+    default="mixed",
+    show_default=True,
+    help="base, long, mixed, skewed, small, or a .toml file of your own.",
+)
+@click.option(
+    "--trace", default="zipf", show_default=True, help="zipf, or an interaction log (Parquet) in the order it happened."
+)
+@click.option("--describe", default="", help="With a log: what its columns mean, as in `rankd train`.")
+@click.option("--visits", type=click.IntRange(10), default=20_000, show_default=True, help="Of a zipf trace.")
+@click.option(
+    "--requests",
+    type=click.IntRange(10),
+    default=800,
+    show_default=True,
+    help="At each budget; the second half counts.",
+)
+@click.option(
+    "--storage", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", help="How states are kept."
+)
+@click.option("--picture", type=click.Path(path_type=Path), help="Hit rate and latency against memory: a .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
+def states(
+    name: str,
+    trace: str,
+    describe: str,
+    visits: int,
+    requests: int,
+    storage: str,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
+    """How much memory user states need, and what less of it costs.
+
+    Replays who came when: hit rates of every policy at several budgets for the whole trace, then latencies with the
+    engine at the same budgets, without states, and with states on disk.
+    """
+    from rankd.bench.picture import check_picture
+    from rankd.bench.report import print_report
+    from rankd.bench.states import StatesOptions, draw_picture, run_states
+    from rankd.bench.workload import load_workload
+    from rankd.cli.progress import progress_bar
+    from rankd.states.state_config import Storage
+
+    if picture is not None:
+        check_picture(picture)
+    options = StatesOptions(trace, describe, visits, requests, Storage(storage))
+    with progress_bar("states") as advance:
+        report = run_states(load_workload(name), options, advance)
+    if picture is not None:
+        draw_picture(report, picture)
+    if as_json:
+        click.echo(report.line())
+    else:
+        print_report(report)

@@ -104,7 +104,14 @@ def evaluate(
 @click.option("--out", type=click.Path(path_type=Path), default=Path("models"), help="The model repository.")
 @click.option("--name", help="The model's name; the log's name if left out.")
 @click.option("--version", help="The version; one more than the newest if left out.")
-@click.option("--target", default="openvino", help="What the graphs are compiled for.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("openvino",),
+    show_default=True,
+    help="What to build for: openvino, onnxruntime, reference; may be given several times.",
+)
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Served so by default.")
 @click.option("--data", type=click.Path(path_type=Path), help="Where the log is now, if it was moved.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
@@ -113,7 +120,7 @@ def build(
     out: Path,
     name: str | None,
     version: str | None,
-    target: str,
+    targets: tuple[str, ...],
     precision: str,
     data: Path | None,
     as_json: bool,
@@ -130,13 +137,15 @@ def build(
 
     about, dataset, model = open_run(run, data)
     name = name or about.description.name
-    options = BuildOptions(name, version or next_version(out / name), Precision(precision), target)
+    options = BuildOptions(name, version or next_version(out / name), Precision(precision), targets)
     place = build_artifact(out, model, dataset, about.recipe, options, read_metrics(run))
-    record = Artifact.open(place).manifest.engines[target]
+    parities = {target: record.parity for target, record in Artifact.open(place).manifest.engines.items()}
     if as_json:
-        click.echo(json.dumps({"artifact": str(place), "precision": record.precision, "parity": record.parity}))
+        click.echo(json.dumps({"artifact": str(place), "precision": precision, "parity": parities}))
     else:
-        parity = ", ".join(f"{worst:.2g} in {which}" for which, worst in record.parity.items())
+        parity = ", ".join(
+            f"{worst:.2g} on {target} in {which}" for target, one in parities.items() for which, worst in one.items()
+        )
         click.echo(f"{place} is ready (largest difference of a logit to torch: {parity}); next: rankd serve {out}")
 
 

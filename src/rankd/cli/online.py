@@ -26,9 +26,12 @@ PRECISIONS = click.Choice(["auto", "fp32", "bf16"])
 @click.option("--port", type=int, help="The port; 8000 by default, 0 takes a free one.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file; flags and RANKD_* variables go over it.")
 @click.option("--model", "names", multiple=True, help="Load only this model; may be given several times.")
+@click.option("--target", help="openvino, onnxruntime or reference; auto takes the fastest one measured here.")
 @click.option("--precision", type=PRECISIONS, help="Over what the artifacts were built for.")
 @click.option("--executors", type=click.IntRange(0), help="Requests computed at once; one for each core by default.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one request; 1 by default.")
+@click.option("--states-mib", type=click.IntRange(0), help="Memory for user states, a model; 1024 by default.")
+@click.option("--states-spill", type=click.Path(), help="A folder for states that leave memory; survives a restart.")
 @click.option("--histories", type=click.Path(), help="Parquet: histories in place of the artifact's (one model only).")
 @click.option("--items", type=click.Path(), help="Parquet: item features over the artifact's (one model only).")
 def serve(models: Path, config: Path | None, names: tuple[str, ...], **flags: Any) -> None:
@@ -43,8 +46,10 @@ def serve(models: Path, config: Path | None, names: tuple[str, ...], **flags: An
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    engine = {f"engine.{key}": flags.pop(key) for key in ("precision", "executors", "threads")}
-    settings = read_config(ServeConfig, config, os.environ, {**flags, **engine, "models": list(names) or None})
+    engine = {f"engine.{key}": flags.pop(key) for key in ("target", "precision", "executors", "threads")}
+    states = {"states.budget_mib": flags.pop("states_mib"), "states.spill": flags.pop("states_spill")}
+    given = {**flags, **engine, **states, "models": list(names) or None}
+    settings = read_config(ServeConfig, config, os.environ, given)
     run_server(models, settings)
 
 

@@ -1,18 +1,17 @@
 """The protocol between the request path and whatever computes: a Backend makes Executors, an Executor runs one call.
 
-In: Features (named arrays, padded to warmed shapes). Out: UserState, then logits. The schedule knows this file alone.
+In: named arrays, padded to warmed shapes. Out: the state of a history, then logits. `targets.py` knows the backends
+there are; the schedule and the states know this file alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
 import msgspec
 
-from rankd.artifact import Artifact
-from rankd.errors import ArtifactError, nearest
 from rankd.types import Array, Float32Array, UserState
 
 
@@ -24,10 +23,20 @@ class Precision(Enum):
     BF16 = "bf16"
 
 
-class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a model is computed. 0 executors: one for each core; threads are those of one call."""
+class StateType(Enum):
+    """How an engine hands out the floats of a state: float32, or bfloat16 as uint16 (the upper half of float32)."""
 
-    target: str = "openvino"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a model is computed. 0 executors: one for each core; threads are those of one call.
+
+    `target` "auto" is the one that `rankd bench engine` found the fastest on this machine.
+    """
+
+    target: str = "auto"
     precision: Precision = Precision.AUTO
     executors: int = 0
     threads: int = 1
@@ -36,19 +45,32 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Executor(Protocol):
     """One compiled instance with buffers of its own; it runs one call at a time, on one thread."""
 
-    def encode(self, history: Mapping[str, Array]) -> UserState:
-        """The state of a history. Its arrays belong to this executor until its next `encode`."""
+    def encode(self, history: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
+        """The state arrays of a history (B = 1): new ones, or `into` filled.
+
+        For a model without a state of its own it is the history.
+        """
         ...
 
-    def score(self, state: UserState, candidates: Mapping[str, Array]) -> Float32Array:
-        """Logits (C, K) of all candidate rows, padding included; a copy."""
+    def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What A new events a block add to a state (B = 1), named as the state is.
+
+        Arrays with a T dimension hold the A new tokens alone, the others are whole. They belong to this executor until
+        its next call. Only where the model can (`Manifest.extends`).
+        """
+        ...
+
+    def score(self, states: Sequence[UserState], candidates: Mapping[str, Array]) -> Float32Array:
+        """Logits (B, C, K) of all candidate rows, padding included; a copy. One state for each of the B users."""
         ...
 
 
 class Backend(Protocol):
     """An artifact compiled for a target."""
 
+    target: str
     precision: Precision
+    state_type: StateType
     num_executors: int
 
     def executor(self) -> Executor:
@@ -58,18 +80,3 @@ class Backend(Protocol):
     def memory_bytes(self) -> int:
         """Bytes of weights that the compiled graphs hold."""
         ...
-
-
-def load_backend(artifact: Artifact, config: EngineConfig) -> Backend:
-    """Compile an opened artifact for the configured target.
-
-    Raises:
-        ArtifactError: the artifact was not built for that target, or its graph does not compile here.
-    """
-    if config.target != "openvino":
-        raise ArtifactError(
-            f"unknown engine target '{config.target}'; there is openvino.{nearest(config.target, ['openvino'])}"
-        )
-    from rankd.engine.openvino_backend import OpenVinoBackend
-
-    return OpenVinoBackend.load(artifact, config)

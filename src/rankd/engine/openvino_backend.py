@@ -1,20 +1,23 @@
-"""OpenVINO on CPUs: two graphs of an artifact (encode, score), compiled once, one pair of inference requests a thread.
+"""OpenVINO on CPUs: the graphs of an artifact (encode, extend, score), compiled once, with requests for each thread.
 
-No torch here: the graphs were exported by `rankd build`. Shapes are dynamic in T and C; the first call of a new shape
-costs milliseconds, so requests are padded to the schema's buckets and every bucket is warmed before a model is ready.
+No torch here: the graphs were exported by `rankd build`. Shapes are dynamic in T, C and (of score) B; the first call of
+a new shape costs milliseconds, so requests are padded to the schema's buckets and every bucket is warmed before a model
+is ready. Arrays cross the border as they lie: inputs are read in place, a state is written where the caller keeps it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rankd.artifact import Artifact
-from rankd.engine.backend import EngineConfig, Precision
+from rankd.artifact import Artifact, Manifest
+from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.state_arrays import SideBySide, empty_state
 from rankd.errors import ArtifactError, EngineFailure
 from rankd.types import Array, Float32Array, UserState
 
@@ -25,40 +28,40 @@ HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
 class OpenVinoBackend:
     """Compiled graphs of one artifact. `encoder` is None for a model that has no state of its own."""
 
-    def __init__(self, encoder: Any, scorer: Any, precision: Precision, num_executors: int, size_bytes: int) -> None:
-        self._encoder, self._scorer, self._size_bytes = encoder, scorer, size_bytes
-        self.precision, self.num_executors = precision, num_executors
+    target = TARGET
+
+    def __init__(
+        self,
+        graphs: Mapping[str, CompiledGraph],
+        manifest: Manifest,
+        precision: Precision,
+        state_type: StateType,
+        config: EngineConfig,
+    ) -> None:
+        self._graphs, self._manifest = graphs, manifest
+        self.precision, self.state_type = precision, state_type
+        self.num_executors = num_executors(config)
+        self._size_bytes = 0
 
     @classmethod
-    def load(cls, artifact: Artifact, config: EngineConfig) -> OpenVinoBackend:
+    def load(
+        cls, artifact: Artifact, config: EngineConfig, precision: Precision, state_type: StateType
+    ) -> OpenVinoBackend:
         """Compile `engines/openvino/*.xml` of an artifact.
 
         Raises:
-            ArtifactError: not built for OpenVINO, a precision that was not checked at build, or a graph that fails.
+            ArtifactError: a graph that fails.
         """
-        path = artifact.path
-        record = artifact.manifest.engines.get(TARGET)
-        if record is None:
-            raise ArtifactError(f"{path} was not built for {TARGET}; run `rankd build --target {TARGET}`")
-        precision = config.precision if config.precision is not Precision.AUTO else Precision(record.precision)
-        if config.precision is Precision.AUTO and not supports(precision):
-            precision = Precision.FP32
-        if precision.value not in record.parity:
-            raise ArtifactError(
-                f"{path} was checked for the precisions {', '.join(record.parity)}, not for {precision.value}"
-            )
-        count = config.executors or os.cpu_count() or 1
-        folder = artifact.path / "engines" / TARGET
-        scorer = compile_graph(folder / "score.xml", precision, count, config.threads)
-        encoder = None
-        if artifact.manifest.split:
-            encoder = compile_graph(folder / "encode.xml", precision, count, config.threads)
-        size = sum(file.stat().st_size for file in folder.glob("*.bin"))
-        return cls(encoder, scorer, precision, count, size)
+        folder, manifest = artifact.path / "engines" / TARGET, artifact.manifest
+        backend = cls(
+            load_graphs(folder, manifest, precision, state_type, config), manifest, precision, state_type, config
+        )
+        backend._size_bytes = sum(file.stat().st_size for file in folder.glob("*.bin"))
+        return backend
 
     def executor(self) -> OpenVinoExecutor:
-        """A new pair of inference requests over the shared weights."""
-        return OpenVinoExecutor(self._encoder, self._scorer)
+        """New inference requests over the shared weights."""
+        return OpenVinoExecutor(self._graphs, self._manifest, self.state_type)
 
     def memory_bytes(self) -> int:
         """Bytes of the graphs' constants as stored."""
@@ -66,46 +69,109 @@ class OpenVinoBackend:
 
 
 class OpenVinoExecutor:
-    """One inference request for each graph. Inputs are read where they lie, the state stays in the outputs."""
+    """One inference request for each graph."""
 
-    def __init__(self, encoder: Any, scorer: Any) -> None:
-        self._encode = _Call(encoder) if encoder is not None else None
-        self._score = _Call(scorer)
+    def __init__(self, graphs: Mapping[str, CompiledGraph], manifest: Manifest, state_type: StateType) -> None:
+        self._calls = {name: _Call(graph) for name, graph in graphs.items()}
+        self._specs, self._state_type = manifest.state, state_type
+        self._side_by_side = SideBySide(manifest.state, state_type)
 
-    def encode(self, history: Mapping[str, Array]) -> UserState:
+    def encode(self, history: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
         """The state of a history; for a model without one, the history itself."""
-        return UserState(history if self._encode is None else self._encode(history))
+        if "encode" not in self._calls:
+            return history
+        if into is None:
+            into = empty_state(self._specs, history["history_item"].shape[2], self._state_type)
+        self._calls["encode"](history, into)
+        return into
 
-    def score(self, state: UserState, candidates: Mapping[str, Array]) -> Float32Array:
-        """Logits (C, K) of all candidate rows, padding included."""
-        logits: Float32Array = self._score({**state.arrays, **candidates})["logits"][0].copy()
+    def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What A new events a block add to a state."""
+        return self._calls["extend"]({**state.arrays, **{f"new_{name}": array for name, array in new.items()}})
+
+    def score(self, states: Sequence[UserState], candidates: Mapping[str, Array]) -> Float32Array:
+        """Logits (B, C, K) of all candidate rows, padding included."""
+        arrays = {**self._side_by_side.arrays(states), **candidates}
+        logits: Float32Array = self._calls["score"](arrays)["logits"].copy()
         return logits
 
 
-class _Call:
-    """An inference request called with named arrays."""
+@dataclass(frozen=True, slots=True)
+class CompiledGraph:
+    """A compiled graph, and the outputs that are inputs handed through: {output: input}. They are no part of it.
 
-    def __init__(self, compiled: Any) -> None:
+    OpenVINO lets such a pair share memory, and with tensors of ours on both sides it overwrites the input.
+    """
+
+    compiled: Any
+    handed_through: Mapping[str, str]
+
+
+class _Call:
+    """An inference request called with named arrays; always with `into`, or never."""
+
+    def __init__(self, graph: CompiledGraph) -> None:
         import openvino as ov
 
-        self._tensor = ov.Tensor
+        self._ov, self._handed_through, compiled = ov, graph.handed_through, graph.compiled
         self._request = compiled.create_infer_request()
-        self._inputs = [port.get_node().get_friendly_name() for port in compiled.inputs]
-        self._outputs = [port.get_node().get_friendly_name() for port in compiled.outputs]
+        self._inputs = [(port.get_node().get_friendly_name(), port.get_element_type()) for port in compiled.inputs]
+        self._outputs = [(output_name(port), port.get_element_type()) for port in compiled.outputs]
 
-    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    def __call__(self, arrays: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
         try:
-            for index, name in enumerate(self._inputs):
-                array = np.ascontiguousarray(arrays[name])
-                self._request.set_input_tensor(index, self._tensor(array, shared_memory=True))
+            for index, (name, kind) in enumerate(self._inputs):
+                self._request.set_input_tensor(index, self._tensor(arrays[name], kind))
+            if into is not None:
+                for index, (name, kind) in enumerate(self._outputs):
+                    self._request.set_output_tensor(index, self._tensor(into[name], kind))
             self._request.infer()
         except RuntimeError as error:
             raise EngineFailure(f"OpenVINO failed on inputs {_shapes(arrays)}: {error}") from error
-        return {name: self._request.get_output_tensor(i).data for i, name in enumerate(self._outputs)}
+        same = {output: arrays[name] for output, name in self._handed_through.items()}
+        if into is None:
+            return {name: self._array(index, kind) for index, (name, kind) in enumerate(self._outputs)} | same
+        for output, array in same.items():
+            into[output][...] = array
+        return into
+
+    def _tensor(self, array: Array, kind: Any) -> Any:
+        if kind == self._ov.Type.bf16:
+            return self._ov.Tensor(array, self._ov.Shape(array.shape), kind)
+        return self._ov.Tensor(array if array.flags.c_contiguous else np.ascontiguousarray(array), shared_memory=True)
+
+    def _array(self, index: int, kind: Any) -> Array:
+        data: Array = self._request.get_output_tensor(index).data
+        return data.view(np.uint16) if kind == self._ov.Type.bf16 else data
 
 
-def compile_graph(path: Path, precision: Precision, streams: int, threads: int) -> Any:
+def num_executors(config: EngineConfig) -> int:
+    """As many as are configured; one for each core otherwise."""
+    return config.executors or os.cpu_count() or 1
+
+
+def load_graphs(
+    folder: Path, manifest: Manifest, precision: Precision, state_type: StateType, config: EngineConfig
+) -> dict[str, CompiledGraph]:
+    """Compile every graph in a folder: {"score": ..., "encode": ..., "extend": ...}, the latter two where they are.
+
+    Raises:
+        ArtifactError: a graph cannot be read or compiled.
+    """
+    floats = {spec.name for spec in manifest.state if spec.dtype == "float32"} if manifest.split else set()
+    narrow = floats if state_type is StateType.BF16 else set()
+    return {
+        path.stem: compile_graph(path, precision, num_executors(config), config.threads, narrow)
+        for path in sorted(folder.glob("*.xml"))
+    }
+
+
+def compile_graph(
+    path: Path, precision: Precision, streams: int, threads: int, bf16_ports: set[str] | frozenset[str] = frozenset()
+) -> CompiledGraph:
     """Compile one exported graph for the CPU with `streams` concurrent calls of `threads` threads each.
+
+    Inputs and outputs named in `bf16_ports` are bfloat16 instead of float32.
 
     Raises:
         ArtifactError: the graph cannot be read or compiled.
@@ -120,17 +186,38 @@ def compile_graph(path: Path, precision: Precision, streams: int, threads: int) 
         "ENABLE_CPU_PINNING": "NO",
     }
     try:
-        return core.compile_model(core.read_model(path), "CPU", options)
+        graph = core.read_model(path)
+        handed_through = {}
+        for result in graph.get_results():
+            source = result.input_value(0).get_node()
+            if source.get_type_name() == "Parameter":
+                handed_through[output_name(result.output(0))] = source.get_friendly_name()
+                graph.remove_result(result)
+        ports = ov.preprocess.PrePostProcessor(graph)
+        for index, port in enumerate(graph.inputs):
+            if port.get_node().get_friendly_name() in bf16_ports:
+                ports.input(index).tensor().set_element_type(ov.Type.bf16)
+        for index, port in enumerate(graph.outputs):
+            if output_name(port) in bf16_ports:
+                ports.output(index).tensor().set_element_type(ov.Type.bf16)
+        return CompiledGraph(core.compile_model(ports.build(), "CPU", options), handed_through)
     except RuntimeError as error:
         raise ArtifactError(f"{path}: OpenVINO cannot compile it here: {error}") from error
 
 
-def supports(precision: Precision) -> bool:
-    """Whether this processor computes in the precision natively."""
+def output_name(port: Any) -> str:
+    """An output is called out_<name> in the graph."""
+    name: str = port.get_node().get_friendly_name()
+    return name.removeprefix("out_")
+
+
+def why_not(precision: Precision) -> str:
+    """Why this processor or library cannot compute in a precision; empty if it can."""
     import openvino as ov
 
-    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return precision is not Precision.BF16 or "BF16" in capabilities
+    if precision is Precision.BF16 and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return "this processor has no bfloat16 arithmetic; use fp32"
+    return ""
 
 
 def _shapes(arrays: Mapping[str, Array]) -> str:

@@ -7,6 +7,7 @@ through this file, so the three cannot drift apart. Next: `engine/` computes on 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -43,12 +44,17 @@ def assemble(
     count = candidates.shape[0]
     if not 1 <= count <= schema.max_candidates:
         raise InvalidRequest(f"{count} candidates given; allowed are 1 to {schema.max_candidates}: split the request")
-    history = history.until(int(np.searchsorted(history.times, now, side="right")))
+    history = until(history, now)
     return Features(
         history=history_arrays(schema, items, history),
         candidates=candidate_arrays(schema, items, history, candidates, user, now),
         num_candidates=count,
     )
+
+
+def until(history: UserHistory, now: int) -> UserHistory:
+    """The events that are not after `now`, in seconds since 1970-01-01 UTC, as views."""
+    return history.until(int(np.searchsorted(history.times, now, side="right")))
 
 
 def history_arrays(schema: FeatureSchema, items: ItemTable, history: UserHistory) -> dict[str, Array]:
@@ -79,6 +85,24 @@ def history_arrays(schema: FeatureSchema, items: ItemTable, history: UserHistory
         if schema.event_values:
             arrays["history_values"][0, block, :size] = history.values[indices]
     return arrays
+
+
+def appended_tokens(tokens: Mapping[str, Array], lengths: Sequence[int], buckets: tuple[int, ...]) -> dict[str, Array]:
+    """What follows the first `lengths[n]` tokens of each block: the inputs of `extend`, A the smallest bucket.
+
+    >>> history_item [[7, 3, 9, 0]], history_length [3], lengths [1], bucket 4 -> [[3, 9, 0, 0]], history_length [2]
+    """
+    whole = tokens["history_length"][0]
+    counts = whole - np.asarray(lengths, np.int32)
+    room = bucket_of(int(counts.max()), buckets)
+    new: dict[str, Array] = {"history_length": counts[None].astype(np.int32)}
+    for name, array in tokens.items():
+        if name == "history_length":
+            continue
+        new[name] = np.zeros((*array.shape[:2], room, *array.shape[3:]), array.dtype)
+        for block, (start, count) in enumerate(zip(lengths, counts, strict=True)):
+            new[name][0, block, :count] = array[0, block, start : start + count]
+    return new
 
 
 def candidate_arrays(

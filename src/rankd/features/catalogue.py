@@ -43,7 +43,10 @@ class UserTable:
 
     def history_of(self, user: int) -> UserHistory:
         """The events of one user, as views."""
-        return self.history.until(int(self.offsets[user + 1])).last(int(self.offsets[user + 1] - self.offsets[user]))
+        start, end, whole = int(self.offsets[user]), int(self.offsets[user + 1]), self.history
+        return UserHistory(
+            whole.rows[start:end], whole.events[start:end], whole.times[start:end], whole.values[start:end]
+        )
 
 
 class Catalogue:

@@ -14,7 +14,7 @@ from rankd.types import Int32Array, Int64Array, UserHistory
 def extract(
     history: UserHistory, sub_sequence: SubSequence, schema: FeatureSchema, item_categories: Int32Array
 ) -> Int64Array:
-    """Indices (n,) int64, ascending, of the newest `history_length` events that the strategy picks.
+    """Indices (n,) int64, ascending, of the newest events that the strategy picks, at most `history_length`.
 
     `item_categories` is (rows, G) int32, read by `category` alone.
 
@@ -23,18 +23,33 @@ def extract(
     size, length = len(history), schema.history_length
     match sub_sequence.strategy:
         case Strategy.RECENT:
-            return np.arange(max(size - length, 0), size)
+            return np.arange(_window_start(max(size - length, 0), history, schema), size)
+        case Strategy.EVENT:
+            wanted = [schema.event_types.index(name) for name in sub_sequence.events]
+            picked = np.flatnonzero(np.isin(history.events, wanted))
+            oldest = int(picked[-length]) if len(picked) > length else 0
+            return picked[np.searchsorted(picked, _window_start(oldest, history, schema)) :]
         case Strategy.DISTINCT:
             picked, _ = _last_events(history.rows)
         case Strategy.REPEATED:
             last, counts = _last_events(history.rows)
             picked = last[counts > 1]
-        case Strategy.EVENT:
-            wanted = [schema.event_types.index(name) for name in sub_sequence.events]
-            picked = np.flatnonzero(np.isin(history.events, wanted))
         case Strategy.CATEGORY:
             picked = _in_top_categories(history.rows, sub_sequence, schema, item_categories)
     return np.sort(picked)[-length:]
+
+
+def _window_start(oldest: int, history: UserHistory, schema: FeatureSchema) -> int:
+    """The index from which events are read, given the oldest that would fit: the next number of an event that is a
+    multiple of `window_step`.
+
+    Counted from the user's first event ever, so that the window stands still for `window_step` events and the state of
+    a history can be extended meanwhile, whoever computes it and whenever.
+
+    >>> step 4, length 8: after 8 events all are read; after 9..12 those from number 4 on (5 to 8); after 13 from 8 on
+    """
+    step = schema.window_step
+    return -(-(history.dropped + oldest) // step) * step - history.dropped
 
 
 def _last_events(rows: Int32Array) -> tuple[Int64Array, Int64Array]:

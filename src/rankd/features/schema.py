@@ -89,6 +89,8 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `num_item_rows` counts padding and unknown; `history_length` is T of every sub-sequence, `history_buckets` and
     `candidate_buckets` the shapes that are compiled and warmed; `stored_history` is how many events a store keeps.
+    A sub-sequence that is full lets go of its oldest events `window_step` of the user's events at a time
+    (`features.history`), so that between two such moments a history only grows.
     `time_origin` is the second (since 1970) from which the graph counts time, so that it fits int32.
     """
 
@@ -100,6 +102,7 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     candidate_buckets: tuple[int, ...]
     tasks: tuple[Task, ...]
     stored_history: int = 1000
+    window_step: int = 1
     item_categorical: tuple[Categorical, ...] = ()
     item_numeric: tuple[Numeric, ...] = ()
     user_categorical: tuple[Categorical, ...] = ()

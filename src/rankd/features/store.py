@@ -86,9 +86,8 @@ class MemoryStore:
             merged = events if before is None else join(before, events)
             order = np.argsort(merged.times, kind="stable")
             if not np.array_equal(order, np.arange(len(merged))):
-                merged = UserHistory(
-                    merged.rows[order], merged.events[order], merged.times[order], merged.values[order]
-                )
+                arranged = merged.rows[order], merged.events[order], merged.times[order], merged.values[order]
+                merged = UserHistory(*arranged, merged.dropped)
             merged = merged.last(self._schema.stored_history)
             self._changed[user_id] = merged
             self._changed.move_to_end(user_id)
@@ -111,6 +110,7 @@ def join(older: UserHistory, newer: UserHistory) -> UserHistory:
         np.concatenate([older.events, newer.events]),
         np.concatenate([older.times, newer.times]),
         np.concatenate([older.values, newer.values]),
+        older.dropped,
     )
 
 

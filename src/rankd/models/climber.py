@@ -4,7 +4,8 @@ In: N sub-sequences of the user's history, C candidates. Out: logits (B, C, K). 
 description; sizes and initialisation are ours.
 
 A history token sees the history before it; a candidate sees the whole history of its block and itself, never another
-candidate. So the state (keys and values of each block and layer) does not depend on the candidates.
+candidate. So the state (keys and values of each block and layer) does not depend on the candidates, and a longer
+history only adds to it. Keys and values are kept a row a token, as the products make them: no copy turns them over.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from rankd.features.schema import FeatureSchema
 from rankd.models.protocol import Tensors
@@ -26,7 +28,8 @@ MASKED = -1e4  # survives bfloat16 and float16; exp() of it is 0
 class RelativeBias(nn.Module):
     """A learned bias for each head from the distance in positions and in time between a query and a key.
 
-    Time differences fall into half-octave buckets of minutes: bucket = floor(2 log2(1 + minutes)).
+    Time differences fall into half-octave buckets of minutes: bucket = floor(2 log2(1 + minutes)). Position and time
+    are looked up together: `pairs` numbers each pair of them once a block, `forward` is one gather a layer.
     """
 
     def __init__(self, heads: int, positions: int) -> None:
@@ -34,24 +37,34 @@ class RelativeBias(nn.Module):
         self.position = nn.Parameter(torch.zeros(positions + 1, heads))
         self.time = nn.Parameter(torch.zeros(TIME_BUCKETS, heads))
 
-    def forward(self, distance: Tensor, seconds: Tensor) -> Tensor:
-        """distance (..., Q, T) and seconds (..., Q, T) integers -> (..., H, Q, T)."""
-        return self.of_position(distance) + self.of_time(time_bucket(seconds))
+    def forward(self, pair: Tensor) -> Tensor:
+        """Bias (B, H, Q, T) of the pairs (B, Q, T)."""
+        both = (self.position[:, None] + self.time).flatten(0, 1).t()  # (H, pairs); a constant once exported
+        table = torch.cat([both, torch.full_like(both[:, :1], MASKED)], 1)
+        picked: Tensor = torch.index_select(table, 1, pair.flatten()).unflatten(1, pair.shape).transpose(0, 1)
+        return picked
 
-    def of_position(self, distance: Tensor) -> Tensor:
-        """Bias (..., H, Q, T) of a distance in tokens, clipped to the table."""
-        picked = self.position[distance.clamp(0, self.position.shape[0] - 1)]
-        return picked.movedim(-1, -3)
+    def itself(self) -> Tensor:
+        """Bias (H, 1, 1) between a token and itself: no distance in either sense."""
+        return (self.position[0] + self.time[0])[:, None, None]
 
-    def of_time(self, bucket: Tensor) -> Tensor:
-        """Bias (..., H, Q, T) of a time bucket."""
-        return self.time[bucket].movedim(-1, -3)
+
+def pairs(distance: Tensor, seconds: Tensor, positions: int) -> Tensor:
+    """A number (B, Q, T) int32 for each pair of a distance in tokens and one in seconds; a negative distance is masked.
+
+    >>> distance 2 and time bucket 5 -> 2 x 48 + 5; distance -1 -> (positions + 1) x 48, the entry of the mask
+    """
+    pair = distance.clamp(0, positions) * TIME_BUCKETS + time_bucket(seconds)
+    return torch.where(distance >= 0, pair, (positions + 1) * TIME_BUCKETS).int()
 
 
 def time_bucket(seconds: Tensor) -> Tensor:
-    """Half-octave bucket, 0..TIME_BUCKETS-1, of a non-negative time difference in seconds."""
-    minutes = seconds.clamp(min=0).float() / 60.0
-    return (2.0 * torch.log2(1.0 + minutes)).floor().clamp(0, TIME_BUCKETS - 1).long()
+    """Half-octave bucket, 0..TIME_BUCKETS-1, of a non-negative time difference in seconds.
+
+    Half a second is added: whole minutes lie on the edges of buckets, where logarithms of different libraries disagree.
+    """
+    minutes = (seconds.clamp(min=0).float() + 0.5) / 60.0
+    return (2.0 * torch.log2(1.0 + minutes)).floor().clamp(0, TIME_BUCKETS - 1).int()
 
 
 class Layer(nn.Module):
@@ -71,39 +84,46 @@ class Layer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (already over the temperature), keys and values (B, H, T, D / H) of tokens (B, T, D)."""
-        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
-        return self._split(q) / self._temperature(), self._split(k), self._split(v)
+    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, T, D) of normed tokens (B, T, D)."""
+        width = normed.shape[-1]
+        both = self.qkv.weight[width:], self.qkv.bias[width:]
+        key, value = (linear(normed, weight, bias) for weight, bias in zip(*(x.chunk(2) for x in both), strict=True))
+        return key, value
 
-    def history(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], bias: Tensor) -> Tensor:
-        """The history's next tokens (B, T, D); `bias` (B, H, T, T) holds the causal mask."""
-        q, k, v = qkv
-        attention = torch.softmax(q @ k.transpose(-1, -2) + bias, dim=-1)
-        return self._finish(x, attention @ v)
+    def queries(self, normed: Tensor) -> Tensor:
+        """Queries (B, H, Q, D / H), already over the temperature: it is folded into the weights."""
+        width = normed.shape[-1]
+        scale = self.log_temperature.neg().exp().repeat_interleave(width // self.heads)
+        return self.split(linear(normed, self.qkv.weight[:width] * scale[:, None], self.qkv.bias[:width] * scale))
 
-    def candidates(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """The candidates' next tokens (B, C, D): each attends to the keys (B, H, T, D / H) and to itself.
+    def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """The next tokens (B, Q, D) of x; keys and values (B, T, D), bias (B, H, Q, T) with the mask in it."""
+        attention = torch.softmax(queries @ self.split(keys).transpose(-1, -2) + bias, dim=-1)
+        return self.finish(x, attention @ self.split(values))
 
-        `bias` (B, H, 1, T) masks the padding of the history; a candidate's distance to itself is 0 in both senses.
+    def attend_and_itself(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """The next tokens (B, C, D) of candidates: each attends to keys (B, T, D) and to itself, never to another.
+
+        `bias` (B, H, 1, T) masks the padding of the history.
         """
-        q, k, v = self.keys_values(x)
-        itself = (q * k).sum(-1, keepdim=True) + (self.bias.position[0] + self.bias.time[0])[:, None, None]
-        logits = torch.cat([q @ keys.transpose(-1, -2) + bias, itself], dim=-1)
+        q = self.queries(normed)
+        k, v = (self.split(own) for own in self.keys_values(normed))
+        itself = (q * k).sum(-1, keepdim=True) + self.bias.itself()
+        logits = torch.cat([q @ self.split(keys).transpose(-1, -2) + bias, itself], dim=-1)
         attention = torch.softmax(logits, dim=-1)
-        return self._finish(x, attention[..., :-1] @ values + attention[..., -1:] * v)
+        return self.finish(x, attention[..., :-1] @ self.split(values) + attention[..., -1:] * v)
 
-    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention (B, H, Q, D / H): projection, residual, feed-forward."""
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         result: Tensor = x + self.dropout(self.ffn(x))
         return result
 
-    def _split(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, D / H)."""
         heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return heads
-
-    def _temperature(self) -> Tensor:
-        return self.log_temperature.exp()[:, None, None]
 
 
 class GatingFusion(nn.Module):
@@ -144,33 +164,59 @@ class Block(nn.Module):
         """The layers, the first one first."""
         return cast(list[Layer], list(self.stack))
 
-    def encode(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, L, H, T, D / H) of tokens (B, T, D); the last layer's tokens are needed by nobody."""
-        index = torch.arange(times.shape[-1], device=times.device)
-        distance = index[:, None] - index
-        mask = torch.where(distance >= 0, 0.0, MASKED)
-        bucket = time_bucket(times[:, :, None] - times[:, None, :])
-        keys, values = [], []
-        for depth, layer in enumerate(self.layers):
-            qkv = layer.keys_values(x)
-            keys.append(qkv[1])
-            values.append(qkv[2])
-            if depth < len(self.stack) - 1:
-                x = layer.history(x, qkv, layer.bias.of_position(distance) + layer.bias.of_time(bucket) + mask)
-        return torch.stack(keys, 1), torch.stack(values, 1)
+    @property
+    def positions(self) -> int:
+        """The largest distance in tokens that the bias tells apart."""
+        return self.layers[0].bias.position.shape[0] - 1
 
-    def candidates(self, x: Tensor, keys: Tensor, values: Tensor, seconds: Tensor, length: Tensor) -> Tensor:
+    def encode(self, x: Tensor, times: Tensor) -> Tensor:
+        """Keys and values (B, L, 2, T, D) of tokens (B, T, D); the last layer's tokens are needed by nobody."""
+        index = torch.arange(times.shape[-1], device=times.device)
+        pair = pairs((index[:, None] - index)[None], times[:, :, None] - times[:, None, :], self.positions)
+        made = []
+        for depth, layer in enumerate(self.layers):
+            normed = layer.norm(x)
+            keys, values = layer.keys_values(normed)
+            made += [keys, values]
+            if depth < len(self.stack) - 1:
+                x = layer.attend(x, layer.queries(normed), keys, values, layer.bias(pair))
+        stacked: Tensor = torch.stack(made, 1).unflatten(1, (-1, 2))
+        return stacked
+
+    def extend(self, x: Tensor, times: Tensor, known: Tensor, known_times: Tensor, length: Tensor) -> Tensor:
+        """Keys and values (B, L, 2, E, D) of new tokens x (B, E, D) that follow a history.
+
+        known (B, L, 2, T, D) and known_times (B, T) are the history's, of which `length` (B,) tokens are real.
+        """
+        new = torch.arange(times.shape[-1], device=times.device)
+        old = torch.arange(known_times.shape[-1], device=times.device)
+        place = length[:, None, None]
+        distance = torch.where(old < place, place + new[:, None] - old, -1)  # (B, E, T)
+        before = pairs(distance, times[:, :, None] - known_times[:, None, :], self.positions)
+        among = pairs((new[:, None] - new)[None], times[:, :, None] - times[:, None, :], self.positions)
+        made = []
+        for depth, layer in enumerate(self.layers):
+            normed = layer.norm(x)
+            keys, values = layer.keys_values(normed)
+            made += [keys, values]
+            if depth < len(self.stack) - 1:
+                bias = torch.cat([layer.bias(before), layer.bias(among)], -1)
+                all_keys = torch.cat([known[:, depth, 0], keys], 1)
+                all_values = torch.cat([known[:, depth, 1], values], 1)
+                x = layer.attend(x, layer.queries(normed), all_keys, all_values, bias)
+        stacked: Tensor = torch.stack(made, 1).unflatten(1, (-1, 2))
+        return stacked
+
+    def candidates(self, x: Tensor, known: Tensor, seconds: Tensor, length: Tensor) -> Tensor:
         """Outputs (B, C, D) of candidates (B, C, D): each sees the history and itself.
 
-        keys, values (B, L, H, T, D / H); seconds (B, T) from each event to now; length (B,) real events.
+        known (B, L, 2, T, D) keys and values; seconds (B, T) from each event to now; length (B,) real events.
         """
         index = torch.arange(seconds.shape[-1], device=seconds.device)
-        distance = (length[:, None] - index)[:, None]  # (B, 1, T): a candidate stands right after the history
-        mask = torch.where(distance > 0, 0.0, MASKED)[:, None]
-        bucket = time_bucket(seconds)[:, None]
+        distance = length[:, None] - index  # a candidate stands right after the history
+        pair = pairs(torch.where(distance > 0, distance, -1), seconds, self.positions)[:, None]
         for depth, layer in enumerate(self.layers):
-            bias = layer.bias.of_position(distance) + layer.bias.of_time(bucket) + mask
-            x = layer.candidates(x, keys[:, depth], values[:, depth], bias)
+            x = layer.attend_and_itself(x, layer.norm(x), known[:, depth, 0], known[:, depth, 1], layer.bias(pair))
         return x
 
 
@@ -216,24 +262,29 @@ class Climber(nn.Module):
         self.direct = _direct(schema.candidate_numeric, hidden, tasks) if direct and schema.candidate_numeric else None
 
     def encode(self, history: Tensors) -> dict[str, Tensor]:
-        """State: keys, values (B, N, L, H, T, D / H), and the times and lengths that the candidates' bias needs."""
+        """State: keys_values (B, N, L, 2, T, D), and the times and lengths that the candidates' bias needs."""
         tokens = self.history_norm(self.tokens.events(history))
         times = history["history_time"]
-        encoded = [block.encode(tokens[:, n], times[:, n]) for n, block in enumerate(self._blocks())]
-        return {
-            "keys": torch.stack([keys for keys, _ in encoded], 1),
-            "values": torch.stack([values for _, values in encoded], 1),
-            "times": times,
-            "lengths": history["history_length"],
-        }
+        made = [block.encode(tokens[:, n], times[:, n]) for n, block in enumerate(self._blocks())]
+        return {"keys_values": torch.stack(made, 1), "times": times, "lengths": history["history_length"]}
+
+    def extend(self, state: Tensors, new: Tensors) -> dict[str, Tensor]:
+        """What E new events a block add to a state: keys_values (B, N, L, 2, E, D), times (B, N, E), new lengths."""
+        tokens = self.history_norm(self.tokens.events(new))
+        times, lengths = new["history_time"], state["lengths"]
+        made = [
+            block.extend(tokens[:, n], times[:, n], state["keys_values"][:, n], state["times"][:, n], lengths[:, n])
+            for n, block in enumerate(self._blocks())
+        ]
+        return {"keys_values": torch.stack(made, 1), "times": times, "lengths": lengths + new["history_length"]}
 
     def score(self, state: Tensors, candidates: Tensors) -> Tensor:
         """Logits (B, C, K)."""
         tokens = self.candidate_norm(self.tokens.candidates(candidates))
         seconds = candidates["context_time"][:, None, None] - state["times"]
-        keys, values, lengths = state["keys"], state["values"], state["lengths"]
+        known, lengths = state["keys_values"], state["lengths"]
         outputs = [
-            block.candidates(tokens, keys[:, n], values[:, n], seconds[:, n], lengths[:, n])
+            block.candidates(tokens, known[:, n], seconds[:, n], lengths[:, n])
             for n, block in enumerate(self._blocks())
         ]
         logits: Tensor = self.head(self.fusion(torch.stack(outputs, 2)))

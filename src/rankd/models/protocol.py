@@ -4,6 +4,7 @@ Two shapes are accepted. A `RankingModel` computes the user's history apart from
 
     state  = model.encode(history)              once for a user
     logits = model.score(state, candidates)     for any number of candidates
+    added  = model.extend(state, new)           optional: what new events add to a state, where the model is causal
 
 A `JointModel` is a plain `forward(history, candidates) -> logits`; it is served too, without a reusable state.
 
@@ -23,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from rankd.errors import ConfigError, nearest
+from rankd.errors import ArtifactError, ConfigError, nearest
 from rankd.features.schema import FeatureSchema
 
 Tensors = Mapping[str, Tensor]
@@ -40,6 +41,24 @@ class RankingModel(Protocol):
     def score(self, state: Tensors, candidates: Tensors) -> Tensor:
         """Logits (B, C, K) of the candidates given a state."""
         ...
+
+
+@runtime_checkable
+class ExtendableModel(RankingModel, Protocol):
+    """A ranker whose state grows with the history instead of being computed anew."""
+
+    def extend(self, state: Tensors, new: Tensors) -> dict[str, Tensor]:
+        """What A new events a block add to a state, named as the state is.
+
+        `new` has the inputs of `encode` with A tokens in place of T. A state tensor with a T dimension (it is laid out
+        (B, N, ..., T, ...)) is answered with the A new tokens alone, any other one whole.
+        """
+        ...
+
+
+def is_extendable(model: nn.Module) -> bool:
+    """Whether new events can be appended to the model's state."""
+    return isinstance(model, ExtendableModel)
 
 
 def is_split(model: nn.Module) -> bool:
@@ -72,6 +91,23 @@ def create_model(kind: str, schema: FeatureSchema, options: Mapping[str, Any]) -
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model '{kind}' is a {type(model).__name__}; it has to be a torch.nn.Module")
     return model
+
+
+def load_model(kind: str, schema: FeatureSchema, options: Mapping[str, Any], weights: Path) -> nn.Module:
+    """A trained model: made by its name, its weights read from a safetensors file; ready to score.
+
+    Raises:
+        ConfigError: as `create_model`. ArtifactError: the weights are not those of this model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model = create_model(kind, schema, options)
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{weights} is not of model '{kind}': {error}") from error
+    return model.eval()
 
 
 def _model_class(kind: str) -> Any:

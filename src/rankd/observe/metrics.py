@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 import rankd
+from rankd.observe.state_metrics import StateCollector
 from rankd.types import Scores
 
 STAGES = ("queue", "features", "encode", "score", "order", "total")
@@ -65,6 +66,8 @@ class ServerMetrics:
         self.ready = Gauge(
             "rankd_model_ready", "1 where a model version takes requests.", model, registry=self.registry
         )
+        self.states = StateCollector()
+        self.registry.register(self.states)
         Gauge("rankd_build_info", "Always 1.", ("release",), registry=self.registry).labels(rankd.__version__).set(1)
         self._statistics: dict[tuple[str, str], ModelStatistics] = {}
         self._children: dict[tuple[str, str], tuple[dict[str, Histogram], Histogram]] = {}

@@ -1,48 +1,56 @@
 """The waiting line of one model: a bounded queue and one thread for each executor.
 
-In: a job (a function of an Executor) with a deadline. Out: a Future. A job whose deadline has passed when its turn
-comes is not run; when the line is full a job is refused at once with the time after which a place should be free. Each
-executor is touched by its own thread alone. Every job that was accepted ends exactly once: a result, an error, or
-cancelled.
+In: items with deadlines. Out: a Future each. A thread takes the oldest item and, of those right behind it, as many as
+`joins` lets into the same call, so order is kept. An item whose deadline has passed when its turn comes is not run;
+when the line is full an item is refused at once, with the time after which a place should be free. Each executor is
+touched by its own thread alone. Every item that was accepted ends exactly once: a result, an error, or cancelled.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 from rankd.engine.backend import Executor
 from rankd.errors import DeadlineExceeded, Overloaded, Unavailable
 
-T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 SMOOTHING = 0.1
 
 
 @dataclass(slots=True)
-class _Job:
-    run: Callable[[Executor], Any]
+class _Job(Generic[Item, Result]):
+    item: Item
     deadline: float | None
-    future: Future[Any] = field(default_factory=Future)
+    future: Future[Result] = field(default_factory=Future)
 
 
-class WaitingLine:
-    """Runs jobs on executors in the order of their arrival. `start()` begins, `close()` finishes what was accepted."""
+class WaitingLine(Generic[Item, Result]):
+    """Runs items on executors in the order of their arrival. `start()` begins, `close()` finishes what was accepted.
+
+    `run` computes some items in one call and answers each with a result or an error; `joins` says whether a waiting
+    item may join those that are about to be run.
+    """
 
     def __init__(
         self,
-        executors: list[Executor],
+        executors: Sequence[Executor],
+        run: Callable[[Sequence[Item], Executor], Sequence[Result | Exception]],
         max_waiting: int,
+        joins: Callable[[Sequence[Item], Item], bool] = lambda chosen, item: False,
         name: str = "rankd",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._executors, self._max_waiting, self._clock = executors, max_waiting, clock
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._run, self._joins = run, joins
+        self._num_executors, self._max_waiting, self._clock = len(executors), max_waiting, clock
+        self._jobs: deque[_Job[Item, Result]] = deque()
+        self._changed = threading.Condition()  # guards everything below and the deque
         self._unfinished = 0
         self._closed = True
         self._mean_seconds = 0.0
@@ -52,68 +60,90 @@ class WaitingLine:
         ]
 
     def start(self) -> None:
-        """Start the threads; from here on jobs are accepted."""
+        """Start the threads; from here on items are accepted."""
         self._closed = False
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
         """Accept no more, run what was accepted, end the threads."""
-        with self._lock:
+        with self._changed:
             if self._closed:
                 return
             self._closed = True
-            for _ in self._threads:
-                self._jobs.put(None)
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
     @property
     def waiting(self) -> int:
-        """Jobs accepted and not yet finished, those being run included."""
+        """Items accepted and not yet finished, those being run included."""
         return self._unfinished
 
-    def submit(self, run: Callable[[Executor], T], deadline: float | None = None) -> Future[T]:
-        """Queue a job. `deadline` is in seconds of the line's clock.
+    def submit(self, item: Item, deadline: float | None = None) -> Future[Result]:
+        """Queue an item. `deadline` is in seconds of the line's clock.
 
         Raises:
             Unavailable: the line is not started, or is closing.
-            Overloaded: as many jobs wait as are allowed.
+            Overloaded: as many items wait as are allowed.
         """
-        job = _Job(run, deadline)
-        with self._lock:
+        job: _Job[Item, Result] = _Job(item, deadline)
+        with self._changed:
             if self._closed:
                 raise Unavailable("this model is not taking requests: it is loading or being unloaded; try again soon")
-            if self._unfinished >= self._max_waiting + len(self._executors):
-                seconds = self._mean_seconds * self._unfinished / len(self._executors)
+            if self._unfinished >= self._max_waiting + self._num_executors:
+                seconds = self._mean_seconds * self._unfinished / self._num_executors
                 raise Overloaded(
                     f"{self._unfinished} requests are being served or waiting, {self._max_waiting} may wait; "
                     f"try again in {seconds:.2f} s",
                     retry_after_s=seconds,
                 )
             self._unfinished += 1
-            self._jobs.put(job)
+            self._jobs.append(job)
+            self._changed.notify()
         return job.future
 
     def _work(self, executor: Executor) -> None:
-        while (job := self._jobs.get()) is not None:
+        while jobs := self._next():
             try:
-                self._run(job, executor)
+                self._finish(jobs, executor)
             finally:
-                with self._lock:
-                    self._unfinished -= 1
+                with self._changed:
+                    self._unfinished -= len(jobs)
 
-    def _run(self, job: _Job, executor: Executor) -> None:
-        if not job.future.set_running_or_notify_cancel():
-            return
+    def _next(self) -> list[_Job[Item, Result]]:
+        """The jobs of the next call; none when the line is closed and empty."""
+        with self._changed:
+            while not self._jobs and not self._closed:
+                self._changed.wait()
+            if not self._jobs:
+                return []
+            chosen = [self._jobs.popleft()]
+            while self._jobs and self._joins([job.item for job in chosen], self._jobs[0].item):
+                chosen.append(self._jobs.popleft())
+            return chosen
+
+    def _finish(self, jobs: Sequence[_Job[Item, Result]], executor: Executor) -> None:
         started = self._clock()
-        if job.deadline is not None and started >= job.deadline:
-            job.future.set_exception(DeadlineExceeded("the request's time was over before its turn came"))
+        due = []
+        for job in jobs:
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            if job.deadline is not None and started >= job.deadline:
+                job.future.set_exception(DeadlineExceeded("the request's time was over before its turn came"))
+                continue
+            due.append(job)
+        if not due:
             return
         try:
-            result = job.run(executor)
-        except BaseException as error:  # noqa: BLE001 - the edge of the thread: whatever it is belongs to the waiter
-            job.future.set_exception(error)
+            results = self._run([job.item for job in due], executor)
+        except BaseException as error:  # noqa: BLE001 - the edge of the thread: whatever it is belongs to the waiters
+            for job in due:
+                job.future.set_exception(error)
         else:
-            job.future.set_result(result)
-        self._mean_seconds += SMOOTHING * (self._clock() - started - self._mean_seconds)
+            for job, result in zip(due, results, strict=True):
+                if isinstance(result, Exception):
+                    job.future.set_exception(result)
+                else:
+                    job.future.set_result(result)
+        self._mean_seconds += SMOOTHING * ((self._clock() - started) / len(due) - self._mean_seconds)

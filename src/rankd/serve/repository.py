@@ -179,7 +179,8 @@ class ModelRepository:
                 self._set(name, version, ModelState.UNAVAILABLE, str(error) or type(error).__name__)
                 raise
             self._set(name, version, ModelState.READY)
-            log.info("model %s version %s is ready in %s", name, version, ranker.backend.precision.value)
+            backend = ranker.backend
+            log.info("model %s version %s is ready on %s in %s", name, version, backend.target, backend.precision.value)
             return ranker
 
     def unload(self, name: str, version: str = "") -> None:
@@ -247,7 +248,7 @@ class ModelRepository:
     def _open(self, name: str, version: str) -> Ranker:
         """A warm ranker of a folder, which nobody else knows yet."""
         folder, config = self.root / name / version, self.config
-        ranker = Ranker.load(folder, config.engine, config.histories, config.items, config.max_waiting)
+        ranker = Ranker.load(folder, config.engine, config.histories, config.items, config.max_waiting, config.states)
         own = (ranker.manifest.name, ranker.manifest.version)
         if own != (name, version):
             ranker.close()

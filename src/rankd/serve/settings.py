@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 
 from rankd.engine.backend import EngineConfig
+from rankd.states.state_config import StateConfig
 
 
 class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,3 +26,4 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     histories: str = ""
     items: str = ""
     engine: EngineConfig = EngineConfig()
+    states: StateConfig = StateConfig()

@@ -62,6 +62,7 @@ class RankAnswer(msgspec.Struct, frozen=True):
     unknown: tuple[str, ...]
     unknown_user: bool
     degraded: tuple[str, ...]
+    state: str
     timings_ms: dict[str, float]
 
 
@@ -92,6 +93,7 @@ class ModelAnswer(msgspec.Struct, frozen=True):
     kind: str = ""
     created: str = ""
     precision: str = ""
+    target: str = ""
     parity: dict[str, float] = {}
     metrics: dict[str, float] = {}
     tasks: tuple[str, ...] = ()
@@ -203,6 +205,7 @@ def encode_scores(scores: Scores) -> bytes:
             unknown=scores.unknown,
             unknown_user=scores.unknown_user,
             degraded=scores.degraded,
+            state=scores.state,
             timings_ms={stage: round(ms, 4) for stage, ms in scores.timings_ms.items()},
         )
     )

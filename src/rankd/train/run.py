@@ -19,7 +19,8 @@ from torch import nn
 
 from rankd.artifact import Artifact
 from rankd.config import read_struct
-from rankd.engine.backend import EngineConfig, Precision, load_backend
+from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.targets import load_backend
 from rankd.errors import ConfigError, DataError, nearest
 from rankd.models.protocol import create_model
 from rankd.train.baselines import baselines
@@ -30,7 +31,7 @@ from rankd.train.interactions import InteractionLog, read_log
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset, Sample, prepare
 from rankd.train.trainer import load_weights, seen_rows, torch_scorer
-from rankd.types import Float32Array, Int32Array
+from rankd.types import Float32Array, Int32Array, UserState
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -167,8 +168,9 @@ def engine_scorer(artifact: Path, precision: Precision, dataset: Dataset) -> Sco
         parts = []
         for start in range(0, len(rows), widest):
             features = sample_features(dataset, dataset.schema, sample, rows[start : start + widest])
-            logits = executor.score(executor.encode(features.history), features.candidates)
-            parts.append(logits[: features.num_candidates])
+            lengths = tuple(features.history["history_length"][0].tolist())
+            state = UserState(executor.encode(features.history), lengths)
+            parts.append(executor.score([state], features.candidates)[0, : features.num_candidates])
         return np.concatenate(parts)
 
     return scorer

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from rankd.errors import DataError
+from rankd.errors import ConfigError, DataError
 from rankd.features.schema import UNKNOWN_ROW, Categorical, DefaultTime, FeatureSchema, Numeric, SubSequence, Task
 from rankd.features.tables import ItemTable, UserFeatures, normalise
 from rankd.train.description import FeatureKind, TaskRule
@@ -70,6 +70,7 @@ class Shapes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     history_buckets: tuple[int, ...] = ()
     candidate_buckets: tuple[int, ...] = (32, 128, 512)
     stored_history: int = 1000
+    window_step: int = 1
     missing_item_score: float = -30.0
 
 
@@ -131,6 +132,11 @@ def _schema(
     user_columns: tuple[Categorical, ...],
 ) -> FeatureSchema:
     description = log.description
+    if not 1 <= shapes.window_step <= shapes.history_length <= shapes.stored_history:
+        raise ConfigError(
+            f"window_step {shapes.window_step}, history_length {shapes.history_length} and stored_history "
+            f"{shapes.stored_history} have to be at least 1 and none larger than the next"
+        )
     if any(feature.kind is FeatureKind.NUMERIC for feature in description.user_features):
         raise DataError("numeric user features are not read from a log yet; give them as categories")
     before = log.before(seconds_of(description.split.train_until))
@@ -148,6 +154,7 @@ def _schema(
         candidate_buckets=shapes.candidate_buckets,
         tasks=tuple(Task(rule.name, rule.rank_weight) for rule in description.tasks),
         stored_history=shapes.stored_history,
+        window_step=shapes.window_step,
         item_categorical=item_columns,
         item_numeric=numeric,
         user_categorical=user_columns,

@@ -1,0 +1,182 @@
+"""Who takes part in the suite `engine`, and what is said through the pipes of a contestant's process.
+
+Commands are Load, Score and Time; replies are Loaded, Scored, Timed and Refused. Each message is a frame: its length as
+8 bytes, little-endian, then MessagePack. Next: `contestants.py` obeys, `contestant_process.py` asks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import IO
+
+import msgspec
+import numpy as np
+
+from rankd.engine.backend import Precision
+from rankd.types import Array, Features
+
+LENGTH_BYTES = 8
+APPENDED = 8
+"""New events of a user that `Work.EXTEND` appends to a state."""
+
+TARGET = "openvino"
+"""Of our own engine, wherever it takes part."""
+
+
+class Family(Enum):
+    """Who computes. The first three are torch and exports of it under one dense mask; `compile` is the split model."""
+
+    EAGER = "eager"
+    ORT = "ort"
+    OPENVINO = "openvino"
+    COMPILE = "compile"
+    RANKD = "rankd"
+
+
+class Work(Enum):
+    """What one call does: all of a request, the candidates over a state that is kept, the state alone, or what new
+    events add to it."""
+
+    COLD = "cold"
+    WARM = "warm"
+    ENCODE = "encode"
+    EXTEND = "extend"
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """One row of the report. `fast`: in a process where MKL takes any processor for one of Intel's."""
+
+    family: Family
+    precision: Precision
+    work: Work = Work.COLD
+    fast: bool = False
+
+    @property
+    def process(self) -> str:
+        """The process that it runs in; contestants of the same family and precision share one."""
+        return f"{self.family.value}-{self.precision.value}" + ("-fast" if self.fast else "")
+
+    @property
+    def name(self) -> str:
+        """As it is called on the command line and in the report."""
+        return self.process if self.family is not Family.RANKD else f"{self.process}-{self.work.value}"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Torch as it comes: what speed-ups are over, and no rival."""
+        return self.family is Family.EAGER and self.precision is Precision.FP32
+
+
+CONTESTANTS = {
+    one.name: one
+    for one in (
+        *(Contestant(Family.EAGER, p, fast=fast) for p in (Precision.FP32, Precision.BF16) for fast in (False, True)),
+        *(Contestant(Family.COMPILE, Precision.BF16, fast=fast) for fast in (False, True)),
+        Contestant(Family.ORT, Precision.FP32),
+        *(Contestant(Family.OPENVINO, p) for p in (Precision.FP32, Precision.BF16)),
+        *(Contestant(Family.RANKD, p, work) for p in (Precision.FP32, Precision.BF16) for work in Work),
+    )
+}
+
+
+class Packed(msgspec.Struct, frozen=True):
+    """An array on its way through a pipe."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Inputs(msgspec.Struct, frozen=True):
+    """`Features` on their way through a pipe."""
+
+    history: dict[str, Packed]
+    candidates: dict[str, Packed]
+    num_candidates: int
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """The first command: what to run, over which requests. `scratch` is for exports; processes of a run share it."""
+
+    family: Family
+    precision: Precision
+    threads: int
+    artifact: str
+    scratch: str
+    requests: list[Inputs]
+
+
+class Score(msgspec.Struct, frozen=True, tag=True):
+    """Compute the logits of every request."""
+
+    work: Work
+
+
+class Time(msgspec.Struct, frozen=True, tag=True):
+    """One call that does not count, then so many that do, over the requests in turn."""
+
+    work: Work
+    calls: int
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """Ready; `load_s` from the command."""
+
+    load_s: float
+
+
+class Scored(msgspec.Struct, frozen=True, tag=True):
+    """Logits (C, K) float32 of every request, without padding."""
+
+    logits: list[Packed]
+
+
+class Timed(msgspec.Struct, frozen=True, tag=True):
+    """How long each call took."""
+
+    calls_ms: list[float]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The command could not be done, and why."""
+
+    reason: str
+
+
+Command = Load | Score | Time
+Reply = Loaded | Scored | Timed | Refused
+
+
+def pack(array: Array) -> Packed:
+    """An array as it travels."""
+    return Packed(array.dtype.str, array.shape, array.tobytes())
+
+
+def unpack(packed: Packed) -> Array:
+    """The array again; a copy, for torch and OpenVINO want arrays that may be written to."""
+    return np.frombuffer(packed.data, packed.dtype).reshape(packed.shape).copy()
+
+
+def pack_features(features: Features) -> Inputs:
+    """Features as they travel."""
+    history, candidates = (
+        {name: pack(array) for name, array in arrays.items()} for arrays in (features.history, features.candidates)
+    )
+    return Inputs(history, candidates, features.num_candidates)
+
+
+def unpack_features(inputs: Inputs) -> Features:
+    """The features again."""
+    history, candidates = (
+        {name: unpack(packed) for name, packed in arrays.items()} for arrays in (inputs.history, inputs.candidates)
+    )
+    return Features(history, candidates, inputs.num_candidates)
+
+
+def write_frame(pipe: IO[bytes], message: Command | Reply) -> None:
+    """Send one message."""
+    body = msgspec.msgpack.encode(message)
+    pipe.write(len(body).to_bytes(LENGTH_BYTES, "little") + body)
+    pipe.flush()

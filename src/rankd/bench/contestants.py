@@ -1,0 +1,323 @@
+"""What runs inside a contestant's process of the suite `engine`: load, give the scores, time n calls.
+
+python -m rankd.bench.contestants < Load, Score, Time > Loaded, Scored, Timed, Refused
+
+Next: `contestant_process.py` is the other end of the pipes.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from rankd.artifact import Artifact, Manifest
+from rankd.bench.contestant_messages import (
+    APPENDED,
+    LENGTH_BYTES,
+    TARGET,
+    Command,
+    Family,
+    Load,
+    Loaded,
+    Refused,
+    Reply,
+    Score,
+    Scored,
+    Time,
+    Timed,
+    Work,
+    pack,
+    unpack_features,
+    write_frame,
+)
+from rankd.engine.backend import EngineConfig, Executor, Precision
+from rankd.engine.state_arrays import APPEND_BUCKETS, token_axis, write_additions
+from rankd.engine.targets import load_backend
+from rankd.errors import EngineFailure
+from rankd.features.assembly import appended_tokens
+from rankd.types import Array, Features, Float32Array, UserState
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """`call(i)` is timed; `logits(i)` gives the (C, K) float32 that the same computation leads to."""
+
+    call: Callable[[int], object]
+    logits: Callable[[int], Float32Array]
+
+
+def load_calls(load: Load) -> dict[Work, Calls]:
+    """What the family can do, ready to run.
+
+    Raises:
+        EngineFailure, ImportError, RuntimeError: it cannot run on this machine.
+    """
+    return MAKERS[load.family](load, [unpack_features(inputs) for inputs in load.requests])
+
+
+def eager_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
+    """Torch as it comes, one dense mask.
+
+    bf16 is autocast over float32 weights: on an EPYC of Zen 4 it took 65 ms where `model.bfloat16()` took 72 ms
+    (workload `base`, one thread), so the better of the two is the contestant.
+    """
+    import torch
+
+    from rankd.bench.dense_model import dense_form
+    from rankd.bench.parity import torch_inputs, torch_model
+
+    torch.set_num_threads(load.threads)
+    model = dense_form(torch_model(Artifact.open(Path(load.artifact)))).eval()
+    inputs = [torch_inputs(features) for features in requests]
+    narrow = load.precision is Precision.BF16
+
+    def call(i: int) -> Float32Array:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            logits: Float32Array = model(*inputs[i])[0, : requests[i].num_candidates].float().numpy()
+        return logits
+
+    return {Work.COLD: Calls(call, call)}
+
+
+def compile_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
+    """torch.compile of encode and score in one graph, weights and arithmetic in bfloat16, constants frozen."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise EngineFailure("no C++ compiler; torch.compile needs one")
+    import torch
+
+    from rankd.bench.parity import torch_inputs, torch_model
+    from rankd.models.protocol import logits_of
+
+    torch.set_num_threads(load.threads)
+    model = torch_model(Artifact.open(Path(load.artifact))).bfloat16()
+    torch.set_default_dtype(torch.bfloat16)  # the masks that the model makes follow it
+    inputs = [
+        tuple({n: t.bfloat16() if t.is_floating_point() else t for n, t in side.items()} for side in torch_inputs(one))
+        for one in requests
+    ]
+    compiled = torch.compile(lambda history, candidates: logits_of(model, history, candidates))
+
+    def call(i: int) -> Float32Array:
+        with torch.no_grad():  # in inference mode constants are not frozen
+            logits: Float32Array = compiled(*inputs[i])[0, : requests[i].num_candidates].float().numpy()
+        return logits
+
+    for i in range(len(requests)):
+        call(i)
+    return {Work.COLD: Calls(call, call)}
+
+
+def ort_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
+    """ONNX Runtime on the dense export."""
+    import onnxruntime  # type: ignore[import-untyped,unused-ignore]
+
+    path = export_dense(load, "onnxruntime") / "score.onnx"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = load.threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads idle while others are timed
+    if same_shapes(requests):
+        history, candidates = requests[0].history["history_item"], requests[0].candidates["candidate_item"]
+        for dimension, size in (("B", 1), ("T", history.shape[-1]), ("C", candidates.shape[-1])):
+            options.add_free_dimension_override_by_name(dimension, size)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    wanted = [port.name for port in session.get_inputs()]
+    feeds = [{name: array for name, array in _arrays(one).items() if name in wanted} for one in requests]
+
+    def call(i: int) -> Float32Array:
+        logits: Float32Array = session.run(None, feeds[i])[0][0, : requests[i].num_candidates]
+        return logits
+
+    return {Work.COLD: Calls(call, call)}
+
+
+def openvino_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
+    """OpenVINO on the dense export, set for latency."""
+    import openvino as ov
+
+    core = ov.Core()
+    graph = core.read_model(export_dense(load, "openvino") / "score.xml")
+    names = [port.get_node().get_friendly_name() for port in graph.inputs]
+    if same_shapes(requests):
+        arrays = _arrays(requests[0])
+        graph.reshape({port: list(arrays[n].shape) for port, n in zip(graph.inputs, names, strict=True)})
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": {Precision.FP32: "f32", Precision.BF16: "bf16"}[load.precision],
+        "INFERENCE_NUM_THREADS": str(load.threads),
+        "NUM_STREAMS": "1",
+        "ENABLE_CPU_PINNING": "NO",
+    }
+    request = core.compile_model(graph, "CPU", options).create_infer_request()
+    inputs = [[ov.Tensor(_arrays(one)[name], shared_memory=True) for name in names] for one in requests]
+
+    def call(i: int) -> Float32Array:
+        for index, tensor in enumerate(inputs[i]):
+            request.set_input_tensor(index, tensor)
+        request.infer()
+        logits: Float32Array = request.get_output_tensor(0).data[0, : requests[i].num_candidates].copy()
+        return logits
+
+    return {Work.COLD: Calls(call, call)}
+
+
+def export_dense(load: Load, target: str) -> Path:
+    """The folder of the dense model's graph; exported by the first process of a run that asks."""
+    from rankd.bench.dense_model import dense_form
+    from rankd.bench.parity import torch_model
+    from rankd.build.export import export
+
+    artifact, folder = Artifact.open(Path(load.artifact)), Path(load.scratch) / f"dense-{target}"
+    if not folder.exists():
+        export(dense_form(torch_model(artifact)), artifact.schema, target, folder)
+    return folder
+
+
+def rankd_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
+    """Our engine: all of a request, the scoring over states that are kept, the encoding alone, the extending."""
+    config = EngineConfig(TARGET, load.precision, executors=1, threads=load.threads)
+    artifact = Artifact.open(Path(load.artifact))
+    executor = load_backend(artifact, config).executor()
+    lengths = [tuple(one.history["history_length"][0].tolist()) for one in requests]
+
+    def encode(i: int) -> UserState:
+        return UserState(executor.encode(requests[i].history), lengths[i])
+
+    def score(i: int, state: UserState) -> Float32Array:
+        return executor.score([state], requests[i].candidates)[0, : requests[i].num_candidates]
+
+    def cold(i: int) -> Float32Array:
+        return score(i, encode(i))
+
+    def warm(i: int) -> Float32Array:
+        return score(i, kept[i])
+
+    kept = [copy_of(encode(i)) for i in range(len(requests))]
+    return {
+        Work.COLD: Calls(cold, cold),
+        Work.WARM: Calls(warm, warm),
+        Work.ENCODE: Calls(encode, cold),
+        Work.EXTEND: extend_calls(executor, artifact.manifest, requests),
+    }
+
+
+def extend_calls(executor: Executor, manifest: Manifest, requests: Sequence[Features]) -> Calls:
+    """The newest APPENDED events of each history, spread over its blocks, go to the state of the events before."""
+    histories = [one.history for one in requests]
+    lengths = [one["history_length"][0] for one in histories]
+    counts = [np.minimum(one, [len(part) for part in np.array_split(np.arange(APPENDED), len(one))]) for one in lengths]
+    befores = [one - count for one, count in zip(lengths, counts, strict=True)]
+    states, news, wholes = [], [], []
+    for history, before in zip(histories, befores, strict=True):
+        states.append(copy_of(UserState(executor.encode(shortened(history, before)), tuple(before.tolist()))))
+        news.append(appended_tokens(history, states[-1].lengths, APPEND_BUCKETS))
+        # `write_additions` replaces what does not grow: each call starts from what the state before has
+        wholes.append({s.name: states[-1].arrays[s.name].copy() for s in manifest.state if token_axis(s) is None})
+
+    def call(i: int) -> None:
+        for name, whole in wholes[i].items():
+            states[i].arrays[name][...] = whole
+        added = executor.extend(states[i], news[i])
+        write_additions(manifest.state, states[i].arrays, states[i].lengths, added, counts[i].tolist())
+
+    def logits(i: int) -> Float32Array:
+        call(i)
+        longer = UserState(states[i].arrays, tuple(lengths[i].tolist()))
+        return executor.score([longer], requests[i].candidates)[0, : requests[i].num_candidates]
+
+    return Calls(call, logits)
+
+
+def shortened(history: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
+    """The first `lengths[n]` tokens of each block; nothing is left of the rest, so no score can come from it."""
+    arrays = {name: np.array(array) for name, array in history.items()}
+    arrays["history_length"][0] = lengths
+    for name, array in arrays.items():
+        for block, length in enumerate(lengths.tolist() if name != "history_length" else ()):
+            array[0, block, length:] = 0
+    return arrays
+
+
+def copy_of(state: UserState) -> UserState:
+    """A state to keep: what an executor hands out is its own until its next call."""
+    return UserState({name: np.array(array) for name, array in state.arrays.items()}, state.lengths)
+
+
+MAKERS: Mapping[Family, Callable[[Load, Sequence[Features]], dict[Work, Calls]]] = {
+    Family.EAGER: eager_calls,
+    Family.COMPILE: compile_calls,
+    Family.ORT: ort_calls,
+    Family.OPENVINO: openvino_calls,
+    Family.RANKD: rankd_calls,
+}
+
+
+def same_shapes(requests: Sequence[Features]) -> bool:
+    """Whether a graph of fixed shapes does for all requests."""
+    return len({tuple(array.shape for array in _arrays(one).values()) for one in requests}) == 1
+
+
+def time_calls(call: Callable[[int], object], num_requests: int, count: int) -> list[float]:
+    """Milliseconds of each of `count` calls over the requests in turn, after one that does not count."""
+    call(num_requests - 1)
+    gc.collect()
+    gc.disable()
+    spent = []
+    for number in range(count):
+        started = time.perf_counter()
+        call(number % num_requests)
+        spent.append((time.perf_counter() - started) * 1e3)
+    gc.enable()
+    return spent
+
+
+class Stage:
+    """The process's state between commands."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Work, Calls] = {}
+        self._num_requests = 0
+
+    def obey(self, command: Command) -> Reply:
+        """Do what is asked."""
+        match command:
+            case Load(requests=requests):
+                started = time.perf_counter()
+                self._calls, self._num_requests = load_calls(command), len(requests)
+                return Loaded(time.perf_counter() - started)
+            case Score(work):
+                return Scored([pack(self._calls[work].logits(i)) for i in range(self._num_requests)])
+            case Time(work, calls):
+                return Timed(time_calls(self._calls[work].call, self._num_requests, calls))
+
+
+def main() -> None:
+    """Commands from standard input, replies to what was standard output; whatever else prints goes to stderr."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    commands, stage = sys.stdin.buffer, Stage()
+    decoder: Any = msgspec.msgpack.Decoder(Command)
+    while header := commands.read(LENGTH_BYTES):
+        command = decoder.decode(commands.read(int.from_bytes(header, "little")))
+        try:
+            reply = stage.obey(command)
+        except Exception as error:  # noqa: BLE001  the process's edge: the reason goes to the report
+            reply = Refused(f"{type(error).__name__}: {error}")
+        write_frame(replies, reply)
+
+
+def _arrays(features: Features) -> dict[str, Array]:
+    return {**features.history, **features.candidates}
+
+
+if __name__ == "__main__":
+    main()

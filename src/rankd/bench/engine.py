@@ -1,0 +1,352 @@
+"""Suite `engine`: the model alone. The same requests to torch, its compiler, its exports and our engine, in turn.
+
+In: a workload and the names of contestants. Out: a Report. Each contestant is a process of its own (those of our
+engine share one a precision); in a round each runs a few calls while the others wait. Scores are checked before any
+clock runs. Next: `contestants.py` is what runs inside of a process.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rankd.artifact import Artifact
+from rankd.bench.contestant_messages import (
+    APPENDED,
+    CONTESTANTS,
+    TARGET,
+    Contestant,
+    Family,
+    Inputs,
+    Work,
+    pack_features,
+)
+from rankd.bench.contestant_process import ContestantProcess
+from rankd.bench.flops import Flops, climber_flops
+from rankd.bench.parity import BOUNDS, max_difference, stored_features, torch_logits
+from rankd.bench.peak import peak_gflops
+from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
+from rankd.bench.synthetic_model import model_for, users_for
+from rankd.bench.workload import Workload, draw_requests
+from rankd.engine.backend import Precision
+from rankd.engine.targets import why_not
+from rankd.errors import ConfigError, EngineFailure, MissingExtra, nearest
+from rankd.features.catalogue import Catalogue
+from rankd.features.store import MemoryStore
+from rankd.types import Float32Array
+
+REQUESTS = 8
+TURN_MS = 300.0
+"""What a contestant's turn in a round is to take: some calls of tens of milliseconds, or many of less."""
+
+FEWEST, MOST = 3, 100
+"""Calls of a turn."""
+
+Advance = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Threads of a call, one after the other; rounds; names of contestants, none for all of them."""
+
+    threads: tuple[int, ...] = (1, 2)
+    runs: int = 7
+    contestants: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What every contestant gets: the artifact, requests, and the logits (C, K) they have to lead to."""
+
+    about: Mapping[str, Any]
+    artifact: Path
+    scratch: Path
+    requests: list[Inputs]
+    expected: list[Float32Array]
+
+    def candidates(self, calls: int) -> int:
+        """How many candidates so many calls over the requests in turn score."""
+        return sum(self.requests[number % len(self.requests)].num_candidates for number in range(calls))
+
+
+@dataclass(slots=True)
+class Results:
+    """Of one number of threads, by contestant: milliseconds of every call, and how many of them a turn has; parity;
+    the reason of those that are left out. `peaks` are GFLOP/s by precision."""
+
+    threads: int
+    calls_ms: dict[str, list[float]] = field(default_factory=dict)
+    turn: dict[str, int] = field(default_factory=dict)
+    parity: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    peaks: dict[Precision, float] = field(default_factory=dict)
+
+    @property
+    def suffix(self) -> str:
+        """What follows the names of ratios and parities; nothing for one thread."""
+        return "" if self.threads == 1 else f"_{self.threads}t"
+
+    def p50(self) -> dict[str, float]:
+        """The median of each contestant's calls."""
+        return {name: percentile(spent, 0.5) for name, spent in self.calls_ms.items()}
+
+    def leave_out(self, contestant: Contestant, error: EngineFailure) -> None:
+        """Go on without it; without our own engine there is nothing to go on for.
+
+        Raises:
+            EngineFailure: the contestant is rankd's own.
+        """
+        if contestant.family is Family.RANKD:
+            raise EngineFailure(f"{contestant.name} with {self.threads} threads: {error}") from error
+        self.calls_ms.pop(contestant.name, None)
+        self.reasons[contestant.name] = str(error).split("\n", 1)[0]
+
+
+def run_engine(workload: Workload, options: EngineOptions, advance: Advance) -> Report:
+    """Run the suite.
+
+    Raises:
+        ConfigError: no contestant of such a name.
+        MissingExtra: torch is not installed; the scores are checked against it.
+        EngineFailure: our own engine failed, or its scores differ from torch's.
+    """
+    chosen = choose(options.contestants)
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtra("rankd bench engine", "train")
+    processes = len({contestant.process for contestant in chosen})
+    steps = 1 + len(options.threads) * (processes + options.runs)
+    surroundings = machine() | _versions()
+    neighbours, everything = Neighbours(), []
+    advance(0, steps, "model")
+    with tempfile.TemporaryDirectory(prefix="rankd-bench-") as folder:
+        trial = prepare(workload, Path(folder))
+        for number, threads in enumerate(options.threads):
+            done = 1 + number * (processes + options.runs)
+
+            def step(count: int, line: str, done: int = done, threads: int = threads) -> None:
+                advance(done + count, steps, f"{line}, threads: {threads}")
+
+            everything.append(compete(trial, chosen, threads, options.runs, step))
+    surroundings["others_cpu_share"] = neighbours.share()
+    advance(steps, steps, "done")
+    return _report(workload, options, trial, everything, surroundings, chosen)
+
+
+def choose(names: Sequence[str]) -> list[Contestant]:
+    """Contestants in the order of the report; all of them if no names are given.
+
+    Raises:
+        ConfigError: no such contestant.
+    """
+    for name in names:
+        if name not in CONTESTANTS:
+            raise ConfigError(
+                f"unknown contestant '{name}'; there is: {', '.join(CONTESTANTS)}.{nearest(name, CONTESTANTS)}"
+            )
+    return [contestant for name, contestant in CONTESTANTS.items() if not names or name in names]
+
+
+def prepare(workload: Workload, folder: Path) -> Trial:
+    """The model, its requests, and what torch makes of them."""
+    source, path = model_for(workload, folder / "built")
+    artifact = Artifact.open(path)
+    catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
+    store, users = MemoryStore(artifact.schema, catalogue), users_for(catalogue, workload)
+    drawn = draw_requests(workload, users, catalogue.ids.items, REQUESTS)
+    requests = [stored_features(artifact.schema, catalogue, store, request) for request in drawn]
+    tokens = [float(one.history["history_length"].mean()) for one in requests]
+    about = {
+        "name": artifact.manifest.name,
+        "version": artifact.manifest.version,
+        "source": source,
+        "target": TARGET,
+        "tokens_a_block": statistics.mean(tokens),
+        "candidates": statistics.mean(one.num_candidates for one in requests),
+    }
+    expected = torch_logits(artifact, requests)
+    return Trial(about, artifact.path, folder, [pack_features(one) for one in requests], expected)
+
+
+def compete(
+    trial: Trial, chosen: Sequence[Contestant], threads: int, runs: int, step: Callable[[int, str], None]
+) -> Results:
+    """All contestants with so many threads: start, check, then the rounds.
+
+    Raises:
+        EngineFailure: our own engine failed, or its scores differ from torch's.
+    """
+    results = Results(threads)
+    members: dict[str, list[Contestant]] = {}
+    for contestant in chosen:
+        members.setdefault(contestant.process, []).append(contestant)
+    with ExitStack() as stack:
+        ready: list[tuple[Contestant, ContestantProcess]] = []
+        for number, (name, group) in enumerate(members.items()):
+            step(number, name)
+            ready += _admit(trial, group, results, stack)
+        for precision in dict.fromkeys(contestant.precision for contestant, _ in ready):
+            results.peaks[precision] = peak_gflops(precision.value, threads)
+        for number in range(runs):
+            step(len(members) + number, f"round {number + 1}")
+            _round(ready, number, results)
+    return results
+
+
+def _admit(
+    trial: Trial, group: Sequence[Contestant], results: Results, stack: ExitStack
+) -> list[tuple[Contestant, ContestantProcess]]:
+    """Start the process of these contestants; those that give the right scores, each with it."""
+    reason = why_not(TARGET, group[0].precision)
+    if reason:
+        results.reasons |= {contestant.name: reason for contestant in group}
+        return []
+    ready = []
+    with ExitStack() as own:
+        try:
+            process = own.enter_context(ContestantProcess(group[0], results.threads, trial.scratch))
+            process.load(trial.artifact, trial.requests)
+            for contestant in group:
+                difference = max_difference(trial.expected, process.scores(contestant))
+                bound = BOUNDS[contestant.precision.value]
+                if not difference <= bound:
+                    raise EngineFailure(f"its scores differ from torch by {difference:.3g}; allowed is {bound:g}")
+                results.parity[contestant.name] = difference
+                ready.append((contestant, process))
+        except EngineFailure as error:
+            for contestant in group:
+                results.leave_out(contestant, error)
+            return []
+        stack.push(own.pop_all())
+    return ready
+
+
+def _round(ready: Sequence[tuple[Contestant, ContestantProcess]], number: int, results: Results) -> None:
+    """A turn for each contestant; who comes first differs from round to round."""
+    turn = number % max(len(ready), 1)
+    for contestant, process in (*ready[turn:], *ready[:turn]):
+        name = contestant.name
+        if name in results.reasons:
+            continue
+        try:
+            if name not in results.turn:
+                typical = statistics.median(process.time(contestant, FEWEST))
+                results.turn[name] = min(max(round(TURN_MS / max(typical, 1e-3)), FEWEST), MOST)
+            results.calls_ms.setdefault(name, []).extend(process.time(contestant, results.turn[name]))
+        except EngineFailure as error:
+            results.leave_out(contestant, error)
+
+
+def _report(
+    workload: Workload,
+    options: EngineOptions,
+    trial: Trial,
+    everything: Sequence[Results],
+    surroundings: Mapping[str, Any],
+    chosen: Sequence[Contestant],
+) -> Report:
+    timed = {CONTESTANTS[name] for one in everything for name in one.calls_ms}
+    bf16 = any(one.family is Family.RANKD and one.precision is Precision.BF16 for one in timed)
+    precision = Precision.BF16 if bf16 else Precision.FP32
+    flops = workload.flops()
+    needed = {work: work_flops(work, workload, trial.about["tokens_a_block"]) for work in Work}
+    rows = [_row(contestant, one, trial, needed[contestant.work]) for one in everything for contestant in chosen]
+    return Report(
+        suite="engine",
+        workload={
+            **msgspec.to_builtins(workload),
+            "flops": {name: getattr(flops, name) for name in flops.__struct_fields__},
+            "served": dict(trial.about),
+            "runs": options.runs,
+            "threads": list(options.threads),
+            "ratios_of": precision.value,
+            "best_peer": {
+                f"over_best_peer_cold{one.suffix}": peer for one in everything if (peer := best_peer(one.p50()))
+            },
+        },
+        machine=surroundings,
+        commit=commit(),
+        parity={f"{name}{one.suffix}": worst for one in everything for name, worst in one.parity.items()},
+        results=rows,
+        ratios={
+            f"{name}{one.suffix}": ratio
+            for one in everything
+            for name, ratio in ratios(one.p50(), precision, flops, one.peaks.get(precision)).items()
+        },
+    )
+
+
+def _row(contestant: Contestant, results: Results, trial: Trial, flops: float) -> Row:
+    name = contestant.name
+    row: Row = {"contestant": name, "threads": results.threads}
+    if name in results.reasons:
+        return row | {"reason": results.reasons[name]}
+    spent, turn, peak = results.calls_ms[name], results.turn[name], results.peaks[contestant.precision]
+    p50_ms, gflop = percentile(spent, 0.5), flops / 1e9
+    row |= {"p50_ms": p50_ms, "p99_ms": percentile(spent, 0.99), "calls": len(spent)}
+    if contestant.work in (Work.COLD, Work.WARM):
+        row["throughput"] = trial.candidates(turn) * (len(spent) // turn) / (sum(spent) / 1e3)
+    reached = gflop / (p50_ms / 1e3)
+    return row | {
+        "gflop_needed": gflop,
+        "gflops_reached": reached,
+        "peak_gflops": peak,
+        "peak_share": reached / peak,
+    }
+
+
+def work_flops(work: Work, workload: Workload, tokens: float) -> float:
+    """Operations that a call of this kind needs, whoever does how many more; `tokens` a block for what is appended."""
+    flops = workload.flops()
+    match work:
+        case Work.COLD:
+            return flops.needed
+        case Work.WARM:
+            return flops.candidates
+        case Work.ENCODE:
+            return flops.needed - flops.candidates
+        case Work.EXTEND:
+            before = max(tokens - APPENDED / workload.model.blocks, 0.0)
+            return climber_flops(workload.model, tokens, 0).needed - climber_flops(workload.model, before, 0).needed
+
+
+def best_peer(p50: Mapping[str, float]) -> str | None:
+    """The fastest contestant that is neither ours nor a baseline; None where there was none."""
+    peers = [n for n in p50 if CONTESTANTS[n].family is not Family.RANKD and not CONTESTANTS[n].is_baseline]
+    return min(peers, key=p50.__getitem__, default=None)
+
+
+def ratios(p50: Mapping[str, float], precision: Precision, flops: Flops, peak: float | None) -> dict[str, float]:
+    """What others take over what our engine takes in the given precision, as far as they took part; and how much of
+    the measured peak (GFLOP/s) our cold call reaches."""
+    ours = f"rankd-{precision.value}"
+    peer = best_peer(p50)
+    pairs = {
+        "speedup_cold": ("eager-fp32", f"{ours}-cold"),
+        "speedup_cold_tuned": ("eager-fp32-fast", f"{ours}-cold"),
+        "speedup_warm": ("eager-fp32", f"{ours}-warm"),
+        "speedup_warm_tuned": ("eager-fp32-fast", f"{ours}-warm"),
+        "over_best_peer_cold": (peer or "", f"{ours}-cold"),
+        "extend_over_encode": (f"{ours}-extend", f"{ours}-encode"),
+    }
+    found = {name: p50[a] / p50[b] for name, (a, b) in pairs.items() if a in p50 and b in p50}
+    if peak and f"{ours}-cold" in p50:
+        found["peak_share"] = flops.needed / 1e9 / (p50[f"{ours}-cold"] / 1e3) / peak
+    return found
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that contestants are made with."""
+    found = {}
+    for package in ("torch", "onnxruntime"):
+        if importlib.util.find_spec(package) is not None:
+            found[package] = importlib.metadata.version(package)
+    return found

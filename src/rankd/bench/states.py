@@ -1,0 +1,312 @@
+"""Suite `states`: how much memory the user states need, and what less of it costs.
+
+A trace of visits is replayed twice. Without computing anything, at several byte budgets and with every policy: hit
+rates of the whole trace. With the engine, at the same budgets: latencies of some visits, one after the other in one
+process, after as many that are not counted. The real cache and the real rules are used both times. Out: rows, ratios,
+and a picture if asked for.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankd.artifact import Artifact
+from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentiles
+from rankd.bench.serving import Advance
+from rankd.bench.synthetic_model import model_for, users_for
+from rankd.bench.traces import Visit, log_trace, zipf_trace
+from rankd.bench.workload import Workload, draw
+from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.openvino_backend import why_not
+from rankd.engine.state_arrays import APPEND_BUCKETS, empty_state
+from rankd.errors import EngineFailure
+from rankd.features.assembly import history_arrays, until
+from rankd.features.catalogue import Catalogue
+from rankd.features.requests import history_of_events
+from rankd.features.store import MemoryStore, empty_history
+from rankd.observe.state_metrics import StateCounts
+from rankd.ranker import Ranker
+from rankd.states.cache import StateCache
+from rankd.states.lending import Origin
+from rankd.states.state_config import MIB, Policy, StateConfig, Storage
+from rankd.states.storage import StateLayout
+from rankd.types import Array, Float32Array, RankRequest, UserState
+
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Budgets, as shares of what the states of all users of the trace take."""
+CHECKED = 100
+SAME = {Precision.FP32: 1e-3, Precision.BF16: 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class StatesOptions:
+    """`trace`: "zipf", or a log file that `describe` describes; `visits` of a Zipf trace; `requests` that are timed."""
+
+    trace: str = "zipf"
+    describe: str = ""
+    visits: int = 20_000
+    requests: int = 800
+    storage: Storage = Storage.AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is replayed: a model version and its visits."""
+
+    artifact: Artifact
+    catalogue: Catalogue
+    visits: list[Visit]
+    precision: Precision
+    storage: Storage
+
+    @property
+    def layout(self) -> StateLayout:
+        """How the states lie in memory."""
+        own = StateType.BF16 if self.precision is Precision.BF16 else StateType.FP32
+        return StateLayout(self.artifact.manifest.state, own, self.storage)
+
+
+def run_states(workload: Workload, options: StatesOptions, advance: Advance) -> Report:
+    """Run the suite.
+
+    Raises:
+        MissingExtra: torch is needed for the model or the log, and is not installed.
+        ConfigError, DataError: the log cannot be read.
+        EngineFailure: scores with states differ from scores without.
+    """
+    steps = 3 + 2 * len(SHARES)
+    advance(0, steps, "model and trace")
+    surroundings, neighbours = machine(), Neighbours()
+    with tempfile.TemporaryDirectory(prefix="rankd-bench-") as folder:
+        subject = _subject(workload, options, Path(folder) / "built")
+        everything = replay(subject, Policy.LRU, None)
+        smallest = max(subject.layout.size_bytes(room) for room in subject.artifact.schema.history_buckets)
+        budgets = sorted({max(int(everything.used_bytes * share), smallest) for share in SHARES})
+        rows: list[Row] = []
+        for number, budget in enumerate(budgets):
+            advance(1 + number, steps, f"hit rates with {budget / MIB:.0f} MiB")
+            rows += [_hit_row(policy, budget, replay(subject, policy, budget)) for policy in Policy]
+        requests = _requests(workload, subject, options.requests)
+        advance(1 + len(SHARES), steps, "latency without states")
+        without, expected = timed(subject, requests, 0, "", "no states")
+        rows.append(without)
+        parity = {}
+        for number, budget in enumerate(budgets):
+            advance(2 + len(SHARES) + number, steps, f"latency with {budget / MIB:.0f} MiB")
+            mib = math.ceil(budget / MIB)
+            row, scores = timed(subject, requests, mib, "", "states")
+            parity[f"states, {mib} MiB"] = _check(scores, expected, subject.precision)
+            rows.append(row)
+        mib = math.ceil(budgets[len(budgets) // 2] / MIB)
+        row, scores = timed(subject, requests, mib, str(Path(folder) / "spill"), "disk too")
+        parity[f"disk too, {mib} MiB"] = _check(scores, expected, subject.precision)
+        rows.append(row)
+    surroundings["others_cpu_share"] = neighbours.share()
+    advance(steps, steps, "done")
+    return Report(
+        suite="states",
+        workload=_about(workload, options, subject, everything),
+        machine=surroundings,
+        commit=commit(),
+        parity=parity,
+        results=rows,
+        ratios=_ratios(rows),
+    )
+
+
+def replay(subject: Subject, policy: Policy, budget_bytes: int | None) -> StateCounts:
+    """The whole trace against a cache of the given budget (None: room for all), with nothing computed."""
+    schema, layout = subject.artifact.schema, subject.layout
+    if budget_bytes is None:
+        users = len({visit.user_id for visit in subject.visits})
+        budget_bytes = users * max(layout.size_bytes(room) for room in schema.history_buckets)
+    config = StateConfig(policy=policy, storage=subject.storage)
+    extends = subject.artifact.manifest.extends
+    cache = StateCache(layout, schema.history_buckets, extends, config, None, budget_bytes)
+    store, executor = MemoryStore(schema, subject.catalogue), _ComputesNothing(subject)
+    items = store.items()
+    for visit in subject.visits:
+        history = until(store.history(visit.user_id) or empty_history(schema), visit.time)
+        with cache.held(visit.user_id, history, lambda h=history: history_arrays(schema, items, h), executor):  # type: ignore[misc]
+            pass
+        if visit.events:
+            store.append(visit.user_id, history_of_events(visit.events, schema, subject.catalogue)[0])
+    return cache.counts()
+
+
+class _ComputesNothing:
+    """An executor for questions of which and not of what: its states stay as they are."""
+
+    def __init__(self, subject: Subject) -> None:
+        state_type = subject.layout.state_type
+        self._added = {room: empty_state(subject.artifact.manifest.state, room, state_type) for room in APPEND_BUCKETS}
+        rooms = subject.artifact.schema.history_buckets
+        self._whole = {room: empty_state(subject.artifact.manifest.state, room, state_type) for room in rooms}
+
+    def encode(self, history: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
+        """Some state of that size."""
+        return into if into is not None else self._whole[history["history_item"].shape[2]]
+
+    def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Some additions of that size."""
+        return self._added[new["history_item"].shape[2]]
+
+    def score(self, states: Sequence[UserState], candidates: Mapping[str, Array]) -> Float32Array:
+        """Nobody asks."""
+        raise NotImplementedError
+
+
+def timed(
+    subject: Subject, requests: Sequence[RankRequest], budget_mib: int, spill: str, name: str
+) -> tuple[Row, list[Float32Array]]:
+    """Visits with the engine: latencies and origins of the states in the second half, and the first scores."""
+    config = StateConfig(budget_mib=budget_mib, storage=subject.storage, spill=spill)
+    engine = EngineConfig(target="openvino", precision=subject.precision, executors=1)
+    latencies, scores, by_origin = [], [], dict[str, list[float]]()
+    with Ranker.load(subject.artifact.path, engine, states=config) as ranker:
+        gc.collect()
+        for number, (visit, request) in enumerate(zip(subject.visits, requests, strict=False)):
+            started = time.perf_counter()
+            answer = ranker.rank(request)
+            latency_ms = (time.perf_counter() - started) * 1e3
+            if number >= len(requests) // 2:
+                latencies.append(latency_ms)
+                by_origin.setdefault(answer.state, []).append(latency_ms)
+            if len(scores) < CHECKED:
+                scores.append(answer.scores)
+            if visit.events:
+                ranker.append_events(visit.user_id, visit.events)
+    row: Row = {
+        "contestant": f"{name}, {budget_mib} MiB" if budget_mib else name,
+        "table": "latency, one request after the other",
+        "budget_mib": budget_mib,
+        "hit_rate": 1.0 - len(by_origin.get(Origin.ENCODED.value, ())) / len(latencies),
+        **percentiles(latencies),
+        "mean_ms": statistics.fmean(latencies),
+        "throughput": sum(len(r.candidates) for r in requests[len(requests) // 2 :]) / (sum(latencies) / 1e3),
+    }
+    return row | {f"{origin}_p50_ms": statistics.median(ms) for origin, ms in sorted(by_origin.items())}, scores
+
+
+def _subject(workload: Workload, options: StatesOptions, folder: Path) -> Subject:
+    _, path = model_for(workload, folder)
+    artifact = Artifact.open(path)
+    catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
+    precision = Precision.FP32 if why_not(Precision.BF16) else Precision.BF16
+    items = catalogue.ids.items
+    if options.trace == "zipf":
+        users = users_for(catalogue, workload)
+        visits = zipf_trace(workload, artifact.schema, users, items, options.visits)
+    else:
+        visits = log_trace(Path(options.trace), options.describe, artifact.schema, items)
+    return Subject(artifact, catalogue, visits, precision, options.storage)
+
+
+def _requests(workload: Workload, subject: Subject, count: int) -> list[RankRequest]:
+    """The requests of the first visits, with as many candidates as the workload says."""
+    random = np.random.default_rng(workload.seed)
+    visits = subject.visits[:count]
+    sizes = draw(workload.candidates, random, len(visits)).tolist()
+    items = subject.catalogue.ids.items
+    picked = [random.choice(len(items), size, replace=False).tolist() for size in sizes]
+    return [
+        RankRequest(visit.user_id, tuple(items[item] for item in chosen), time=visit.time)
+        for visit, chosen in zip(visits, picked, strict=True)
+    ]
+
+
+def _hit_row(policy: Policy, budget: int, counts: StateCounts) -> Row:
+    total = sum(counts.origins.values())
+    return {
+        "contestant": f"{policy.value}, {budget / MIB:.0f} MiB",
+        "table": "hit rates of the whole trace",
+        "policy": policy.value,
+        "budget_mib": budget / MIB,
+        "users": counts.users,
+        "hit_rate": counts.hit_rate,
+        **{origin.value: counts.origins[origin.value] / total for origin in Origin},
+        "evicted": counts.evicted,
+    }
+
+
+def _check(scores: Sequence[Float32Array], expected: Sequence[Float32Array], precision: Precision) -> float:
+    worst = max(float(np.abs(a - b).max()) for a, b in zip(scores, expected, strict=True))
+    if not worst <= SAME[precision]:
+        raise EngineFailure(f"scores with states differ by {worst:.3g} from scores without; nothing is reported")
+    return worst
+
+
+def _about(workload: Workload, options: StatesOptions, subject: Subject, everything: StateCounts) -> dict[str, Any]:
+    schema, layout = subject.artifact.schema, subject.layout
+    largest = layout.size_bytes(schema.history_buckets[-1])
+    users = len({visit.user_id for visit in subject.visits})
+    flops = workload.flops()
+    return {
+        "name": workload.name,
+        "use": workload.use,
+        "runs": 1,
+        "trace": options.trace,
+        "flops": {"needed": flops.needed, "candidates": flops.candidates},
+        "served": {
+            "precision": subject.precision.value,
+            "storage": layout.storage.value,
+            "visits": len(subject.visits),
+            "users": users,
+            "returning": 1.0 - users / len(subject.visits),
+            "state_bytes": largest,
+            "states_per_gib": (1 << 30) // largest,
+            "all_states_mib": everything.used_bytes / MIB,
+        },
+    }
+
+
+def _ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """How the policies compare over all budgets, and what all the memory gains over none."""
+    hits = {p: [row["hit_rate"] for row in rows if row.get("policy") == p.value] for p in Policy}
+    timed_rows = [row for row in rows if "mean_ms" in row and not row["contestant"].startswith("disk too")]
+    return {
+        "segmented_over_lru_hits": statistics.fmean(hits[Policy.SEGMENTED_LRU]) / statistics.fmean(hits[Policy.LRU]),
+        "latency_gain": timed_rows[0]["mean_ms"] / timed_rows[-1]["mean_ms"],
+    }
+
+
+def draw_picture(report: Report, path: Path) -> None:
+    """Hit rate and latency against memory, as a PNG or SVG.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    from rankd.bench.picture import new_picture
+
+    figure, (left, right) = new_picture(path, 2)
+    for policy in Policy:
+        rows = [row for row in report.results if row.get("policy") == policy.value]
+        left.plot([r["budget_mib"] for r in rows], [r["hit_rate"] for r in rows], marker="o", label=policy.value)
+    left.set(xscale="log", xlabel="memory for states, MiB", ylabel="hit rate", ylim=(0, 1))
+    rows = [row for row in report.results if row["contestant"].startswith("states, ")]
+    without = next(row for row in report.results if row["contestant"] == "no states")
+    for figure_name in ("p50_ms", "p99_ms", "mean_ms"):
+        (line,) = right.plot(
+            [r["budget_mib"] for r in rows], [r[figure_name] for r in rows], marker="o", label=figure_name
+        )
+        right.axhline(without[figure_name], color=line.get_color(), linestyle=":", linewidth=1)
+    right.set(xscale="log", xlabel="memory for states, MiB (dotted: no states)", ylabel="latency, ms", ylim=(0, None))
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    served = report.workload["served"]
+    figure.suptitle(
+        f"workload {report.workload['name']}, {served['precision']}: {served['users']:,} users, "
+        f"{served['visits']:,} visits, {served['state_bytes'] / MIB:.2f} MiB a state at most"
+    )
+    figure.savefig(path, dpi=120)

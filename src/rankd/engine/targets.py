@@ -1,0 +1,89 @@
+"""The targets there are, and which one a configuration means. The only file that knows all backends by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from rankd.artifact import Artifact
+from rankd.engine.backend import Backend, EngineConfig, Precision, StateType
+from rankd.engine.machine_choice import fastest_target
+from rankd.errors import ArtifactError, ConfigError, nearest
+
+TARGETS = {
+    "openvino": ("rankd.engine.openvino_backend", "OpenVinoBackend"),
+    "onnxruntime": ("rankd.engine.onnxruntime_backend", "OnnxRuntimeBackend"),
+    "reference": ("rankd.engine.reference_backend", "ReferenceBackend"),
+}
+AUTO = "auto"
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that there is not.
+
+    Raises:
+        ConfigError: with the nearest one.
+    """
+    if target not in TARGETS:
+        raise ConfigError(f"unknown target '{target}'; there is: {', '.join(TARGETS)}.{nearest(target, TARGETS)}")
+
+
+def why_not(target: str, precision: Precision) -> str:
+    """Why a target cannot compute in a precision here; empty if it can."""
+    reason: str = _module(target).why_not(precision)
+    return reason
+
+
+def load_backend(artifact: Artifact, config: EngineConfig, state_type: StateType | None = None) -> Backend:
+    """Compile an opened artifact for the configured target. `state_type` None: that of the precision.
+
+    Raises:
+        ConfigError: no such target.
+        ArtifactError: the artifact was not built for that target or precision, or its graphs do not compile here.
+    """
+    target = choose_target(artifact, config)
+    record, path = artifact.manifest.engines[target], artifact.path
+    precision = config.precision
+    if precision is Precision.AUTO:
+        precision = Precision(record.precision)
+        precision = Precision.FP32 if why_not(target, precision) else precision
+    reason = why_not(target, precision)
+    if reason:
+        raise ArtifactError(f"{path} cannot be served by {target} in {precision.value}: {reason}")
+    if precision.value not in record.parity:
+        raise ArtifactError(
+            f"{path} was checked for the precisions {', '.join(record.parity)} on {target}, not for {precision.value}"
+        )
+    narrow = precision is Precision.BF16 if state_type is None else state_type is StateType.BF16
+    module, name = TARGETS[target]
+    kind = getattr(importlib.import_module(module), name)
+    backend: Backend = kind.load(artifact, config, precision, StateType.BF16 if narrow else StateType.FP32)
+    return backend
+
+
+def choose_target(artifact: Artifact, config: EngineConfig) -> str:
+    """The configured target; for "auto" the fastest one measured on this machine of those that the artifact has.
+
+    Nothing measured, or nothing of it in the artifact: the first one that it was built for and that runs here.
+
+    Raises:
+        ConfigError: no such target. ArtifactError: not built for it.
+    """
+    built = [target for target in TARGETS if target in artifact.manifest.engines]
+    if config.target == AUTO:
+        usable = [target for target in built if not why_not(target, Precision.FP32)]
+        if not usable:
+            raise ArtifactError(f"{artifact.path} is built for {', '.join(built)}, of which none runs here")
+        measured = fastest_target(usable)
+        return measured or usable[0]
+    check_target(config.target)
+    if config.target not in built:
+        raise ArtifactError(
+            f"{artifact.path} was built for {', '.join(built)}, not for {config.target}; "
+            f"run `rankd build --target {config.target}`"
+        )
+    return config.target
+
+
+def _module(target: str) -> Any:
+    return importlib.import_module(TARGETS[target][0])

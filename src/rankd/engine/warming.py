@@ -1,0 +1,69 @@
+"""Warm-up: every shape that requests will have runs once on every executor, so that no request pays for a first call.
+
+On the way it is measured whether several users in one call pay (`schedule.packing`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rankd.artifact import Manifest
+from rankd.engine.backend import Executor, StateType
+from rankd.engine.state_arrays import APPEND_BUCKETS, empty_state
+from rankd.features.schema import TensorSpec
+from rankd.types import Array, UserState
+
+TRIALS = 3
+
+
+class Shapes:
+    """Arrays of zeros in the shapes of a model version."""
+
+    def __init__(self, manifest: Manifest, state_type: StateType) -> None:
+        self.manifest, self._state_type = manifest, state_type
+        self.rooms, self.candidate_buckets = manifest.schema.history_buckets, manifest.schema.candidate_buckets
+
+    def history(self, tokens: int) -> dict[str, Array]:
+        """Inputs of `encode`, or of `extend` with A in place of T."""
+        return _zeros(self.manifest.history_inputs, {"B": 1, "T": tokens})
+
+    def candidates(self, bucket: int, users: int) -> dict[str, Array]:
+        """Inputs of `score` beside the states."""
+        return _zeros(self.manifest.candidate_inputs, {"B": users, "C": bucket})
+
+    def state(self, room: int) -> UserState:
+        """The state of nobody."""
+        lengths = (0,) * self.manifest.schema.num_sub_sequences
+        return UserState(empty_state(self.manifest.state, room, self._state_type), lengths)
+
+
+def warm(executor: Executor, shapes: Shapes, users_of: Mapping[int, Sequence[int]]) -> None:
+    """Run every shape once. `users_of` gives, for each candidate bucket, the numbers of users that calls serve."""
+    for room in shapes.rooms:
+        state = shapes.state(room)
+        if shapes.manifest.split:
+            executor.encode(shapes.history(room))
+        for new in APPEND_BUCKETS if shapes.manifest.extends else ():
+            executor.extend(state, shapes.history(new))
+        for bucket in shapes.candidate_buckets:
+            for users in users_of[bucket]:
+                executor.score([state] * users, shapes.candidates(bucket, users))
+
+
+def score_ms(executor: Executor, shapes: Shapes, bucket: int, users: int) -> float:
+    """Milliseconds of scoring `users` users of the largest room in one call, the best of a few."""
+    states, candidates = [shapes.state(shapes.rooms[-1])] * users, shapes.candidates(bucket, users)
+    executor.score(states, candidates)
+    best = float("inf")
+    for _ in range(TRIALS):
+        started = time.perf_counter()
+        executor.score(states, candidates)
+        best = min(best, time.perf_counter() - started)
+    return best * 1e3
+
+
+def _zeros(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Array]:
+    return {s.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape], s.dtype) for s in specs}

@@ -1,0 +1,100 @@
+"""The figures of the user states as Prometheus metrics, read from the caches' own counts when they are scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SpillCounts:
+    """What the tier on disk did and holds."""
+
+    written: int = 0
+    restored: int = 0
+    corrupt: int = 0
+    failed: int = 0
+    files: int = 0
+    used_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StateCounts:
+    """What the states of one model version did since they were opened, and what they hold now.
+
+    `origins` counts requests by where their state came from (`states.lending.Origin`); `encoded` are those that
+    computed their whole history.
+    """
+
+    origins: Mapping[str, int]
+    evicted: int = 0
+    waited: int = 0
+    unkept: int = 0
+    users: int = 0
+    used_bytes: int = 0
+    budget_bytes: int = 0
+    spill: SpillCounts = SpillCounts()
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of requests that did not compute their whole history."""
+        total = sum(self.origins.values())
+        return 1.0 - self.origins.get("encoded", 0) / total if total else 0.0
+
+
+class StateCollector(Collector):
+    """Metrics of all model versions, as they were last shown."""
+
+    def __init__(self) -> None:
+        self._shown: Mapping[Key, StateCounts] = {}
+
+    def show(self, figures: Mapping[Key, StateCounts]) -> None:
+        """The figures of the versions that are ready now."""
+        self._shown = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """All figures of all versions."""
+        labels = ("model", "version")
+        origins = CounterMetricFamily(
+            "rankd_states", "Requests by where the user's state came from.", labels=(*labels, "origin")
+        )
+        for key, figures in self._shown.items():
+            for origin, number in figures.origins.items():
+                origins.add_metric((*key, origin), number)
+        yield origins
+        for name, text, attribute in (
+            ("rankd_states_evicted", "States that left memory for others.", "evicted"),
+            ("rankd_states_waited", "Requests that waited for another one to compute their state.", "waited"),
+            ("rankd_states_unkept", "States that could not be kept: all memory was in use.", "unkept"),
+        ):
+            yield self._family(CounterMetricFamily(name, text, labels=labels), attribute)
+        for name, text, attribute in (
+            ("rankd_state_users", "Users whose state is in memory.", "users"),
+            ("rankd_state_bytes", "Memory of states in use.", "used_bytes"),
+            ("rankd_state_budget_bytes", "Memory that states may use.", "budget_bytes"),
+        ):
+            yield self._family(GaugeMetricFamily(name, text, labels=labels), attribute)
+        for name, text, attribute in (
+            ("rankd_states_spilled", "States written to disk.", "written"),
+            ("rankd_states_restored", "States read back from disk.", "restored"),
+            ("rankd_states_corrupt", "Files of states that were damaged, and removed.", "corrupt"),
+            ("rankd_states_spill_failed", "States that could not be written to disk.", "failed"),
+        ):
+            yield self._family(CounterMetricFamily(name, text, labels=labels), attribute, spill=True)
+        for name, text, attribute in (
+            ("rankd_state_spill_files", "States on disk.", "files"),
+            ("rankd_state_spill_bytes", "Bytes of states on disk.", "used_bytes"),
+        ):
+            yield self._family(GaugeMetricFamily(name, text, labels=labels), attribute, spill=True)
+
+    def _family(
+        self, family: CounterMetricFamily | GaugeMetricFamily, attribute: str, spill: bool = False
+    ) -> CounterMetricFamily | GaugeMetricFamily:
+        for key, figures in self._shown.items():
+            family.add_metric(key, getattr(figures.spill if spill else figures, attribute))
+        return family

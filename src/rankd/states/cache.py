@@ -1,0 +1,342 @@
+"""The user states of one model version: found, extended or computed, and lent to whoever scores.
+
+In: a user, the history as it is now, an executor. Out: a `HeldState` whose arrays nobody changes while it is held.
+
+    nothing kept, or another history than the one kept       encode
+    the history is the one that the state was made of        cached
+    it only grew, by at most APPEND_BUCKETS[-1] a block      extend: the new tokens alone
+    it slid (its oldest tokens went, see `window_step`)      encode
+    it is not in memory but on disk, verified                restored, then as above
+
+A user is computed by one thread at a time, and whoever asks meanwhile waits for it (single flight). A state that others
+read is never written to: it is extended in place if nobody holds it, else in a copy. What waits is never what is waited
+for: a thread that computes takes no second user, so there is no circle.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rankd.engine.backend import Executor
+from rankd.engine.state_arrays import APPEND_BUCKETS, copy_tokens, write_additions
+from rankd.errors import DeadlineExceeded
+from rankd.features.assembly import appended_tokens
+from rankd.observe.state_metrics import SpillCounts, StateCounts
+from rankd.states.arena import Arena, Slab
+from rankd.states.eviction import make_order
+from rankd.states.fingerprints import of_history, of_tokens
+from rankd.states.lending import HeldState, Origin, Tokens
+from rankd.states.spill import SpilledHeader, SpillTier, id_bytes
+from rankd.states.state_config import MIB, StateConfig
+from rankd.states.storage import StateLayout
+from rankd.types import Array, UserHistory, UserState
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A kept state. `readers` hold it; a `retired` one leaves its slab when the last of them is done."""
+
+    user: str
+    slab: Slab
+    room: int
+    lengths: tuple[int, ...]
+    history_mark: bytes = b""
+    tokens_mark: bytes = b""
+    state: UserState | None = None  # over the slab's own memory, where nothing has to be converted
+    readers: int = 0
+    retired: bool = False
+
+
+class StateCache:
+    """States in an arena under a byte budget, with a tier on disk if there is one. Thread-safe.
+
+    `rooms` are the history buckets: how many tokens a block a state may have room for. `extends`: whether the model can
+    append to a state. `budget_bytes` is that of the configuration unless given.
+
+    Raises:
+        ConfigError: the budget is smaller than one state.
+    """
+
+    def __init__(
+        self,
+        layout: StateLayout,
+        rooms: tuple[int, ...],
+        extends: bool,
+        config: StateConfig,
+        spill: SpillTier | None,
+        budget_bytes: int | None = None,
+    ) -> None:
+        self.layout, self._extends, self._spill = layout, extends, spill
+        self._size_of = {room: layout.size_bytes(room) for room in rooms}
+        budget = config.budget_mib * MIB if budget_bytes is None else budget_bytes
+        self._arena = Arena(budget, sorted(set(self._size_of.values())))
+        self._order = make_order(config.policy)
+        self._entries: dict[str, _Entry] = {}
+        self._users_of_chunk: defaultdict[int, set[str]] = defaultdict(set)
+        self._computing: set[str] = set()
+        self._changed = threading.Condition()  # guards everything above
+        self._origins = dict.fromkeys(Origin, 0)
+        self._evicted = self._waited = self._unkept = 0
+
+    @contextmanager
+    def held(
+        self,
+        user: str,
+        history: UserHistory,
+        tokens: Callable[[], Tokens],
+        executor: Executor,
+        deadline: float | None = None,
+    ) -> Iterator[HeldState]:
+        """The state of a user's history while the block runs.
+
+        `tokens` makes the inputs of `encode` and is called only if the state is not there already. `deadline` is in
+        seconds of `time.perf_counter`.
+
+        Raises:
+            DeadlineExceeded: somebody else was still computing the state at the deadline.
+            EngineFailure: it could not be computed; what was kept before is as it was, or gone.
+        """
+        mark = of_history(history)
+        entry, origin = self._claim(user, mark, deadline), Origin.CACHED
+        if entry is None:
+            try:
+                made, origin = self._make(user, mark, tokens(), executor)
+            finally:
+                self._end_claim(user)
+            if isinstance(made, UserState):
+                yield HeldState(made, origin)
+                return
+            entry = made
+        try:
+            yield HeldState(self._state_of(entry), origin)
+        finally:
+            self._release(entry)
+
+    def counts(self) -> StateCounts:
+        """A snapshot."""
+        spilled = self._spill.counts() if self._spill is not None else SpillCounts()
+        with self._changed:
+            return StateCounts(
+                {origin.value: number for origin, number in self._origins.items()},
+                self._evicted,
+                self._waited,
+                self._unkept,
+                len(self._entries),
+                self._arena.used_bytes,
+                self._arena.capacity_bytes,
+                spilled,
+            )
+
+    def close(self) -> None:
+        """Write what is in memory to disk, if there is a tier for it: a restart finds it there."""
+        if self._spill is None:
+            return
+        for entry in list(self._entries.values()):
+            self._write_out(entry)
+
+    def _claim(self, user: str, mark: bytes, deadline: float | None) -> _Entry | None:
+        """The entry, held, if it is of this history; None gives this thread the right to compute the user's state."""
+        with self._changed:
+            self._waited += user in self._computing
+            while user in self._computing:
+                left = None if deadline is None else deadline - time.perf_counter()
+                if left is not None and left <= 0:
+                    raise DeadlineExceeded("timeout_ms passed while another request computed this user's state")
+                self._changed.wait(left)
+            entry = self._entries.get(user)
+            if entry is not None and entry.history_mark == mark:
+                entry.readers += 1
+                self._order.touch(user)
+                self._origins[Origin.CACHED] += 1
+                return entry
+            self._computing.add(user)
+            return None
+
+    def _end_claim(self, user: str) -> None:
+        with self._changed:
+            self._computing.discard(user)
+            self._changed.notify_all()
+
+    def _make(self, user: str, mark: bytes, tokens: Tokens, executor: Executor) -> tuple[_Entry | UserState, Origin]:
+        """A held entry for this history, or a state that could not be kept because everything is in use."""
+        lengths = tuple(tokens["history_length"][0].tolist())
+        entry, origin = self._entries.get(user), Origin.CACHED
+        if entry is None:
+            entry, origin = self._restore(user), Origin.RESTORED
+        grown = None if entry is None else _growth(entry, tokens, lengths)
+        made: _Entry | UserState | None = None
+        if entry is not None and grown == 0:
+            made = entry
+        elif entry is not None and grown is not None and self._extends and grown <= APPEND_BUCKETS[-1]:
+            made, origin = self._extended(entry, tokens, lengths, executor), Origin.EXTENDED
+        if made is None:
+            made, origin = self._encoded(user, tokens, lengths, executor), Origin.ENCODED
+        with self._changed:
+            self._origins[origin] += 1
+            if isinstance(made, UserState):
+                self._unkept += 1
+                return made, origin
+            made.history_mark, made.readers = mark, made.readers + 1
+            self._keep(made)
+        return made, origin
+
+    def _encoded(self, user: str, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> _Entry | UserState:
+        entry = self._new_entry(user, _room_of(tokens))
+        if entry is None:
+            return UserState(executor.encode(tokens), lengths)
+        try:
+            stored = self._stored(entry)
+            if self.layout.direct:
+                executor.encode(tokens, stored)
+            else:
+                self.layout.pack(executor.encode(tokens), stored)
+        except BaseException:
+            self._give(entry)
+            raise
+        self._settle(entry, tokens, lengths)
+        return entry
+
+    def _extended(self, entry: _Entry, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> _Entry | None:
+        """The entry with the new tokens appended; a larger copy if it is held by others or too small; None: no room."""
+        state, target = self._state_of(entry), entry
+        new = appended_tokens(tokens, entry.lengths, APPEND_BUCKETS)
+        additions = executor.extend(state, new)
+        room = max(_room_of(tokens), entry.room)
+        if entry.readers or room > entry.room:
+            found = self._new_entry(entry.user, room)
+            if found is None:
+                return None
+            target = found
+            arrays = self.layout.unpack(self._stored(target), room)
+            copy_tokens(self.layout.specs, state.arrays, arrays)
+        else:
+            arrays, entry.history_mark, entry.tokens_mark = state.arrays, b"", b""  # of no history until it is whole
+        write_additions(self.layout.specs, arrays, state.lengths, additions, new["history_length"][0].tolist())
+        if not self.layout.direct:
+            self.layout.pack(arrays, self._stored(target))
+        self._settle(target, tokens, lengths)
+        return target
+
+    def _settle(self, entry: _Entry, tokens: Tokens, lengths: tuple[int, ...]) -> None:
+        """An entry's arrays are of these tokens now."""
+        entry.lengths, entry.tokens_mark, entry.state = lengths, of_tokens(tokens, lengths), None
+
+    def _restore(self, user: str) -> _Entry | None:
+        """A user's state from disk, in memory again; not held, and nobody else can have it yet."""
+        found = self._spill.read(user) if self._spill is not None else None
+        if found is None or found[0].room not in self._size_of:
+            return None
+        header, content = found
+        entry = self._new_entry(user, header.room)
+        if entry is None:
+            return None
+        self._arena.bytes_of(entry.slab)[: content.nbytes] = content
+        entry.lengths, entry.tokens_mark, entry.history_mark = header.lengths, header.tokens_mark, header.history_mark
+        with self._changed:
+            self._keep(entry)
+        return entry
+
+    def _keep(self, entry: _Entry) -> None:
+        """Make an entry the user's; the one before leaves when nobody holds it any more."""
+        before = self._entries.get(entry.user)
+        if before is entry:
+            self._order.touch(entry.user)
+            return
+        self._entries[entry.user] = entry
+        if before is not None:
+            self._users_of_chunk[before.slab.chunk].discard(entry.user)
+        self._users_of_chunk[entry.slab.chunk].add(entry.user)
+        if before is None:
+            self._order.add(entry.user)
+        else:
+            self._order.touch(entry.user)
+            self._retire(before)
+
+    def _retire(self, entry: _Entry) -> None:
+        entry.retired = True
+        if entry.readers == 0:
+            self._arena.give(entry.slab)
+
+    def _release(self, entry: _Entry) -> None:
+        with self._changed:
+            entry.readers -= 1
+            if entry.retired and entry.readers == 0:
+                self._arena.give(entry.slab)
+
+    def _give(self, entry: _Entry) -> None:
+        with self._changed:
+            self._arena.give(entry.slab)
+
+    def _new_entry(self, user: str, room: int) -> _Entry | None:
+        """An entry with a slab of its own that nobody knows yet; colder states leave for it. None: all are held."""
+        while True:
+            with self._changed:
+                slab = self._arena.take(self._size_of[room])
+                if slab is not None:
+                    return _Entry(user, slab, room, ())
+                leaving = self._leaving(self._size_of[room])
+                if not leaving:
+                    return None
+                for entry in leaving:
+                    del self._entries[entry.user]
+                    self._users_of_chunk[entry.slab.chunk].discard(entry.user)
+                    self._order.remove(entry.user)
+                    self._evicted += 1
+            for entry in leaving:  # nobody can find them any more, and their slabs are still theirs
+                self._write_out(entry)
+                self._give(entry)
+
+    def _leaving(self, size: int) -> list[_Entry]:
+        """The coldest state that nobody uses; if it is of another size, all that share its chunk."""
+        blocked: set[int] = set()
+        for user in self._order.coldest_first():
+            entry = self._entries[user]
+            if not self._idle(entry) or entry.slab.chunk in blocked:
+                continue
+            if self._size_of[entry.room] == size:
+                return [entry]
+            together = [self._entries[one] for one in self._users_of_chunk[entry.slab.chunk]]
+            if len(together) == self._arena.slabs_in(entry.slab.chunk) and all(map(self._idle, together)):
+                return together
+            blocked.add(entry.slab.chunk)
+        return []
+
+    def _idle(self, entry: _Entry) -> bool:
+        return entry.readers == 0 and entry.user not in self._computing
+
+    def _write_out(self, entry: _Entry) -> None:
+        if self._spill is None:
+            return
+        size = self._size_of[entry.room]
+        header = SpilledHeader(
+            id_bytes(entry.user), entry.history_mark, entry.tokens_mark, entry.lengths, entry.room, size
+        )
+        self._spill.write(header, self._arena.bytes_of(entry.slab)[:size])
+
+    def _stored(self, entry: _Entry) -> dict[str, Array]:
+        return self.layout.arrays(self._arena.bytes_of(entry.slab), entry.room)
+
+    def _state_of(self, entry: _Entry) -> UserState:
+        if entry.state is not None:
+            return entry.state
+        state = UserState(self.layout.unpack(self._stored(entry), entry.room), entry.lengths)
+        entry.state = state if self.layout.direct else None
+        return state
+
+
+def _growth(entry: _Entry, tokens: Tokens, lengths: tuple[int, ...]) -> int | None:
+    """By how many tokens the longest-grown block grew; None if the history is not a continuation."""
+    if any(new < old for new, old in zip(lengths, entry.lengths, strict=True)):
+        return None
+    if of_tokens(tokens, entry.lengths) != entry.tokens_mark:
+        return None
+    return max(new - old for new, old in zip(lengths, entry.lengths, strict=True))
+
+
+def _room_of(tokens: Tokens) -> int:
+    return int(tokens["history_item"].shape[2])

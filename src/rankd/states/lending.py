@@ -1,0 +1,89 @@
+"""What the request path knows of user states: whoever keeps them lends one for as long as it is read.
+
+`cache.py` keeps states; `NoStates` here computes every one of them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from itertools import count
+from typing import Protocol
+
+from rankd.engine.backend import Executor
+from rankd.observe.state_metrics import StateCounts
+from rankd.types import Array, UserHistory, UserState
+
+Tokens = Mapping[str, Array]
+
+
+class Origin(Enum):
+    """Where a state came from."""
+
+    CACHED = "cached"  # in memory, made of this very history
+    RESTORED = "restored"  # on disk, made of this very history
+    EXTENDED = "extended"  # kept, and the new events appended
+    ENCODED = "encoded"  # the whole history computed
+
+
+@dataclass(frozen=True, slots=True)
+class HeldState:
+    """A state that stays as it is until it is given back."""
+
+    state: UserState
+    origin: Origin
+
+
+class States(Protocol):
+    """Whatever lends states."""
+
+    def held(
+        self,
+        user: str,
+        history: UserHistory,
+        tokens: Callable[[], Tokens],
+        executor: Executor,
+        deadline: float | None = None,
+    ) -> AbstractContextManager[HeldState]:
+        """The state of a user's history while the block runs; see `StateCache.held`."""
+        ...
+
+    def counts(self) -> StateCounts:
+        """A snapshot."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is asked for after this."""
+        ...
+
+
+class NoStates:
+    """Keeps nothing: every history is encoded, every time."""
+
+    def __init__(self) -> None:
+        self._encoded = count()
+        self._number = 0
+
+    @contextmanager
+    def held(
+        self,
+        user: str,
+        history: UserHistory,
+        tokens: Callable[[], Tokens],
+        executor: Executor,
+        deadline: float | None = None,
+    ) -> Iterator[HeldState]:
+        """The state, computed now."""
+        made = tokens()
+        state = UserState(executor.encode(made), tuple(made["history_length"][0].tolist()))
+        self._number = next(self._encoded) + 1
+        yield HeldState(state, Origin.ENCODED)
+
+    def counts(self) -> StateCounts:
+        """Nothing is ever found."""
+        return StateCounts({Origin.ENCODED.value: self._number}, unkept=self._number)
+
+    def close(self) -> None:
+        """Nothing to keep."""

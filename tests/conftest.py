@@ -11,6 +11,14 @@ import rankd.demo
 from rankd import Ranker
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was measured on this machine must not decide what tests run on, nor the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_models() -> Path:
     """The model repository that comes with the package: one model, 'demo', version 1."""

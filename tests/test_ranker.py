@@ -95,7 +95,6 @@ def test_read_your_writes_among_threads(ranker: Ranker) -> None:
 
 def test_states_survive_a_restart(demo_models: Path, tmp_path: Path) -> None:
     kept = StateConfig(spill=str(tmp_path))
-    users, items = [], ()
     with Ranker.load(demo_models / "demo", ENGINE, states=kept) as before:
         users, items = list(before.catalogue.ids.users[:5]), before.catalogue.ids.items[:30]
         expected = [before.rank(RankRequest(user, items)).scores for user in users]

@@ -44,10 +44,10 @@ RUN = (
     "eager-fp32",
     "ort-fp32",
     "openvino-fp32",
-    "rankd-fp32-cold",
-    "rankd-fp32-warm",
-    "rankd-fp32-encode",
-    "rankd-fp32-extend",
+    "rankd-openvino-fp32-cold",
+    "rankd-openvino-fp32-warm",
+    "rankd-openvino-fp32-encode",
+    "rankd-openvino-fp32-extend",
 )
 FLOPS = Flops(dense=8e9, useful=6e9, needed=4e9, candidates=1e9)
 
@@ -68,14 +68,14 @@ def trial(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> Trial
     folder = tmp_path_factory.mktemp("trial")
     built = build_model(workload, folder / "built")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "model_for", lambda *_: ("random weights", built))
-        return prepare(workload, folder)
+        patch.setattr(suite, "build_model", lambda *_: built)
+        return prepare(workload, folder, ("openvino",))
 
 
 @pytest.fixture
 def prepared(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Trial:
     """A run of the suite takes the model that is there already."""
-    monkeypatch.setattr(suite, "model_for", lambda *_: ("random weights", trial.artifact))
+    monkeypatch.setattr(suite, "build_model", lambda *_: trial.artifact)
     return trial
 
 
@@ -101,7 +101,7 @@ def test_engine_ends_with_the_contract(prepared: Trial, tmp_path: Path) -> None:
     assert about["name"] == "tiny"
     assert about["served"]["source"] == "random weights"
     assert about["served"]["tokens_a_block"] == 16
-    assert about["ratios_of"] == "fp32"
+    assert about["ratios_of"] == {"1t": "rankd-openvino-fp32"}
     assert about["best_peer"] == {
         "over_best_peer_cold": min(
             ("ort-fp32", "openvino-fp32"),
@@ -121,31 +121,33 @@ def test_engine_ends_with_the_contract(prepared: Trial, tmp_path: Path) -> None:
         assert row["peak_share"] == pytest.approx(row["gflops_reached"] / row["peak_gflops"], rel=1e-4)
     assert all(row["throughput"] > 0 for name, row in rows.items() if not name.endswith(("encode", "extend")))
     cold, warm, encode = (
-        rows[f"rankd-fp32-{work.value}"]["gflop_needed"] for work in (Work.COLD, Work.WARM, Work.ENCODE)
+        rows[f"rankd-openvino-fp32-{work.value}"]["gflop_needed"] for work in (Work.COLD, Work.WARM, Work.ENCODE)
     )
     assert cold == pytest.approx(warm + encode, rel=1e-4)
     found = document["ratios"]
     assert set(found) == {"speedup_cold", "speedup_warm", "over_best_peer_cold", "extend_over_encode", "peak_share"}
-    expected = rows["eager-fp32"]["p50_ms"] / rows["rankd-fp32-cold"]["p50_ms"]
+    expected = rows["eager-fp32"]["p50_ms"] / rows["rankd-openvino-fp32-cold"]["p50_ms"]
     assert found["speedup_cold"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["base", "rankd-fp32-cool"])
+@pytest.mark.parametrize("name", ["base", "rankd-openvino-fp32-cool"])
 def test_unknown_contestant_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown contestant '{name}'; there is: eager-fp32, "):
         CliRunner().invoke(bench, ["engine", "--contestant", name], catch_exceptions=False)
-    with pytest.raises(ConfigError, match="Did you mean 'rankd-fp32-cold'"):
-        choose(["rankd-fp32-cool"])
+    with pytest.raises(ConfigError, match="Did you mean 'rankd-openvino-fp32-cold'"):
+        choose(["rankd-openvino-fp32-cool"])
 
 
 def test_contestants_are_chosen_in_order_and_share_processes() -> None:
-    assert [one.name for one in choose(["rankd-bf16-warm", "eager-fp32", "rankd-bf16-cold"])] == [
+    assert [one.name for one in choose(["rankd-openvino-bf16-warm", "eager-fp32", "rankd-openvino-bf16-cold"])] == [
         "eager-fp32",
-        "rankd-bf16-cold",
-        "rankd-bf16-warm",
+        "rankd-openvino-bf16-cold",
+        "rankd-openvino-bf16-warm",
     ]
     assert len(choose([])) == len(CONTESTANTS)
-    assert {one.process for one in choose(["rankd-bf16-warm", "rankd-bf16-cold"])} == {"rankd-bf16"}
+    assert {one.process for one in choose(["rankd-openvino-bf16-warm", "rankd-openvino-bf16-cold"])} == {
+        "rankd-openvino-bf16"
+    }
     assert CONTESTANTS["eager-bf16-fast"].process == "eager-bf16-fast"
 
 
@@ -179,8 +181,8 @@ def test_a_peer_that_cannot_run_is_left_out(
 
 def test_our_own_engine_may_not_fail(trial: Trial, tmp_path: Path) -> None:
     broken = Trial(trial.about, tmp_path / "nowhere", tmp_path, trial.requests, trial.expected)
-    with pytest.raises(EngineFailure, match="rankd-fp32-cold with 2 threads: ArtifactError"):
-        compete(broken, choose(["rankd-fp32-cold"]), 2, 1, nothing)
+    with pytest.raises(EngineFailure, match="rankd-openvino-fp32-cold with 2 threads: ArtifactError"):
+        compete(broken, choose(["rankd-openvino-fp32-cold"]), 2, 1, nothing)
 
 
 def test_wrong_scores_are_not_timed(trial: Trial) -> None:
@@ -192,11 +194,11 @@ def test_wrong_scores_are_not_timed(trial: Trial) -> None:
 
 
 def test_a_process_that_dies_or_hangs_is_reported_and_gone(trial: Trial, tmp_path: Path) -> None:
-    contestant = CONTESTANTS["rankd-fp32-cold"]
+    contestant = CONTESTANTS["rankd-openvino-fp32-cold"]
     with ContestantProcess(contestant, 1, tmp_path) as process:
         pid = process.pid
         os.kill(pid, 9)
-        with pytest.raises(EngineFailure, match="rankd-fp32 ended with status -9 on Load: no message"):
+        with pytest.raises(EngineFailure, match="rankd-openvino-fp32 ended with status -9 on Load: no message"):
             process.load(trial.artifact, trial.requests)
     assert gone(pid)
     with ContestantProcess(contestant, 1, tmp_path, timeout_s=0.01) as process:
@@ -210,8 +212,12 @@ def test_a_process_that_dies_or_hangs_is_reported_and_gone(trial: Trial, tmp_pat
 
 def test_precision_that_the_processor_lacks_is_left_out(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "why_not", lambda target, precision: "no bf16" if precision is Precision.BF16 else "")
-    results = compete(trial, choose(["rankd-bf16-cold", "rankd-bf16-warm", "eager-bf16"]), 1, 1, nothing)
-    assert results.reasons == dict.fromkeys(["eager-bf16", "rankd-bf16-cold", "rankd-bf16-warm"], "no bf16")
+    results = compete(
+        trial, choose(["rankd-openvino-bf16-cold", "rankd-openvino-bf16-warm", "eager-bf16"]), 1, 1, nothing
+    )
+    assert results.reasons == dict.fromkeys(
+        ["eager-bf16", "rankd-openvino-bf16-cold", "rankd-openvino-bf16-warm"], "no bf16"
+    )
 
 
 def test_fast_path_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +232,8 @@ def test_ratios_are_as_they_are_named() -> None:
         "eager-fp32-fast": 50.0,
         "eager-bf16": 30.0,
         "ort-fp32": 40.0,
-        "rankd-bf16-cold": 10.0,
-        "rankd-bf16-warm": 2.0,
+        "rankd-openvino-bf16-cold": 10.0,
+        "rankd-openvino-bf16-warm": 2.0,
     }
     assert best_peer(p50) == "eager-bf16"
     assert ratios(p50, Precision.BF16, FLOPS, peak=800.0) == {
@@ -239,7 +245,7 @@ def test_ratios_are_as_they_are_named() -> None:
         "peak_share": 0.5,
     }
     assert ratios(p50, Precision.FP32, FLOPS, None) == {}
-    assert best_peer({"eager-fp32": 1.0, "rankd-bf16-cold": 1.0}) is None
+    assert best_peer({"eager-fp32": 1.0, "rankd-openvino-bf16-cold": 1.0}) is None
 
 
 def test_operations_of_a_call_are_what_it_needs(workload: Workload) -> None:

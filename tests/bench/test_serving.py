@@ -47,7 +47,7 @@ def test_serve_ends_with_the_contract(tmp_path: Path) -> None:
     assert tuple(rows) == (*CLOSED, *OPEN)
     for row in rows.values():
         assert row["errors"] == 0
-        assert row["hit_rate"] == 0.0
+        assert 0 < row["hit_rate"] <= 1  # users return, and their states are kept
         assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["p999_ms"]
         assert row["throughput"] > 0
         assert row["requests"] >= 1

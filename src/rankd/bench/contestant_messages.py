@@ -14,14 +14,20 @@ import msgspec
 import numpy as np
 
 from rankd.engine.backend import Precision
+from rankd.engine.targets import PRECISIONS, TARGETS
 from rankd.types import Array, Features
 
 LENGTH_BYTES = 8
 APPENDED = 8
 """New events of a user that `Work.EXTEND` appends to a state."""
 
-TARGET = "openvino"
-"""Of our own engine, wherever it takes part."""
+OWN = tuple(
+    (target, precision)
+    for target in TARGETS
+    for precision in (Precision.FP32, Precision.BF16)
+    if precision in PRECISIONS[target]
+)
+"""Targets and precisions of our own engine."""
 
 
 class Family(Enum):
@@ -46,17 +52,19 @@ class Work(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """One row of the report. `fast`: in a process where MKL takes any processor for one of Intel's."""
+    """One row of the report. `fast`: in a process where MKL takes any processor for one of Intel's; `target`: ours."""
 
     family: Family
     precision: Precision
     work: Work = Work.COLD
     fast: bool = False
+    target: str = ""
 
     @property
     def process(self) -> str:
         """The process that it runs in; contestants of the same family and precision share one."""
-        return f"{self.family.value}-{self.precision.value}" + ("-fast" if self.fast else "")
+        own = f"{self.target}-" if self.target else ""
+        return f"{self.family.value}-{own}{self.precision.value}" + ("-fast" if self.fast else "")
 
     @property
     def name(self) -> str:
@@ -76,7 +84,7 @@ CONTESTANTS = {
         *(Contestant(Family.COMPILE, Precision.BF16, fast=fast) for fast in (False, True)),
         Contestant(Family.ORT, Precision.FP32),
         *(Contestant(Family.OPENVINO, p) for p in (Precision.FP32, Precision.BF16)),
-        *(Contestant(Family.RANKD, p, work) for p in (Precision.FP32, Precision.BF16) for work in Work),
+        *(Contestant(Family.RANKD, p, work, target=target) for target, p in OWN for work in Work),
     )
 }
 
@@ -102,6 +110,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
     family: Family
     precision: Precision
+    target: str
     threads: int
     artifact: str
     scratch: str

@@ -121,7 +121,9 @@ class ContestantProcess:
             EngineFailure: it refused, died, or gave no answer. The same holds for what follows.
         """
         one = self._contestant
-        command = Load(one.family, one.precision, self._threads, str(artifact), str(self._scratch), list(requests))
+        command = Load(
+            one.family, one.precision, one.target, self._threads, str(artifact), str(self._scratch), list(requests)
+        )
         return self._ask(command, Loaded).load_s
 
     def scores(self, contestant: Contestant) -> list[Float32Array]:

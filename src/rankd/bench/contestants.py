@@ -24,7 +24,6 @@ from rankd.artifact import Artifact, Manifest
 from rankd.bench.contestant_messages import (
     APPENDED,
     LENGTH_BYTES,
-    TARGET,
     Command,
     Family,
     Load,
@@ -184,7 +183,7 @@ def export_dense(load: Load, target: str) -> Path:
 
 def rankd_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
     """Our engine: all of a request, the scoring over states that are kept, the encoding alone, the extending."""
-    config = EngineConfig(TARGET, load.precision, executors=1, threads=load.threads)
+    config = EngineConfig(load.target, load.precision, executors=1, threads=load.threads)
     artifact = Artifact.open(Path(load.artifact))
     executor = load_backend(artifact, config).executor()
     lengths = [tuple(one.history["history_length"][0].tolist()) for one in requests]

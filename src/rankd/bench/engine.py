@@ -23,7 +23,6 @@ from rankd.artifact import Artifact
 from rankd.bench.contestant_messages import (
     APPENDED,
     CONTESTANTS,
-    TARGET,
     Contestant,
     Family,
     Inputs,
@@ -35,10 +34,11 @@ from rankd.bench.flops import Flops, climber_flops
 from rankd.bench.parity import BOUNDS, max_difference, stored_features, torch_logits
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
-from rankd.bench.synthetic_model import model_for, users_for
+from rankd.bench.synthetic_model import build_model, users_for
 from rankd.bench.workload import Workload, draw_requests
 from rankd.engine.backend import Precision
-from rankd.engine.targets import why_not
+from rankd.engine.machine_choice import write_choice
+from rankd.engine.targets import TARGETS, runs_here, why_not
 from rankd.errors import ConfigError, EngineFailure, MissingExtra, nearest
 from rankd.features.catalogue import Catalogue
 from rankd.features.store import MemoryStore
@@ -128,7 +128,9 @@ def run_engine(workload: Workload, options: EngineOptions, advance: Advance) -> 
     neighbours, everything = Neighbours(), []
     advance(0, steps, "model")
     with tempfile.TemporaryDirectory(prefix="rankd-bench-") as folder:
-        trial = prepare(workload, Path(folder))
+        wanted = {one.target for one in chosen}
+        usable = tuple(target for target in TARGETS if target in wanted and runs_here(target))
+        trial = prepare(workload, Path(folder), usable or ("openvino",))
         for number, threads in enumerate(options.threads):
             done = 1 + number * (processes + options.runs)
 
@@ -155,9 +157,9 @@ def choose(names: Sequence[str]) -> list[Contestant]:
     return [contestant for name, contestant in CONTESTANTS.items() if not names or name in names]
 
 
-def prepare(workload: Workload, folder: Path) -> Trial:
-    """The model, its requests, and what torch makes of them."""
-    source, path = model_for(workload, folder / "built")
+def prepare(workload: Workload, folder: Path, targets: tuple[str, ...]) -> Trial:
+    """The model, built for the targets, its requests, and what torch makes of them."""
+    source, path = "random weights", build_model(workload, folder / "built", targets)
     artifact = Artifact.open(path)
     catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
     store, users = MemoryStore(artifact.schema, catalogue), users_for(catalogue, workload)
@@ -168,7 +170,6 @@ def prepare(workload: Workload, folder: Path) -> Trial:
         "name": artifact.manifest.name,
         "version": artifact.manifest.version,
         "source": source,
-        "target": TARGET,
         "tokens_a_block": statistics.mean(tokens),
         "candidates": statistics.mean(one.num_candidates for one in requests),
     }
@@ -205,7 +206,7 @@ def _admit(
     trial: Trial, group: Sequence[Contestant], results: Results, stack: ExitStack
 ) -> list[tuple[Contestant, ContestantProcess]]:
     """Start the process of these contestants; those that give the right scores, each with it."""
-    reason = why_not(TARGET, group[0].precision)
+    reason = why_not(group[0].target or "openvino", group[0].precision)
     if reason:
         results.reasons |= {contestant.name: reason for contestant in group}
         return []
@@ -256,6 +257,7 @@ def _report(
     timed = {CONTESTANTS[name] for one in everything for name in one.calls_ms}
     bf16 = any(one.family is Family.RANKD and one.precision is Precision.BF16 for one in timed)
     precision = Precision.BF16 if bf16 else Precision.FP32
+    _keep_choice(workload, everything[0])
     flops = workload.flops()
     needed = {work: work_flops(work, workload, trial.about["tokens_a_block"]) for work in Work}
     rows = [_row(contestant, one, trial, needed[contestant.work]) for one in everything for contestant in chosen]
@@ -267,7 +269,7 @@ def _report(
             "served": dict(trial.about),
             "runs": options.runs,
             "threads": list(options.threads),
-            "ratios_of": precision.value,
+            "ratios_of": {f"{one.threads}t": ours for one in everything if (ours := fastest_own(one.p50(), precision))},
             "best_peer": {
                 f"over_best_peer_cold{one.suffix}": peer for one in everything if (peer := best_peer(one.p50()))
             },
@@ -318,6 +320,27 @@ def work_flops(work: Work, workload: Workload, tokens: float) -> float:
             return climber_flops(workload.model, tokens, 0).needed - climber_flops(workload.model, before, 0).needed
 
 
+def fastest_own(p50: Mapping[str, float], precision: Precision) -> str:
+    """Our engine's fastest process in a precision, by its cold calls, or else its warm ones; "" if none took part."""
+    ours = [c for c in map(CONTESTANTS.__getitem__, p50) if c.family is Family.RANKD and c.precision is precision]
+    for work in Work:
+        timed = [one for one in ours if one.work is work]
+        if timed:
+            return min(timed, key=lambda one: p50[one.name]).process
+    return ""
+
+
+def _keep_choice(workload: Workload, results: Results) -> None:
+    """Let `target = "auto"` know how long each target takes, in its fastest precision."""
+    p50_ms: dict[str, float] = {}
+    for name, ms in results.p50().items():
+        contestant = CONTESTANTS[name]
+        if contestant.target and contestant.work is Work.COLD:
+            p50_ms[contestant.target] = min(ms, p50_ms.get(contestant.target, ms))
+    if len(p50_ms) > 1:
+        write_choice(workload.name, p50_ms)
+
+
 def best_peer(p50: Mapping[str, float]) -> str | None:
     """The fastest contestant that is neither ours nor a baseline; None where there was none."""
     peers = [n for n in p50 if CONTESTANTS[n].family is not Family.RANKD and not CONTESTANTS[n].is_baseline]
@@ -327,7 +350,7 @@ def best_peer(p50: Mapping[str, float]) -> str | None:
 def ratios(p50: Mapping[str, float], precision: Precision, flops: Flops, peak: float | None) -> dict[str, float]:
     """What others take over what our engine takes in the given precision, as far as they took part; and how much of
     the measured peak (GFLOP/s) our cold call reaches."""
-    ours = f"rankd-{precision.value}"
+    ours = fastest_own(p50, precision)
     peer = best_peer(p50)
     pairs = {
         "speedup_cold": ("eager-fp32", f"{ours}-cold"),

@@ -28,12 +28,13 @@ class InProcessPlan(msgspec.Struct, frozen=True):
 
 class InProcessResult(msgspec.Struct, frozen=True):
     """Latencies and stage timings of each request; `load_s` from the call of `Ranker.load` to ready, `cold_ms` of the
-    first request."""
+    first request, `hit_rate` the share of states that were not computed from nothing."""
 
     load_s: float
     cold_ms: float
     latencies_ms: list[float]
     timings_ms: list[dict[str, float]]
+    hit_rate: float
 
 
 def rank_in_process(plan: InProcessPlan) -> InProcessResult:
@@ -66,7 +67,7 @@ def run(plan: InProcessPlan) -> InProcessResult:
         for request in islice(cycle(plan.requests), plan.warmup):
             ranker.rank(request)
         gc.collect()
-        latencies, timings = [], []
+        latencies, timings, encoded = [], [], 0
         end = time.perf_counter() + plan.seconds
         for request in cycle(plan.requests):
             started = time.perf_counter()
@@ -75,7 +76,8 @@ def run(plan: InProcessPlan) -> InProcessResult:
             scores = ranker.rank(request)
             latencies.append((time.perf_counter() - started) * 1e3)
             timings.append(dict(scores.timings_ms))
-    return InProcessResult(load_s, cold_ms, latencies, timings)
+            encoded += scores.state == "encoded"
+    return InProcessResult(load_s, cold_ms, latencies, timings, 1.0 - encoded / len(latencies))
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from tempfile import TemporaryFile
 from typing import Any, Self
 
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from rankd.bench.load import HEAD_END, Answer, Connection
 from rankd.errors import Unavailable
@@ -79,6 +80,16 @@ class ServedModel:
         (about,) = msgspec.json.decode(answer.body)["model_stats"]
         spent: dict[str, Any] = about["inference_stats"]["compute_infer"]
         return spent["count"], spent["ns"] / 1e6
+
+    def state_origins(self, model: str) -> dict[str, float]:
+        """Requests by where their user's state came from, as /metrics counts them."""
+        text = self.exchange(_get("/metrics")).body.decode()
+        return {
+            sample.labels["origin"]: sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "rankd_states_total" and sample.labels["model"] == model
+        }
 
     def __enter__(self) -> Self:
         self.start()

@@ -40,6 +40,7 @@ PARITY_REQUESTS = 16
 WARMUP = 50
 CONNECTIONS = 32
 LOAD_SHARE = 0.5
+HALF = 0.5
 IN_PROCESS = "in-process"
 
 Advance = Callable[[int, int, str], None]
@@ -189,7 +190,8 @@ def _in_process(subject: Subject, seconds: float) -> dict[str, float]:
     done = rank_in_process(InProcessPlan(str(subject.path), subject.requests, seconds, WARMUP))
     indices = [number % len(subject.requests) for number in range(len(done.latencies_ms))]
     row = _closed_figures(done.latencies_ms, subject.candidates(indices))
-    return row | _overheads(done.latencies_ms, done.timings_ms) | {"cold_ms": done.cold_ms}
+    own = {"cold_ms": done.cold_ms, "hit_rate": done.hit_rate}
+    return row | _overheads(done.latencies_ms, done.timings_ms) | own
 
 
 def _closed_loop(server: ServedModel, subject: Subject, form: Form, seconds: float) -> tuple[dict[str, float], int]:
@@ -197,6 +199,7 @@ def _closed_loop(server: ServedModel, subject: Subject, form: Form, seconds: flo
     requests = [encode_request(form, request) for request in subject.requests]
     keep = form is Form.JSON
     count, spent_ms = server.engine_statistics(name)
+    before = server.state_origins(name)
     plan = LoadPlan(server.host, server.port, requests, seconds=seconds, warmup=WARMUP, keep=keep)
     result = generate(plan)
     new_count, new_spent_ms = server.engine_statistics(name)
@@ -205,6 +208,7 @@ def _closed_loop(server: ServedModel, subject: Subject, form: Form, seconds: flo
     if keep:
         row |= _overheads(latencies, [decode_timings(result.bodies[i]) for i in good])
     row["overhead_mean_ms"] = statistics.mean(latencies) - (new_spent_ms - spent_ms) / (new_count - count)
+    row["hit_rate"] = _hit_rate(before, server.state_origins(name))
     return row, len(result.statuses) - len(good)
 
 
@@ -215,7 +219,9 @@ def _open_round(server: ServedModel, subject: Subject, seconds: float, rate: flo
     for form in Form:
         requests = [encode_request(form, request) for request in subject.requests]
         plan = LoadPlan(server.host, server.port, requests, arrivals_s=arrivals, connections=CONNECTIONS, warmup=WARMUP)
+        before = server.state_origins(str(subject.about["name"]))
         result = generate(plan)
+        hit_rate = _hit_rate(before, server.state_origins(str(subject.about["name"])))
         name = f"{form.value}-open"
         good, latencies = _successes(name, result)
         figures[name] = percentiles(latencies) | {
@@ -228,6 +234,7 @@ def _open_round(server: ServedModel, subject: Subject, seconds: float, rate: flo
             "generator_late_p50_ms": percentile(result.late_s, 0.5) * 1e3,
             "generator_late_p99_ms": percentile(result.late_s, 0.99) * 1e3,
             "generator_cpu_share": result.cpu_s / result.wall_s,
+            "hit_rate": hit_rate,
         }
         failed[name] = len(result.statuses) - len(good)
     return Round(figures, failed)
@@ -239,6 +246,12 @@ def _successes(contestant: str, result: LoadResult) -> tuple[list[int], list[flo
     if not good:
         raise EngineFailure(f"{contestant}: none of {len(result.statuses)} requests was answered with 200")
     return good, [(result.done_s[place] - result.scheduled_s[place]) * 1e3 for place in good]
+
+
+def _hit_rate(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """The share of requests between two looks whose state was not computed from nothing."""
+    total = sum(after.values()) - sum(before.values())
+    return 1.0 - (after.get("encoded", 0.0) - before.get("encoded", 0.0)) / total if total else 0.0
 
 
 def _closed_figures(latencies: Sequence[float], candidates: int) -> dict[str, float]:
@@ -269,15 +282,14 @@ def _overheads(latencies: Sequence[float], timings: Sequence[Mapping[str, float]
 
 def _results(rounds: Sequence[Round], workload: Workload, peak_gflops: float) -> list[Row]:
     rows: list[Row] = []
+    flops = workload.flops()
     for contestant in sorted(rounds[0].figures, key=_place):
         row: Row = {"contestant": contestant, "loop": "open" if contestant.endswith("-open") else "closed"}
         row |= medians([one.figures[contestant] for one in rounds])
-        row |= {
-            "errors": sum(one.failed[contestant] for one in rounds),
-            "hit_rate": 0.0,
-        }  # nothing is kept between requests
+        row |= {"errors": sum(one.failed[contestant] for one in rounds)}
         if "engine_p50_ms" in row:
-            row["engine_share_of_peak"] = workload.flops().needed / (row["engine_p50_ms"] / 1e3) / (peak_gflops * 1e9)
+            computed = flops.candidates if row["hit_rate"] > HALF else flops.needed  # by the request at the median
+            row["engine_share_of_peak"] = computed / (row["engine_p50_ms"] / 1e3) / (peak_gflops * 1e9)
         rows.append(row)
     return rows
 

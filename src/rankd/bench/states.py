@@ -172,7 +172,9 @@ def timed(
     """Visits with the engine: latencies and origins of the states in the second half, and the first scores."""
     config = StateConfig(budget_mib=budget_mib, storage=subject.storage, spill=spill)
     engine = EngineConfig(target="openvino", precision=subject.precision, executors=1)
-    latencies, scores, by_origin = [], [], dict[str, list[float]]()
+    latencies: list[float] = []
+    scores: list[Float32Array] = []
+    by_origin: dict[str, list[float]] = {}
     with Ranker.load(subject.artifact.path, engine, states=config) as ranker:
         gc.collect()
         for number, (visit, request) in enumerate(zip(subject.visits, requests, strict=False)):

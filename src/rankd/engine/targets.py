@@ -15,6 +15,13 @@ TARGETS = {
     "onnxruntime": ("rankd.engine.onnxruntime_backend", "OnnxRuntimeBackend"),
     "reference": ("rankd.engine.reference_backend", "ReferenceBackend"),
 }
+PRECISIONS = {
+    "openvino": (Precision.FP32, Precision.BF16),
+    "onnxruntime": (Precision.FP32,),
+    "reference": (Precision.FP32,),
+}
+"""What each target computes in, where the processor has it."""
+
 AUTO = "auto"
 
 
@@ -32,6 +39,11 @@ def why_not(target: str, precision: Precision) -> str:
     """Why a target cannot compute in a precision here; empty if it can."""
     reason: str = _module(target).why_not(precision)
     return reason
+
+
+def runs_here(target: str) -> bool:
+    """Whether a target computes in any precision on this machine."""
+    return any(not why_not(target, precision) for precision in PRECISIONS[target])
 
 
 def load_backend(artifact: Artifact, config: EngineConfig, state_type: StateType | None = None) -> Backend:
@@ -71,7 +83,7 @@ def choose_target(artifact: Artifact, config: EngineConfig) -> str:
     """
     built = [target for target in TARGETS if target in artifact.manifest.engines]
     if config.target == AUTO:
-        usable = [target for target in built if not why_not(target, Precision.FP32)]
+        usable = [target for target in built if runs_here(target)]
         if not usable:
             raise ArtifactError(f"{artifact.path} is built for {', '.join(built)}, of which none runs here")
         measured = fastest_target(usable)

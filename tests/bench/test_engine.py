@@ -180,14 +180,14 @@ def test_a_peer_that_cannot_run_is_left_out(
 
 
 def test_our_own_engine_may_not_fail(trial: Trial, tmp_path: Path) -> None:
-    broken = Trial(trial.about, tmp_path / "nowhere", tmp_path, trial.requests, trial.expected)
+    broken = Trial(trial.workload, trial.about, tmp_path / "nowhere", tmp_path, trial.requests, trial.expected)
     with pytest.raises(EngineFailure, match="rankd-openvino-fp32-cold with 2 threads: ArtifactError"):
         compete(broken, choose(["rankd-openvino-fp32-cold"]), 2, 1, nothing)
 
 
 def test_wrong_scores_are_not_timed(trial: Trial) -> None:
     wrong = [logits + 1 for logits in trial.expected]
-    other = Trial(trial.about, trial.artifact, trial.scratch, trial.requests, wrong)
+    other = Trial(trial.workload, trial.about, trial.artifact, trial.scratch, trial.requests, wrong)
     results = compete(other, choose(["eager-fp32"]), 1, 1, nothing)
     assert results.reasons["eager-fp32"].startswith("its scores differ from torch by 1")
     assert results.calls_ms == {}

@@ -18,7 +18,7 @@ from rankd import Event, Ranker, RankRequest
 from rankd.build.pack import BuildOptions, build_artifact
 from rankd.engine.backend import EngineConfig, Precision
 from rankd.engine.state_arrays import SideBySide
-from rankd.engine.targets import TARGETS, why_not
+from rankd.engine.targets import PRECISIONS, TARGETS, runs_here, why_not
 from rankd.errors import ArtifactError
 from rankd.features.assembly import candidate_arrays, history_arrays
 from rankd.models.protocol import create_model
@@ -29,21 +29,23 @@ from tests.train.small_log import RECIPE, small_dataset
 
 DATASET = small_dataset(window_step=8)
 USERS, ITEMS = DATASET.log.user_ids, DATASET.log.item_ids
-BOUNDS = {Precision.FP32: 1e-4, Precision.BF16: 0.02}
+SIZES = {"width": 64, "heads": 2, "layers": 2, "hidden": 32}  # what the native engine takes: multiples of 32
+BOUNDS = {Precision.FP32: 1e-4, Precision.BF16: 0.1}
 """Largest difference of a logit between two ways to the same score, for weights of standard deviation 0.2."""
-STORAGE_BOUNDS = {Storage.FP32: 1e-4, Storage.BF16: 0.002, Storage.INT8: 0.004}
-WAYS = [(target, Precision.FP32) for target in TARGETS] + [("openvino", Precision.BF16)]
+STORAGE_BOUNDS = {Storage.FP32: 1e-4, Storage.BF16: 0.05, Storage.INT8: 0.1}
+WAYS = [(target, precision) for target in TARGETS for precision in PRECISIONS[target]]
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Climber built for all targets."""
     torch.manual_seed(1)
-    model = create_model("climber", DATASET.schema, RECIPE.model.options).eval()
+    model = create_model("climber", DATASET.schema, SIZES).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("climber", RECIPE.model.options))
-    options = BuildOptions("films", "1", targets=tuple(TARGETS))
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("climber", SIZES))
+    targets = tuple(target for target in TARGETS if runs_here(target))
+    options = BuildOptions("films", "1", targets=targets, fall_back=True)
     return str(build_artifact(tmp_path_factory.mktemp("models"), model, DATASET, recipe, options))
 
 

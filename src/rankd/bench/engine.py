@@ -34,11 +34,11 @@ from rankd.bench.flops import Flops, climber_flops
 from rankd.bench.parity import BOUNDS, max_difference, stored_features, torch_logits
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
-from rankd.bench.synthetic_model import build_model, users_for
+from rankd.bench.synthetic_model import build_model, schema_of, users_for
 from rankd.bench.workload import Workload, draw_requests
 from rankd.engine.backend import Precision
 from rankd.engine.machine_choice import write_choice
-from rankd.engine.targets import TARGETS, runs_here, why_not
+from rankd.engine.targets import PRECISIONS, TARGETS, runs_here, why_not, why_not_model
 from rankd.errors import ConfigError, EngineFailure, MissingExtra, nearest
 from rankd.features.catalogue import Catalogue
 from rankd.features.store import MemoryStore
@@ -67,6 +67,7 @@ class EngineOptions:
 class Trial:
     """What every contestant gets: the artifact, requests, and the logits (C, K) they have to lead to."""
 
+    workload: Workload
     about: Mapping[str, Any]
     artifact: Path
     scratch: Path
@@ -129,7 +130,7 @@ def run_engine(workload: Workload, options: EngineOptions, advance: Advance) -> 
     advance(0, steps, "model")
     with tempfile.TemporaryDirectory(prefix="rankd-bench-") as folder:
         wanted = {one.target for one in chosen}
-        usable = tuple(target for target in TARGETS if target in wanted and runs_here(target))
+        usable = tuple(target for target in TARGETS if target in wanted and not unsuitable(target, workload))
         trial = prepare(workload, Path(folder), usable or ("openvino",))
         for number, threads in enumerate(options.threads):
             done = 1 + number * (processes + options.runs)
@@ -157,6 +158,13 @@ def choose(names: Sequence[str]) -> list[Contestant]:
     return [contestant for name, contestant in CONTESTANTS.items() if not names or name in names]
 
 
+def unsuitable(target: str, workload: Workload) -> str:
+    """Why a target cannot run a workload's model on this machine; empty if it can."""
+    if not runs_here(target):
+        return next(reason for p in PRECISIONS[target] if (reason := why_not(target, p)))
+    return why_not_model(target, "climber", msgspec.structs.asdict(workload.model), schema_of(workload))
+
+
 def prepare(workload: Workload, folder: Path, targets: tuple[str, ...]) -> Trial:
     """The model, built for the targets, its requests, and what torch makes of them."""
     source, path = "random weights", build_model(workload, folder / "built", targets)
@@ -174,7 +182,7 @@ def prepare(workload: Workload, folder: Path, targets: tuple[str, ...]) -> Trial
         "candidates": statistics.mean(one.num_candidates for one in requests),
     }
     expected = torch_logits(artifact, requests)
-    return Trial(about, artifact.path, folder, [pack_features(one) for one in requests], expected)
+    return Trial(workload, about, artifact.path, folder, [pack_features(one) for one in requests], expected)
 
 
 def compete(
@@ -206,7 +214,8 @@ def _admit(
     trial: Trial, group: Sequence[Contestant], results: Results, stack: ExitStack
 ) -> list[tuple[Contestant, ContestantProcess]]:
     """Start the process of these contestants; those that give the right scores, each with it."""
-    reason = why_not(group[0].target or "openvino", group[0].precision)
+    target = group[0].target or "openvino"
+    reason = why_not(target, group[0].precision) or unsuitable(target, trial.workload)
     if reason:
         results.reasons |= {contestant.name: reason for contestant in group}
         return []

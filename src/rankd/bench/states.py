@@ -129,7 +129,8 @@ def replay(subject: Subject, policy: Policy, budget_bytes: int | None) -> StateC
     schema, layout = subject.artifact.schema, subject.layout
     if budget_bytes is None:
         users = len({visit.user_id for visit in subject.visits})
-        budget_bytes = users * max(layout.size_bytes(room) for room in schema.history_buckets)
+        spare = len(schema.history_buckets) + 1  # a state that grows into a larger room has two for a moment
+        budget_bytes = (users + spare) * max(layout.size_bytes(room) for room in schema.history_buckets)
     config = StateConfig(policy=policy, storage=subject.storage)
     extends = subject.artifact.manifest.extends
     cache = StateCache(layout, schema.history_buckets, extends, config, None, budget_bytes)

@@ -98,7 +98,7 @@ def build_model(workload: Workload, root: Path, targets: tuple[str, ...] = ("ope
         if name.endswith(("bias.position", "bias.time")):  # zeros when new: parity would not see them
             torch.nn.init.normal_(parameter, std=0.1)
     contents = Contents(model, "climber", schema, catalogue, _parity_requests(schema, catalogue), options)
-    return pack(root, contents, BuildOptions(workload.name, "1", targets=targets))
+    return pack(root, contents, BuildOptions(workload.name, "1", targets=targets, fall_back=True))
 
 
 def schema_of(workload: Workload) -> FeatureSchema:

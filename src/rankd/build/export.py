@@ -2,7 +2,8 @@
 
 In: an nn.Module of one of the shapes of `models.protocol`. Out: files in `engines/<target>/`. T, A and C are dynamic; B
 is dynamic in `score` alone, since histories are encoded one at a time. A JointModel becomes a single `score` that reads
-history and candidates together. `openvino` writes .xml, `onnxruntime` .onnx, `reference` needs the weights alone.
+history and candidates together. `openvino` writes .xml, `onnxruntime` .onnx; `reference` and
+`native` need the weights alone.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _write_openvino(module: nn.Module, graph: Graph, folder: Path) -> None:
                 example_input=tuple(example(graph.inputs, B=graph.users).values()),
                 input=[(shape, types[spec.dtype]) for shape, spec in zip(shapes, graph.inputs, strict=True)],
             )
-    except RuntimeError as error:
+    except Exception as error:  # the converter's errors share no public base class
         raise BuildError(f"OpenVINO cannot convert {graph.name}: {error}") from error
     _check_outputs(graph, len(made.outputs))
     # A state may hand an input through, and then input and output are one tensor: nodes carry the names, not tensors.
@@ -189,7 +190,7 @@ class _quiet:  # noqa: N801 - reads as the statement it is
 
 
 def _write_nothing(module: nn.Module, graph: Graph, folder: Path) -> None:
-    """The reference computes with the torch module itself."""
+    """The reference computes with the torch module itself, the native engine with its weights."""
 
 
 def _check_outputs(graph: Graph, count: int) -> None:
@@ -201,5 +202,6 @@ WRITERS: dict[str, Callable[[nn.Module, Graph, Path], None]] = {
     "openvino": _write_openvino,
     "onnxruntime": _write_onnx,
     "reference": _write_nothing,
+    "native": _write_nothing,
 }
 _OV_TYPES = {"int32": "i32", "int64": "i64", "float32": "f32"}

@@ -7,7 +7,7 @@ refuse if they differ by more than the bound, then write everything at once. Par
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rankd.artifact import FORMAT, Artifact, EngineRecord, Manifest, list_versio
 from rankd.build.checks import check_split, measure_parity
 from rankd.build.export import export
 from rankd.engine.backend import Precision
-from rankd.engine.targets import check_target, why_not
+from rankd.engine.targets import PRECISIONS, check_target, runs_here, why_not, why_not_model
 from rankd.errors import BuildError
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
@@ -32,20 +32,22 @@ from rankd.train.samples import Dataset
 from rankd.types import Features, UserHistory
 
 PARITY_REQUESTS = 32
-PRECISIONS = (Precision.FP32, Precision.BF16)
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What the artifact is called, the targets it is built for, and the precision it is served in by default.
 
-    A target that cannot compute in that precision is refused; whatever else it can is checked and recorded too.
+    A target that cannot compute in that precision is refused, or with `fall_back` served in one that it can; whatever
+    else it can is checked and recorded too. No targets: OpenVINO, and the native engine if it computes in that
+    precision and suits the model and this machine.
     """
 
     name: str
     version: str
     precision: Precision = Precision.FP32
-    targets: tuple[str, ...] = ("openvino",)
+    targets: tuple[str, ...] = ()
+    fall_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +92,22 @@ def build_artifact(
 
 def pack(root: Path, contents: Contents, options: BuildOptions) -> Path:
     """Export, check and write an artifact; raises as `build_artifact`."""
+    if not options.targets:
+        native = options.precision in PRECISIONS["native"] and not _unsuitable("native", contents)
+        options = replace(options, targets=("openvino", "native") if native else ("openvino",))
     for target in options.targets:
         check_target(target)
-        if reason := why_not(target, options.precision):
+        if (reason := why_not(target, options.precision)) and not (options.fall_back and runs_here(target)):
             raise BuildError(f"cannot build for {target} in {options.precision.value}: {reason}")
+        if lacks := _unsuitable(target, contents):
+            raise BuildError(f"cannot build for {target}: {lacks}")
     contents.model.eval()
     check_split(contents.model, contents.requests)
     return write_artifact(root, options.name, options.version, lambda folder: _fill(folder, contents, options))
+
+
+def _unsuitable(target: str, contents: Contents) -> str:
+    return why_not_model(target, contents.kind, contents.options, contents.schema)
 
 
 def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
@@ -124,8 +135,9 @@ def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
     )
     engines = {}
     for target in options.targets:
-        usable = [precision for precision in PRECISIONS if not why_not(target, precision)]
-        record = EngineRecord(options.precision.value, {precision.value: 0.0 for precision in usable})
+        usable = [precision for precision in PRECISIONS[target] if not why_not(target, precision)]
+        served = options.precision if options.precision in usable else usable[0]
+        record = EngineRecord(served.value, {precision.value: 0.0 for precision in usable})
         draft = Artifact(folder, msgspec.structs.replace(unchecked, engines={target: record}))
         parity = {p.value: measure_parity(model, draft, target, p, contents.requests) for p in usable}
         engines[target] = msgspec.structs.replace(record, parity=parity)

@@ -70,13 +70,15 @@ def write_additions(
 
 
 def copy_tokens(specs: Sequence[TensorSpec], source: Mapping[str, Array], target: Mapping[str, Array]) -> None:
-    """Copy a state into arrays with at least as much room."""
+    """Copy a state into arrays with at least as much room; the rest of it is zeros, as padding is."""
     for spec in specs:
         array, axis = source[spec.name], token_axis(spec)
         if axis is None:
             target[spec.name][...] = array
         else:
-            target[spec.name][(slice(None),) * axis + (slice(0, array.shape[axis]),)] = array
+            before, room = (slice(None),) * axis, array.shape[axis]
+            target[spec.name][(*before, slice(0, room))] = array
+            target[spec.name][(*before, slice(room, None))] = 0
 
 
 class SideBySide:
@@ -89,7 +91,7 @@ class SideBySide:
     def arrays(self, states: Sequence[UserState]) -> Mapping[str, Array]:
         """The state arrays of B users as one; of one user they are handed through, not copied.
 
-        Rooms of different size are padded to the largest one: places after a user's lengths are never read.
+        Rooms of different size are padded to the largest one.
         """
         if len(states) == 1:
             return states[0].arrays

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from rankd.artifact import Artifact
 from rankd.engine.backend import Backend, EngineConfig, Precision, StateType
 from rankd.engine.machine_choice import fastest_target
+from rankd.engine.native import support as native
 from rankd.errors import ArtifactError, ConfigError, nearest
+from rankd.features.schema import FeatureSchema
 
 TARGETS = {
+    "native": ("rankd.engine.native_backend", "NativeBackend"),
     "openvino": ("rankd.engine.openvino_backend", "OpenVinoBackend"),
     "onnxruntime": ("rankd.engine.onnxruntime_backend", "OnnxRuntimeBackend"),
     "reference": ("rankd.engine.reference_backend", "ReferenceBackend"),
 }
 PRECISIONS = {
+    "native": (Precision.BF16,),
     "openvino": (Precision.FP32, Precision.BF16),
     "onnxruntime": (Precision.FP32,),
     "reference": (Precision.FP32,),
@@ -41,6 +46,14 @@ def why_not(target: str, precision: Precision) -> str:
     return reason
 
 
+def why_not_model(target: str, model: str, options: Mapping[str, Any], schema: FeatureSchema) -> str:
+    """Why a target cannot run a model on this machine, whatever the precision; empty if it can.
+
+    `model` is a name of `models.protocol`, `options` are those of its constructor.
+    """
+    return native.why_not(options, schema, model) or "" if target == "native" else ""
+
+
 def runs_here(target: str) -> bool:
     """Whether a target computes in any precision on this machine."""
     return any(not why_not(target, precision) for precision in PRECISIONS[target])
@@ -55,10 +68,7 @@ def load_backend(artifact: Artifact, config: EngineConfig, state_type: StateType
     """
     target = choose_target(artifact, config)
     record, path = artifact.manifest.engines[target], artifact.path
-    precision = config.precision
-    if precision is Precision.AUTO:
-        precision = Precision(record.precision)
-        precision = Precision.FP32 if why_not(target, precision) else precision
+    precision = _precision(artifact, target, config)
     reason = why_not(target, precision)
     if reason:
         raise ArtifactError(f"{path} cannot be served by {target} in {precision.value}: {reason}")
@@ -83,11 +93,12 @@ def choose_target(artifact: Artifact, config: EngineConfig) -> str:
     """
     built = [target for target in TARGETS if target in artifact.manifest.engines]
     if config.target == AUTO:
-        usable = [target for target in built if runs_here(target)]
+        usable = [target for target in built if not why_not(target, _precision(artifact, target, config))]
         if not usable:
-            raise ArtifactError(f"{artifact.path} is built for {', '.join(built)}, of which none runs here")
-        measured = fastest_target(usable)
-        return measured or usable[0]
+            raise ArtifactError(
+                f"{artifact.path} is built for {', '.join(built)}, of which none computes in the wanted precision here"
+            )
+        return fastest_target(usable) or usable[0]
     check_target(config.target)
     if config.target not in built:
         raise ArtifactError(
@@ -95,6 +106,14 @@ def choose_target(artifact: Artifact, config: EngineConfig) -> str:
             f"run `rankd build --target {config.target}`"
         )
     return config.target
+
+
+def _precision(artifact: Artifact, target: str, config: EngineConfig) -> Precision:
+    """The configured precision; else the one that the artifact is served in, or float32 where that does not run."""
+    if config.precision is not Precision.AUTO:
+        return config.precision
+    own = Precision(artifact.manifest.engines[target].precision)
+    return Precision.FP32 if why_not(target, own) and Precision.FP32 in PRECISIONS[target] else own
 
 
 def _module(target: str) -> Any:

@@ -34,7 +34,9 @@ class AttentivePooling(nn.Module):
         numeric = self.numeric(candidates["candidate_numeric"])
         pairs = torch.broadcast_tensors(items[:, :, None], events[:, None])
         weights = self.weigh(torch.cat([*pairs, pairs[0] * pairs[1]], -1))  # (B, C, T, 1)
-        real = torch.arange(events.shape[1]) < history["history_length"][:, :1]  # (B, T)
-        pooled = (weights * real[:, None, :, None] * pairs[1]).mean(2)
+        length = history["history_length"][:, :1]
+        real = torch.arange(events.shape[1]) < length  # (B, T)
+        # Over the real events and not over T, which padding changes.
+        pooled = (weights * real[:, None, :, None] * pairs[1]).sum(2) / length.clamp(min=1)[:, None]
         logits: Tensor = self.head(torch.cat([items, pooled, numeric], -1))
         return logits

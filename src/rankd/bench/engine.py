@@ -37,7 +37,7 @@ from rankd.bench.report import Neighbours, Report, Row, commit, machine, percent
 from rankd.bench.synthetic_model import build_model, schema_of, users_for
 from rankd.bench.workload import Workload, draw_requests
 from rankd.engine.backend import Precision
-from rankd.engine.machine_choice import write_choice
+from rankd.engine.machine_choice import choice_key, write_choice
 from rankd.engine.targets import PRECISIONS, TARGETS, runs_here, why_not, why_not_model
 from rankd.errors import ConfigError, EngineFailure, MissingExtra, nearest
 from rankd.features.catalogue import Catalogue
@@ -340,14 +340,11 @@ def fastest_own(p50: Mapping[str, float], precision: Precision) -> str:
 
 
 def _keep_choice(workload: Workload, results: Results) -> None:
-    """Let `target = "auto"` know how long each target takes, in its fastest precision."""
-    p50_ms: dict[str, float] = {}
-    for name, ms in results.p50().items():
-        contestant = CONTESTANTS[name]
-        if contestant.target and contestant.work is Work.COLD:
-            p50_ms[contestant.target] = min(ms, p50_ms.get(contestant.target, ms))
-    if len(p50_ms) > 1:
-        write_choice(workload.name, p50_ms)
+    """Let `target = "auto"` know how long each of our targets takes."""
+    timed = {CONTESTANTS[name]: ms for name, ms in results.p50().items()}
+    ours = {one: ms for one, ms in timed.items() if one.family is Family.RANKD and one.work is Work.COLD}
+    if len({one.target for one in ours}) > 1:
+        write_choice(workload.name, {choice_key(one.target, one.precision): ms for one, ms in ours.items()})
 
 
 def best_peer(p50: Mapping[str, float]) -> str | None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from rankd.engine.backend import Precision
+
 
 class MachineChoice(msgspec.Struct, frozen=True):
-    """Milliseconds of one request by target (cold, the target's fastest precision), on one kind of machine."""
+    """Milliseconds of one cold request by "target precision", on one kind of machine."""
 
     machine: str
     workload: str
     p50_ms: dict[str, float]
+
+
+def choice_key(target: str, precision: Precision) -> str:
+    """How a target and a precision are called in the file."""
+    return f"{target} {precision.value}"
 
 
 def choice_file() -> Path:
@@ -44,13 +51,14 @@ def write_choice(workload: str, p50_ms: Mapping[str, float]) -> Path:
     return path
 
 
-def fastest_target(usable: Sequence[str]) -> str | None:
-    """The fastest of the usable targets as measured here; None if nothing of them was measured here."""
+def fastest_target(usable: Mapping[str, Precision]) -> str | None:
+    """The fastest target, each in its precision, as measured here; None if nothing of them was measured here."""
     try:
         choice = msgspec.json.decode(choice_file().read_bytes(), type=MachineChoice)
     except (OSError, msgspec.MsgspecError):
         return None
-    measured = {target: ms for target, ms in choice.p50_ms.items() if target in usable}
+    wanted = {target: choice_key(target, precision) for target, precision in usable.items()}
+    measured = {target: choice.p50_ms[key] for target, key in wanted.items() if key in choice.p50_ms}
     if choice.machine != this_machine() or not measured:
         return None
     return min(measured, key=lambda target: measured[target])

@@ -93,12 +93,13 @@ def choose_target(artifact: Artifact, config: EngineConfig) -> str:
     """
     built = [target for target in TARGETS if target in artifact.manifest.engines]
     if config.target == AUTO:
-        usable = [target for target in built if not why_not(target, _precision(artifact, target, config))]
+        wanted = {target: _precision(artifact, target, config) for target in built}
+        usable = {target: precision for target, precision in wanted.items() if not why_not(target, precision)}
         if not usable:
             raise ArtifactError(
                 f"{artifact.path} is built for {', '.join(built)}, of which none computes in the wanted precision here"
             )
-        return fastest_target(usable) or usable[0]
+        return fastest_target(usable) or next(iter(usable))
     check_target(config.target)
     if config.target not in built:
         raise ArtifactError(

@@ -111,6 +111,8 @@ def test_configuration_from_file_environment_and_flags(tmp_path: Path) -> None:
     environment = {"RANKD_PORT": "2", "RANKD_ENGINE__THREADS": "3", "OTHER": "x"}
     config = read_config(ServeConfig, path, environment, {"port": 3, "host": None})
     assert (config.port, config.host, config.models, config.engine.threads) == (3, "a", ("m",), 3)
+    listed = read_config(ServeConfig, None, {"RANKD_MODELS": "m,n", "RANKD_STATES__BUDGET_MIB": "7"})
+    assert (listed.models, listed.states.budget_mib) == (("m", "n"), 7)
     path.write_text("[engine]\nthread = 2\n")
     with pytest.raises(ConfigError, match=r"unknown key 'engine.thread'.*Did you mean 'threads'"):
         read_config(ServeConfig, path)

@@ -1,7 +1,8 @@
 """Configuration: one reader for TOML files, environment variables and flags, the later over the earlier.
 
 A folder declares its configuration as a frozen msgspec Struct; this file fills it. An unknown key or a bad value stops
-the program with the path of the key and the nearest known one. In the environment a key `a.b` is RANKD_A__B.
+the program with the path of the key and the nearest known one. In the environment a key `a.b` is RANKD_A__B, and a list
+is separated by commas.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def read_config(
     document = read_toml(path) if path is not None else {}
     for name, value in sorted((environment or {}).items()):
         if name.startswith(PREFIX):
-            _put(document, name.removeprefix(PREFIX).lower().replace("__", "."), value)
+            key = name.removeprefix(PREFIX).lower().replace("__", ".")
+            _put(document, key, value.split(",") if _is_list(kind, key) else value)
     for key, value in (flags or {}).items():
         if value is not None:
             _put(document, key, value)
@@ -91,6 +93,18 @@ def _check_keys(document: Mapping[str, Any], kind: Any, source: str, path: str) 
             for number, one in enumerate(value):
                 if isinstance(item, msgspec.inspect.StructType) and isinstance(one, Mapping):
                     _check_keys(one, item.cls, source, f"{path}{key}[{number}].")
+
+
+def _is_list(kind: Any, dotted: str) -> bool:
+    """Whether a key holds a list; an unknown key does not, and is refused later."""
+    key, _, rest = dotted.partition(".")
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    if key not in fields:
+        return False
+    inner = msgspec.inspect.type_info(fields[key])
+    if isinstance(inner, msgspec.inspect.StructType) and rest:
+        return _is_list(inner.cls, rest)
+    return isinstance(inner, msgspec.inspect.VarTupleType)
 
 
 def _put(document: dict[str, Any], dotted: str, value: Any) -> None:

@@ -115,7 +115,10 @@ def _request(
 
     ids = [part.strip() for part in candidates.split(",")] if candidates else []
     if candidates_file is not None:
-        ids += [line.strip() for line in candidates_file if line.strip()]
+        try:
+            ids += [line.strip() for line in candidates_file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{candidates_file.name}: not UTF-8 text: {error}") from error
     events = None
     if history is not None:
         try:

@@ -9,6 +9,7 @@ inline history (`history_item` BYTES, `history_event` BYTES, `history_time` INT6
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -27,7 +28,7 @@ from rankd.serve.operations import check_ready
 from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig
 from rankd.serve.tensors import InferHeader, InputTensor, decode_infer, encode_outputs
-from rankd.serve.v1 import json_response, rank_with
+from rankd.serve.v1 import book_failure, json_response, rank_with
 from rankd.serve.wire import IndexBody
 from rankd.types import Array, Event, RankRequest, Scores
 
@@ -63,11 +64,16 @@ def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
         return _json(_configuration(_ranker(repository, request)))
 
     async def infer(request: Request) -> Response:
-        body = _decompressed(await read_body(request, config.max_body_bytes), request, config.max_body_bytes)
-        header, inputs = decode_infer(body, request.headers.get(JSON_LENGTH))
-        asked = _asked_outputs(header)
+        started = time.perf_counter()
         name, version = request.path_params["model"], request.path_params.get("version", "")
-        scores = await rank_with(repository, _rank_request(name, version, header, inputs))
+        try:
+            body = _decompressed(await read_body(request, config.max_body_bytes), request, config.max_body_bytes)
+            header, inputs = decode_infer(body, request.headers.get(JSON_LENGTH))
+            asked, decoded = _asked_outputs(header), _rank_request(name, version, header, inputs)
+        except RankdError as error:
+            book_failure(repository, None, error, started)
+            raise
+        scores = await rank_with(repository, decoded)
         return _infer_response(scores, header, asked, request)
 
     async def statistics(request: Request) -> Response:

@@ -39,14 +39,14 @@ async def rank_with(repository: ModelRepository, request: RankRequest) -> Scores
             future = ranker.submit(request)
         scores = await asyncio.wrap_future(future)
     except (Exception, asyncio.CancelledError) as error:
-        _book_failure(repository, ranker, error, started)
+        book_failure(repository, ranker, error, started)
         raise
     # Booked on the loop's next turn, when the answer is on its way.
     asyncio.get_running_loop().call_soon(repository.metrics.succeeded, scores)
     return scores
 
 
-def _book_failure(repository: ModelRepository, ranker: Ranker | None, error: BaseException, started: float) -> None:
+def book_failure(repository: ModelRepository, ranker: Ranker | None, error: BaseException, started: float) -> None:
     """Count a failure; without a ranker it has no model, for a label is never of the caller's making."""
     labels = (ranker.manifest.name, ranker.manifest.version) if ranker is not None else ("", "")
     ours = isinstance(error, RankdError | asyncio.CancelledError)
@@ -63,7 +63,7 @@ def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
             check_json(request)
             decoded = decode_rank(await read_body(request, config.max_body_bytes))
         except RankdError as error:
-            _book_failure(repository, None, error, started)
+            book_failure(repository, None, error, started)
             raise
         scores = await rank_with(repository, decoded)
         return json_response(encode_scores(scores), headers={"x-request-id": scores.request_id})

@@ -28,12 +28,14 @@ from rankd.bench.contestant_messages import (
     Inputs,
     Work,
     pack_features,
+    unpack_features,
 )
 from rankd.bench.contestant_process import ContestantProcess
 from rankd.bench.flops import Flops, climber_flops
 from rankd.bench.parity import BOUNDS, max_difference, stored_features, torch_logits
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
+from rankd.bench.storage_error import storage_errors
 from rankd.bench.synthetic_model import build_model, schema_of, users_for
 from rankd.bench.workload import Workload, draw_requests
 from rankd.engine.backend import Precision
@@ -131,7 +133,7 @@ def run_engine(workload: Workload, options: EngineOptions, advance: Advance) -> 
     with tempfile.TemporaryDirectory(prefix="rankd-bench-") as folder:
         wanted = {one.target for one in chosen}
         usable = tuple(target for target in TARGETS if target in wanted and not unsuitable(target, workload))
-        trial = prepare(workload, Path(folder), usable or ("openvino",))
+        trial = prepare(workload, Path(folder), tuple(dict.fromkeys((*usable, "openvino"))))
         for number, threads in enumerate(options.threads):
             done = 1 + number * (processes + options.runs)
 
@@ -139,9 +141,10 @@ def run_engine(workload: Workload, options: EngineOptions, advance: Advance) -> 
                 advance(done + count, steps, f"{line}, threads: {threads}")
 
             everything.append(compete(trial, chosen, threads, options.runs, step))
+        kept = storage_errors(Artifact.open(trial.artifact), [unpack_features(one) for one in trial.requests])
     surroundings["others_cpu_share"] = neighbours.share()
     advance(steps, steps, "done")
-    return _report(workload, options, trial, everything, surroundings, chosen)
+    return _report(options, trial, everything, surroundings, chosen, kept)
 
 
 def choose(names: Sequence[str]) -> list[Contestant]:
@@ -256,13 +259,14 @@ def _round(ready: Sequence[tuple[Contestant, ContestantProcess]], number: int, r
 
 
 def _report(
-    workload: Workload,
     options: EngineOptions,
     trial: Trial,
     everything: Sequence[Results],
     surroundings: Mapping[str, Any],
     chosen: Sequence[Contestant],
+    kept: Mapping[str, Mapping[str, float]],
 ) -> Report:
+    workload = trial.workload
     timed = {CONTESTANTS[name] for one in everything for name in one.calls_ms}
     bf16 = any(one.family is Family.RANKD and one.precision is Precision.BF16 for one in timed)
     precision = Precision.BF16 if bf16 else Precision.FP32
@@ -276,6 +280,7 @@ def _report(
             **msgspec.to_builtins(workload),
             "flops": {name: getattr(flops, name) for name in flops.__struct_fields__},
             "served": dict(trial.about),
+            "state_storage": kept,
             "runs": options.runs,
             "threads": list(options.threads),
             "ratios_of": {f"{one.threads}t": ours for one in everything if (ours := fastest_own(one.p50(), precision))},
@@ -291,7 +296,8 @@ def _report(
             f"{name}{one.suffix}": ratio
             for one in everything
             for name, ratio in ratios(one.p50(), precision, flops, one.peaks.get(precision)).items()
-        },
+        }
+        | {"states_per_gib": kept["bf16"]["states_per_gib"]},
     )
 
 

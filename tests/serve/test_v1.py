@@ -94,6 +94,19 @@ def test_the_very_next_rank_sees_the_events(client: Client, items: tuple[str, ..
         assert all(pool.map(reader_of_own_writes, range(8)))
 
 
+def test_the_state_is_kept_extended_and_shown(server: Server, client: Client, items: tuple[str, ...]) -> None:
+    event, request = Event(items[0], "view"), RankRequest("user of states", items[:10])
+    client.append_events("user of states", (event,))
+    origins = [client.rank(request).state, client.rank(request).state]
+    client.append_events("user of states", (event,))
+    origins += [client.rank(request).state, client.rank(request).state]
+    assert origins == ["encoded", "cached", "extended", "cached"]
+    figures = httpx.get(server.url + "/metrics").text
+    for origin in ("encoded", "cached", "extended"):
+        assert re.search(rf'rankd_states_total{{model="demo",origin="{origin}",version="1"}} [1-9]', figures)
+    assert re.search(r'rankd_state_bytes{model="demo",version="1"} [1-9]', figures)
+
+
 def test_unknown_items_of_events_are_named(client: Client, items: tuple[str, ...]) -> None:
     stored, unknown = client.append_events("appender", (Event("what?", "click"), Event(items[0], "click")))
     assert (stored, unknown) == (2, ("what?",))

@@ -110,9 +110,9 @@ def engine(name: str, threads: tuple[int, ...], runs: int, contestants: tuple[st
 @click.option(
     "--requests",
     type=click.IntRange(10),
-    default=800,
+    default=1200,
     show_default=True,
-    help="At each budget; the second half counts.",
+    help="Computed at each budget; half counts.",
 )
 @click.option(
     "--storage", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", help="How states are kept."

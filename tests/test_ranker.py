@@ -23,7 +23,13 @@ ENGINE = EngineConfig(executors=2, precision=Precision.FP32)
 def ranker(demo_models: Path) -> Iterator[Ranker]:
     """The packaged model with states, for tests that append."""
     with Ranker.load(demo_models / "demo", ENGINE) as opened:
+        extend_always(opened)
         yield opened
+
+
+def extend_always(ranker: Ranker) -> None:
+    """Whatever was measured at warm-up: for so small a model it may go either way."""
+    ranker.states.extend_up_to(dict.fromkeys(ranker.schema.history_buckets, 32))
 
 
 def fresh_scores(ranker: Ranker, user: str, items: tuple[str, ...]) -> np.ndarray:
@@ -158,3 +164,22 @@ def test_packing_follows_what_was_measured() -> None:
     assert (packing.most(20), packing.most(100), packing.most(7)) == (4, 1, 1)
     assert packing.sizes(20) == (1, 2, 4)
     assert [packing.fits(20, count) for count in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
+
+
+def test_few_new_events_are_extended_only_where_that_was_measured_to_pay(ranker: Ranker) -> None:
+    items, kind = ranker.catalogue.ids.items[:5], ranker.schema.event_types[0]
+    event = Event(items[0], kind, ranker.schema.log_end - 9)
+    origins = []
+    for most in (32, 0, 1, 32):
+        ranker.states.extend_up_to(dict.fromkeys(ranker.schema.history_buckets, most))
+        ranker.append_events("somebody else", (event, event) if most == 1 else (event,))
+        origins.append(ranker.rank(RankRequest("somebody else", items)).state)
+    assert origins == ["encoded", "encoded", "encoded", "extended"]
+
+
+def test_what_pays_is_measured_for_every_room(ranker: Ranker) -> None:
+    from rankd.engine.warming import Shapes, most_new_tokens
+
+    most = most_new_tokens(ranker.backend.executor(), Shapes(ranker.manifest, ranker.backend.state_type))
+    assert set(most) == set(ranker.schema.history_buckets)
+    assert set(most.values()) <= {0, 8, 32}

@@ -19,7 +19,7 @@ import numpy as np
 from rankd.artifact import Artifact
 from rankd.engine.backend import Backend, EngineConfig, Executor
 from rankd.engine.targets import load_backend
-from rankd.engine.warming import Shapes, score_ms, warm
+from rankd.engine.warming import Shapes, most_new_tokens, score_ms, warm
 from rankd.errors import DeadlineExceeded, InvalidRequest, RankdError
 from rankd.features.assembly import bucket_of, candidate_arrays, history_arrays, until
 from rankd.features.catalogue import Catalogue
@@ -72,7 +72,7 @@ class Ranker:
     ) -> None:
         self.artifact, self.catalogue, self.store, self.backend = artifact, catalogue, store, backend
         self.manifest, self.schema = artifact.manifest, artifact.schema
-        self._states = states
+        self.states = states
         self._executors = [backend.executor() for _ in range(backend.num_executors)]
         self.packing = Packing()
         self.line = WaitingLine(self._executors, self._rank, max_waiting, self._joins, artifact.manifest.name)
@@ -118,12 +118,13 @@ class Ranker:
         self.packing = measure(lambda bucket, users: score_ms(first, shapes, bucket, users), buckets)
         for executor in self._executors:
             warm(executor, shapes, {bucket: self.packing.sizes(bucket) for bucket in buckets})
+        self.states.extend_up_to(most_new_tokens(first, shapes))
         self.line.start()
 
     def close(self) -> None:
         """Finish the accepted requests, end the threads, put the states away."""
         self.line.close()
-        self._states.close()
+        self.states.close()
 
     def __enter__(self) -> Self:
         return self
@@ -148,7 +149,7 @@ class Ranker:
 
     def state_counts(self) -> StateCounts:
         """What the user states did and hold."""
-        return self._states.counts()
+        return self.states.counts()
 
     def _rank(self, asked: Sequence[_Asked], executor: Executor) -> Sequence[Scores | Exception]:
         """The way of requests, once it is their turn; several share a call where that pays (`schedule.packing`)."""
@@ -180,7 +181,7 @@ class Ranker:
             candidates = candidate_arrays(schema, items, history, rows, user, now)
             clock.lap("features")
             _check_deadline(asked)
-            lending = self._states.held(
+            lending = self.states.held(
                 request.user_id, history, lambda: history_arrays(schema, items, history), executor, asked.deadline
             )
             held = lent.enter_context(lending)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from rankd.bench import states as suite
-from rankd.bench.states import Subject, replay
+from rankd.bench.states import Subject, replay, sample
 from rankd.bench.synthetic_model import build_model, catalogue_of
 from rankd.bench.traces import log_trace, zipf_trace
 from rankd.bench.workload import Workload, read_workload
@@ -96,3 +96,12 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(t
     for place in (tmp_path / "picture.txt", tmp_path / "nowhere" / "picture.png"):
         with pytest.raises(ConfigError, match="--picture"):
             CliRunner().invoke(bench, ["states", "--picture", str(place)], catch_exceptions=False)
+
+
+def test_a_sample_keeps_users_whole(subject: Subject) -> None:
+    kept, share = sample(subject.visits, 100)
+    assert share == 0.25
+    users = {visit.user_id for visit in kept}
+    assert kept == [visit for visit in subject.visits if visit.user_id in users]
+    assert 0 < len(users) < len({visit.user_id for visit in subject.visits})
+    assert sample(subject.visits, 10_000) == (subject.visits, 1.0)

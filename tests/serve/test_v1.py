@@ -95,6 +95,8 @@ def test_the_very_next_rank_sees_the_events(client: Client, items: tuple[str, ..
 
 
 def test_the_state_is_kept_extended_and_shown(server: Server, client: Client, items: tuple[str, ...]) -> None:
+    ranker = server.repository.get()
+    ranker.states.extend_up_to(dict.fromkeys(ranker.schema.history_buckets, 32))  # whatever pays on this machine
     event, request = Event(items[0], "view"), RankRequest("user of states", items[:10])
     client.append_events("user of states", (event,))
     origins = [client.rank(request).state, client.rank(request).state]

@@ -14,8 +14,9 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -31,6 +32,7 @@ from rankd.bench.workload import Workload, draw
 from rankd.engine.backend import EngineConfig, Precision, StateType
 from rankd.engine.openvino_backend import why_not
 from rankd.engine.state_arrays import APPEND_BUCKETS, empty_state
+from rankd.engine.targets import choose_target
 from rankd.errors import EngineFailure
 from rankd.features.assembly import history_arrays, until
 from rankd.features.catalogue import Catalogue
@@ -47,6 +49,7 @@ from rankd.types import Array, Float32Array, RankRequest, UserState
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Budgets, as shares of what the states of all users of the trace take."""
 CHECKED = 100
+BLOCK = 40
 SAME = {Precision.FP32: 1e-3, Precision.BF16: 0.5}
 
 
@@ -101,19 +104,18 @@ def run_states(workload: Workload, options: StatesOptions, advance: Advance) -> 
             rows += [_hit_row(policy, budget, replay(subject, policy, budget)) for policy in Policy]
         visits, share = sample(subject.visits, options.requests)
         calls = list(zip(visits, _requests(workload, subject, visits), strict=True))
-        advance(1 + len(SHARES), steps, "latency without states")
-        without, expected = timed(subject, calls, 0.0, "", share, "no states")
-        rows.append(without)
-        parity = {}
-        for number, budget in enumerate(budgets):
-            advance(2 + len(SHARES) + number, steps, f"latency with {budget / MIB:.0f} MiB")
-            row, scores = timed(subject, calls, budget / MIB, "", share, "states")
-            parity[row["contestant"]] = _check(scores, expected, subject.precision)
-            rows.append(row)
         middle = budgets[len(budgets) // 2] / MIB
-        row, scores = timed(subject, calls, middle, str(Path(folder) / "spill"), share, "disk too")
-        parity[row["contestant"]] = _check(scores, expected, subject.precision)
-        rows.append(row)
+        contestants = [
+            Contestant("no states", 0.0, ""),
+            *(Contestant(f"states, {budget / MIB:.0f} MiB", budget / MIB, "") for budget in budgets),
+            Contestant(f"disk too, {middle:.0f} MiB", middle, str(Path(folder) / "spill")),
+        ]
+
+        def step(part: float) -> None:
+            advance(1 + len(SHARES) + int(part * (1 + len(SHARES))), steps, "latencies")
+
+        timed_rows, parity = timed(subject, calls, contestants, share, step)
+        rows += timed_rows
     surroundings["others_cpu_share"] = neighbours.share()
     advance(steps, steps, "done")
     return Report(
@@ -178,53 +180,90 @@ def sample(visits: Sequence[Visit], wanted: int) -> tuple[list[Visit], float]:
     return kept, share
 
 
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A way of keeping states: `budget_mib` for all users, of which a sample gets its share; a folder to spill to."""
+
+    name: str
+    budget_mib: float
+    spill: str
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A contestant's ranker, and what it did."""
+
+    contestant: Contestant
+    ranker: Ranker
+    origins: list[str] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    scores: list[Float32Array] = field(default_factory=list)
+
+    def visit(self, visit: Visit, request: RankRequest) -> None:
+        """One request and what follows it."""
+        started = time.perf_counter()
+        answer = self.ranker.rank(request)
+        self.latencies.append((time.perf_counter() - started) * 1e3)
+        self.origins.append(answer.state)
+        if len(self.scores) < CHECKED:
+            self.scores.append(answer.scores)
+        if visit.events:
+            self.ranker.append_events(visit.user_id, visit.events)
+
+
 def timed(
     subject: Subject,
     calls: Sequence[tuple[Visit, RankRequest]],
-    budget_mib: float,
-    spill: str,
+    contestants: Sequence[Contestant],
     share: float,
-    name: str,
-) -> tuple[Row, list[Float32Array]]:
-    """Visits with the engine: latencies and origins of the states in the second half, and the first scores.
+    step: Callable[[float], None],
+) -> tuple[list[Row], dict[str, float]]:
+    """All contestants over the same visits, a block of them each in turn: rows of the second half, and parity.
 
-    `budget_mib` is for all users; those that are computed get their share of it.
+    Raises:
+        EngineFailure: scores with states differ from scores without (the first contestant's).
     """
-    config = StateConfig(budget_mib=math.ceil(budget_mib * share), storage=subject.storage, spill=spill)
-    engine = EngineConfig(target="openvino", precision=subject.precision, executors=1)
-    latencies: list[float] = []
-    scores: list[Float32Array] = []
-    by_origin: dict[str, list[float]] = {}
-    with Ranker.load(subject.artifact.path, engine, states=config) as ranker:
+    engine = EngineConfig(precision=subject.precision, executors=1)
+    with ExitStack() as stack:
+        lanes = []
+        for one in contestants:
+            config = StateConfig(budget_mib=math.ceil(one.budget_mib * share), storage=subject.storage, spill=one.spill)
+            ranker = stack.enter_context(Ranker.load(subject.artifact.path, engine, states=config))
+            lanes.append(_Lane(one, ranker))
         gc.collect()
-        for number, (visit, request) in enumerate(calls):
-            started = time.perf_counter()
-            answer = ranker.rank(request)
-            latency_ms = (time.perf_counter() - started) * 1e3
-            if number >= len(calls) // 2:
-                latencies.append(latency_ms)
-                by_origin.setdefault(answer.state, []).append(latency_ms)
-            if len(scores) < CHECKED:
-                scores.append(answer.scores)
-            if visit.events:
-                ranker.append_events(visit.user_id, visit.events)
+        for start in range(0, len(calls), BLOCK):
+            step(start / len(calls))
+            for lane in lanes:
+                for visit, request in calls[start : start + BLOCK]:
+                    lane.visit(visit, request)
+    first = lanes[0].scores
+    parity = {lane.contestant.name: _check(lane.scores, first, subject.precision) for lane in lanes[1:]}
+    return [_timed_row(lane, calls) for lane in lanes], parity
+
+
+def _timed_row(lane: _Lane, calls: Sequence[tuple[Visit, RankRequest]]) -> Row:
+    half = len(calls) // 2
+    latencies, origins = lane.latencies[half:], lane.origins[half:]
+    by_origin: dict[str, list[float]] = {}
+    for origin, ms in zip(origins, latencies, strict=True):
+        by_origin.setdefault(origin, []).append(ms)
     row: Row = {
-        "contestant": f"{name}, {budget_mib:.0f} MiB" if budget_mib else name,
+        "contestant": lane.contestant.name,
         "table": "latency, one request after the other, a sample of the users",
-        "budget_mib": budget_mib,
-        "hit_rate": 1.0 - len(by_origin.get(Origin.ENCODED.value, ())) / len(latencies),
+        "budget_mib": lane.contestant.budget_mib,
+        "hit_rate": 1.0 - origins.count(Origin.ENCODED.value) / len(origins),
         **percentiles(latencies),
         "mean_ms": statistics.fmean(latencies),
-        "throughput": sum(len(r.candidates) for _, r in calls[len(calls) // 2 :]) / (sum(latencies) / 1e3),
+        "throughput": sum(len(request.candidates) for _, request in calls[half:]) / (sum(latencies) / 1e3),
     }
-    return row | {f"{origin}_p50_ms": statistics.median(ms) for origin, ms in sorted(by_origin.items())}, scores
+    return row | {f"{origin}_p50_ms": statistics.median(ms) for origin, ms in sorted(by_origin.items())}
 
 
 def _subject(workload: Workload, options: StatesOptions, folder: Path) -> Subject:
-    _, path = model_for(workload, folder)
+    precision = Precision.FP32 if why_not(Precision.BF16) else Precision.BF16
+    _, path = model_for(workload, folder, precision)
     artifact = Artifact.open(path)
     catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
-    precision = Precision.FP32 if why_not(Precision.BF16) else Precision.BF16
     items = catalogue.ids.items
     if options.trace == "zipf":
         users = users_for(catalogue, workload)
@@ -279,6 +318,7 @@ def _about(workload: Workload, options: StatesOptions, subject: Subject, everyth
         "trace": options.trace,
         "flops": {"needed": flops.needed, "candidates": flops.candidates},
         "served": {
+            "target": choose_target(subject.artifact, EngineConfig(precision=subject.precision)),
             "precision": subject.precision.value,
             "storage": layout.storage.value,
             "visits": len(subject.visits),

@@ -14,6 +14,7 @@ from rankd.artifact import Artifact, Manifest
 from rankd.bench.flops import ModelSizes
 from rankd.bench.workload import Fixed, Workload, draw
 from rankd.demo import MODELS
+from rankd.engine.backend import Precision
 from rankd.errors import ArtifactError, MissingExtra
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
@@ -61,10 +62,15 @@ def agrees(manifest: Manifest, workload: Workload) -> bool:
     return manifest.model == "climber" and sizes == workload.model and shapes == wanted
 
 
-def model_for(workload: Workload, root: Path) -> tuple[str, Path]:
-    """Where the workload's model comes from, and its version folder: the packaged one or one made in `root`."""
+def model_for(workload: Workload, root: Path, precision: Precision = Precision.FP32) -> tuple[str, Path]:
+    """Where the workload's model comes from, and its version folder: the packaged one or one made in `root`.
+
+    One that is made is served in `precision`, by all targets that `rankd build` would choose for it.
+    """
     packaged = packaged_model(workload)
-    return ("random weights", build_model(workload, root)) if packaged is None else ("packaged", packaged)
+    if packaged is not None:
+        return "packaged", packaged
+    return "random weights", build_model(workload, root, (), precision)
 
 
 def users_for(catalogue: Catalogue, workload: Workload) -> list[str]:
@@ -75,7 +81,12 @@ def users_for(catalogue: Catalogue, workload: Workload) -> list[str]:
     return [catalogue.ids.users[user] for user in chosen.tolist()]
 
 
-def build_model(workload: Workload, root: Path, targets: tuple[str, ...] = ("openvino",)) -> Path:
+def build_model(
+    workload: Workload,
+    root: Path,
+    targets: tuple[str, ...] = ("openvino",),
+    precision: Precision = Precision.FP32,
+) -> Path:
     """Write a model of random weights to `<root>/<workload>/1`, built for the targets; returns that folder.
 
     Raises:
@@ -98,7 +109,7 @@ def build_model(workload: Workload, root: Path, targets: tuple[str, ...] = ("ope
         if name.endswith(("bias.position", "bias.time")):  # zeros when new: parity would not see them
             torch.nn.init.normal_(parameter, std=0.1)
     contents = Contents(model, "climber", schema, catalogue, _parity_requests(schema, catalogue), options)
-    return pack(root, contents, BuildOptions(workload.name, "1", targets=targets, fall_back=True))
+    return pack(root, contents, BuildOptions(workload.name, "1", precision, targets, fall_back=True))
 
 
 def schema_of(workload: Workload) -> FeatureSchema:

@@ -6,7 +6,7 @@ On the way it is measured whether several users in one call pay (`schedule.packi
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -55,14 +55,49 @@ def warm(executor: Executor, shapes: Shapes, users_of: Mapping[int, Sequence[int
 
 def score_ms(executor: Executor, shapes: Shapes, bucket: int, users: int) -> float:
     """Milliseconds of scoring `users` users of the largest room in one call, the best of a few."""
-    states, candidates = [shapes.state(shapes.rooms[-1])] * users, shapes.candidates(bucket, users)
-    executor.score(states, candidates)
+    states, candidates = [_full(shapes, shapes.rooms[-1])] * users, shapes.candidates(bucket, users)
+    return best_ms(lambda: executor.score(states, candidates))
+
+
+def most_new_tokens(executor: Executor, shapes: Shapes) -> dict[int, int]:
+    """For each room, how many new tokens a block are cheaper to append than the whole is to encode; 0: none."""
+    most = {}
+    for room in shapes.rooms:
+        state, whole = _full(shapes, room), _full_history(shapes, room)
+        encode_ms = best_ms(lambda whole=whole: executor.encode(whole))  # type: ignore[misc]
+        most[room] = 0
+        for new in APPEND_BUCKETS if shapes.manifest.extends else ():
+            some = _full_history(shapes, new)
+            if best_ms(lambda some=some, state=state: executor.extend(state, some)) < encode_ms:  # type: ignore[misc]
+                most[room] = new
+    return most
+
+
+def best_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of a call, the best of a few after one that does not count."""
+    call()
     best = float("inf")
     for _ in range(TRIALS):
         started = time.perf_counter()
-        executor.score(states, candidates)
+        call()
         best = min(best, time.perf_counter() - started)
     return best * 1e3
+
+
+def _full(shapes: Shapes, room: int) -> UserState:
+    """A state without a free place, so that nothing is left out for want of tokens."""
+    state = shapes.state(room)
+    lengths = (room,) * len(state.lengths)
+    for name, array in state.arrays.items():
+        if name == "lengths":
+            array[...] = room
+    return UserState(state.arrays, lengths)
+
+
+def _full_history(shapes: Shapes, tokens: int) -> dict[str, Array]:
+    history = shapes.history(tokens)
+    history["history_length"][...] = tokens
+    return history
 
 
 def _zeros(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Array]:

@@ -4,7 +4,7 @@ In: a user, the history as it is now, an executor. Out: a `HeldState` whose arra
 
     nothing kept, or another history than the one kept       encode
     the history is the one that the state was made of        cached
-    it only grew, by at most APPEND_BUCKETS[-1] a block      extend: the new tokens alone
+    it only grew, by few tokens a block (`extend_up_to`)     extend: the new tokens alone
     it slid (its oldest tokens went, see `window_step`)      encode
     it is not in memory but on disk, verified                restored, then as above
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -71,7 +71,8 @@ class StateCache:
         spill: SpillTier | None,
         budget_bytes: int | None = None,
     ) -> None:
-        self.layout, self._extends, self._spill = layout, extends, spill
+        self.layout, self._spill = layout, spill
+        self._most_new = dict.fromkeys(rooms, APPEND_BUCKETS[-1] if extends else 0)
         self._size_of = {room: layout.size_bytes(room) for room in rooms}
         budget = config.budget_mib * MIB if budget_bytes is None else budget_bytes
         self._arena = Arena(budget, sorted(set(self._size_of.values())))
@@ -116,6 +117,10 @@ class StateCache:
             yield HeldState(self._state_of(entry), origin)
         finally:
             self._release(entry)
+
+    def extend_up_to(self, most_new: Mapping[int, int]) -> None:
+        """How many new tokens a block are worth appending to a state, by its room; more are encoded anew."""
+        self._most_new = dict(most_new)
 
     def counts(self) -> StateCounts:
         """A snapshot."""
@@ -172,7 +177,7 @@ class StateCache:
         made: _Entry | UserState | None = None
         if entry is not None and grown == 0:
             made = entry
-        elif entry is not None and grown is not None and self._extends and grown <= APPEND_BUCKETS[-1]:
+        elif entry is not None and grown is not None and grown <= self._most_new[_room_of(tokens)]:
             made, origin = self._extended(entry, tokens, lengths, executor), Origin.EXTENDED
         if made is None:
             made, origin = self._encoded(user, tokens, lengths, executor), Origin.ENCODED

@@ -50,6 +50,10 @@ class States(Protocol):
         """The state of a user's history while the block runs; see `StateCache.held`."""
         ...
 
+    def extend_up_to(self, most_new: Mapping[int, int]) -> None:
+        """How many new tokens a block are worth appending to a state, by its room; more are encoded anew."""
+        ...
+
     def counts(self) -> StateCounts:
         """A snapshot."""
         ...
@@ -80,6 +84,9 @@ class NoStates:
         state = UserState(executor.encode(made), tuple(made["history_length"][0].tolist()))
         self._number = next(self._encoded) + 1
         yield HeldState(state, Origin.ENCODED)
+
+    def extend_up_to(self, most_new: Mapping[int, int]) -> None:
+        """There is nothing to extend."""
 
     def counts(self) -> StateCounts:
         """Nothing is ever found."""

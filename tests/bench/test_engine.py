@@ -125,7 +125,14 @@ def test_engine_ends_with_the_contract(prepared: Trial, tmp_path: Path) -> None:
     )
     assert cold == pytest.approx(warm + encode, rel=1e-4)
     found = document["ratios"]
-    assert set(found) == {"speedup_cold", "speedup_warm", "over_best_peer_cold", "extend_over_encode", "peak_share"}
+    assert set(found) == {
+        "speedup_cold",
+        "speedup_warm",
+        "over_best_peer_cold",
+        "extend_over_encode",
+        "peak_share",
+        "states_per_gib",
+    }
     expected = rows["eager-fp32"]["p50_ms"] / rows["rankd-openvino-fp32-cold"]["p50_ms"]
     assert found["speedup_cold"] == pytest.approx(expected, rel=1e-4)
 

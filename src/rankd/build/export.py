@@ -95,7 +95,8 @@ def export(model: nn.Module, schema: FeatureSchema, target: str, folder: Path) -
     write = WRITERS[target]
     for graph in graphs:
         groups = [[spec.name.removeprefix("new_") for spec in group] for group in graph.groups]
-        write(_Positional(model, graph.method, groups), graph, folder)
+        # eval: an exporter leaves a module in the mode in which it found the wrapper, and dropout would wake up.
+        write(_Positional(model, graph.method, groups).eval(), graph, folder)
     return state
 
 

@@ -114,12 +114,7 @@ def torch_inputs(features: Features) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 def torch_logits(artifact: Artifact, requests: Sequence[Features]) -> list[Float32Array]:
     """Logits (C, K) float32 of each request, without padding: the reference."""
-    import torch
-
-    from rankd.models.protocol import logits_of
+    from rankd.build.checks import reference_logits
 
     model = torch_model(artifact)
-    with torch.inference_mode():
-        return [
-            logits_of(model, *torch_inputs(features))[0, : features.num_candidates].numpy() for features in requests
-        ]
+    return [reference_logits(model, features) for features in requests]

@@ -24,6 +24,7 @@ from zlib import crc32
 import numpy as np
 
 from rankd.artifact import Artifact
+from rankd.bench.parity import BOUNDS, max_difference
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentiles
 from rankd.bench.serving import Advance
 from rankd.bench.synthetic_model import model_for, users_for
@@ -50,7 +51,6 @@ SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Budgets, as shares of what the states of all users of the trace take."""
 CHECKED = 100
 BLOCK = 40
-SAME = {Precision.FP32: 1e-3, Precision.BF16: 0.5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,8 +300,8 @@ def _hit_row(policy: Policy, budget: int, counts: StateCounts) -> Row:
 
 
 def _check(scores: Sequence[Float32Array], expected: Sequence[Float32Array], precision: Precision) -> float:
-    worst = max(float(np.abs(a - b).max()) for a, b in zip(scores, expected, strict=True))
-    if not worst <= SAME[precision]:
+    worst = max_difference(expected, scores)
+    if not worst <= BOUNDS[precision.value]:
         raise EngineFailure(f"scores with states differ by {worst:.3g} from scores without; nothing is reported")
     return worst
 

@@ -2,8 +2,8 @@
 
 In: an nn.Module of one of the shapes of `models.protocol`. Out: files in `engines/<target>/`. T, A and C are dynamic; B
 is dynamic in `score` alone, since histories are encoded one at a time. A JointModel becomes a single `score` that reads
-history and candidates together. `openvino` writes .xml, `onnxruntime` .onnx; `reference` and
-`native` need the weights alone.
+history and candidates together. `openvino` writes .xml, `onnxruntime` .onnx; `reference` and `native` need the weights
+alone.
 """
 
 from __future__ import annotations

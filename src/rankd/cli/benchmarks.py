@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def workload_option(default: str) -> Callable[[Command], Command]:
+    """--workload, of every suite."""
+    return click.option(
+        "--workload",
+        "name",
+        default=default,
+        show_default=True,
+        help="base, long, mixed, skewed, small, or a .toml file of your own.",
+    )
 
 
 @click.group()
@@ -17,13 +32,7 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option(
-    "--workload",
-    "name",
-    default="small",
-    show_default=True,
-    help="base, long, mixed, skewed, small, or a .toml file of your own.",
-)
+@workload_option("small")
 @click.option("--seconds", type=click.FloatRange(0.1), default=3.0, show_default=True, help="Of each measurement.")
 @click.option(
     "--rate", type=click.FloatRange(0.1), help="Requests a second of the open loop; half the capacity if left out."
@@ -53,13 +62,7 @@ def serve(name: str, seconds: float, rate: float | None, runs: int, model: Path 
 
 
 @bench.command()
-@click.option(
-    "--workload",
-    "name",
-    default="base",
-    show_default=True,
-    help="base, long, mixed, skewed, small, or a .toml file of your own.",
-)
+@workload_option("base")
 @click.option(
     "--threads",
     type=click.IntRange(1),
@@ -95,13 +98,7 @@ def engine(name: str, threads: tuple[int, ...], runs: int, contestants: tuple[st
 
 
 @bench.command()
-@click.option(
-    "--workload",
-    "name",
-    default="mixed",
-    show_default=True,
-    help="base, long, mixed, skewed, small, or a .toml file of your own.",
-)
+@workload_option("mixed")
 @click.option(
     "--trace", default="zipf", show_default=True, help="zipf, or an interaction log (Parquet) in the order it happened."
 )

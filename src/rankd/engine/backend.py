@@ -6,6 +6,7 @@ there are; the schedule and the states know this file alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Protocol
@@ -40,6 +41,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: Precision = Precision.AUTO
     executors: int = 0
     threads: int = 1
+
+
+def num_executors(config: EngineConfig) -> int:
+    """As many as are configured; one for each core otherwise."""
+    return config.executors or os.cpu_count() or 1
 
 
 class Executor(Protocol):

@@ -12,9 +12,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from rankd.artifact import Artifact
-from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.backend import EngineConfig, Precision, StateType, num_executors
 from rankd.engine.native import support
-from rankd.engine.openvino_backend import num_executors
 from rankd.errors import ArtifactError, ConfigError
 from rankd.types import Array, Float32Array, UserState
 

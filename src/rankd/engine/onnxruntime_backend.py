@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.engine.backend import EngineConfig, Precision, StateType
-from rankd.engine.state_arrays import SideBySide
+from rankd.engine.backend import EngineConfig, Precision, StateType, num_executors
+from rankd.engine.state_arrays import SideBySide, written
 from rankd.errors import ArtifactError, EngineFailure
 from rankd.types import Array, Float32Array, UserState
 
@@ -26,10 +26,8 @@ class OnnxRuntimeBackend:
     target, precision, state_type = TARGET, Precision.FP32, StateType.FP32
 
     def __init__(self, sessions: Mapping[str, Any], manifest: Manifest, config: EngineConfig, size_bytes: int) -> None:
-        import os
-
         self._sessions, self._manifest, self._size_bytes = sessions, manifest, size_bytes
-        self.num_executors = config.executors or os.cpu_count() or 1
+        self.num_executors = num_executors(config)
 
     @classmethod
     def load(
@@ -79,12 +77,7 @@ class OnnxRuntimeExecutor:
         """The state of a history; for a model without one, the history itself."""
         if "encode" not in self._sessions:
             return history
-        made = self._call("encode", history)
-        if into is None:
-            return made
-        for name, array in made.items():
-            into[name][...] = array
-        return into
+        return written(self._call("encode", history), into)
 
     def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
         """What A new events a block add to a state."""

@@ -7,7 +7,6 @@ is ready. Arrays cross the border as they lie: inputs are read in place, a state
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.backend import EngineConfig, Precision, StateType, num_executors
 from rankd.engine.state_arrays import SideBySide, empty_state
 from rankd.errors import ArtifactError, EngineFailure
 from rankd.types import Array, Float32Array, UserState
@@ -143,11 +142,6 @@ class _Call:
     def _array(self, index: int, kind: Any) -> Array:
         data: Array = self._request.get_output_tensor(index).data
         return data.view(np.uint16) if kind == self._ov.Type.bf16 else data
-
-
-def num_executors(config: EngineConfig) -> int:
-    """As many as are configured; one for each core otherwise."""
-    return config.executors or os.cpu_count() or 1
 
 
 def load_graphs(

@@ -13,7 +13,7 @@ import numpy as np
 
 from rankd.artifact import Artifact, Manifest
 from rankd.engine.backend import EngineConfig, Precision, StateType
-from rankd.engine.state_arrays import SideBySide
+from rankd.engine.state_arrays import SideBySide, written
 from rankd.errors import EngineFailure
 from rankd.types import Array, Float32Array, UserState
 
@@ -68,12 +68,7 @@ class ReferenceExecutor:
         """The state of a history; for a model without one, the history itself."""
         if not self._split:
             return history
-        made = self._call(self._model.encode, history)
-        if into is None:
-            return made
-        for name, array in made.items():
-            into[name][...] = array
-        return into
+        return written(self._call(self._model.encode, history), into)
 
     def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
         """What A new events a block add to a state."""

@@ -39,6 +39,15 @@ def empty_state(specs: Sequence[TensorSpec], tokens: int, state_type: StateType,
     return {spec.name: np.zeros(shape_of(spec, tokens, users), dtype_of(spec, state_type)) for spec in specs}
 
 
+def written(made: Mapping[str, Array], into: Mapping[str, Array] | None) -> Mapping[str, Array]:
+    """What an engine made, in the arrays of its caller if there are any."""
+    if into is None:
+        return made
+    for name, array in made.items():
+        into[name][...] = array
+    return into
+
+
 def token_axis(spec: TensorSpec) -> int | None:
     """Which axis is T; None if the array does not grow with the history."""
     return spec.shape.index("T") if "T" in spec.shape else None

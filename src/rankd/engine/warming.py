@@ -55,18 +55,17 @@ def warm(executor: Executor, shapes: Shapes, users_of: Mapping[int, Sequence[int
 
 def score_ms(executor: Executor, shapes: Shapes, bucket: int, users: int) -> float:
     """Milliseconds of scoring `users` users of the largest room in one call, the best of a few."""
-    states, candidates = [_full(shapes, shapes.rooms[-1])] * users, shapes.candidates(bucket, users)
+    states, candidates = [_full(executor, shapes, shapes.rooms[-1])] * users, shapes.candidates(bucket, users)
     return best_ms(lambda: executor.score(states, candidates))
 
 
 def most_new_tokens(executor: Executor, shapes: Shapes) -> dict[int, int]:
     """For each room, how many new tokens a block are cheaper to append than the whole is to encode; 0: none."""
-    most = {}
-    for room in shapes.rooms:
-        state, whole = _full(shapes, room), _full_history(shapes, room)
+    most = dict.fromkeys(shapes.rooms, 0)
+    for room in shapes.rooms if shapes.manifest.extends else ():
+        state, whole = _full(executor, shapes, room), _full_history(shapes, room)
         encode_ms = best_ms(lambda whole=whole: executor.encode(whole))  # type: ignore[misc]
-        most[room] = 0
-        for new in APPEND_BUCKETS if shapes.manifest.extends else ():
+        for new in APPEND_BUCKETS:
             some = _full_history(shapes, new)
             if best_ms(lambda some=some, state=state: executor.extend(state, some)) < encode_ms:  # type: ignore[misc]
                 most[room] = new
@@ -84,14 +83,10 @@ def best_ms(call: Callable[[], object]) -> float:
     return best * 1e3
 
 
-def _full(shapes: Shapes, room: int) -> UserState:
+def _full(executor: Executor, shapes: Shapes, room: int) -> UserState:
     """A state without a free place, so that nothing is left out for want of tokens."""
-    state = shapes.state(room)
-    lengths = (room,) * len(state.lengths)
-    for name, array in state.arrays.items():
-        if name == "lengths":
-            array[...] = room
-    return UserState(state.arrays, lengths)
+    lengths = (room,) * shapes.manifest.schema.num_sub_sequences
+    return UserState(executor.encode(_full_history(shapes, room)), lengths)
 
 
 def _full_history(shapes: Shapes, tokens: int) -> dict[str, Array]:

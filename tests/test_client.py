@@ -12,6 +12,7 @@ import pytest
 from rankd import Client, Event, RankRequest
 from rankd.engine.backend import EngineConfig
 from rankd.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, RankdError, Unavailable
+from rankd.features.reading.version_features import Fetch
 from rankd.serve.lifecycle import Server
 from rankd.serve.settings import ServeConfig
 from rankd.types import UserHistory
@@ -38,15 +39,15 @@ def test_errors_keep_their_class_and_words(server: Server) -> None:
 def test_a_full_line_says_when_to_come_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, begun = threading.Event(), threading.Event()
     ranker = server.repository.get()
-    history = ranker.store.history
+    history = ranker.features.history
 
-    def slow_history(user_id: str) -> UserHistory | None:
-        if user_id == "slow":
+    def slow_history(fetch: Fetch) -> UserHistory | None:
+        if fetch.user_id == "slow":
             begun.set()
             gate.wait(20)
-        return history(user_id)
+        return history(fetch)
 
-    monkeypatch.setattr(ranker.store, "history", slow_history)
+    monkeypatch.setattr(ranker.features, "history", slow_history)
     ranker.submit(RankRequest("slow", ("a",)))
     begun.wait(10)
     with Client(server.url) as client:

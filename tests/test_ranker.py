@@ -34,7 +34,7 @@ def extend_always(ranker: Ranker) -> None:
 
 def fresh_scores(ranker: Ranker, user: str, items: tuple[str, ...]) -> np.ndarray:
     """The scores of the stored history, computed without any state."""
-    history = ranker.store.history(user)
+    history = ranker.features.stored_history(user)
     assert history is not None
     schema = ranker.schema
     events = tuple(
@@ -89,9 +89,10 @@ def test_read_your_writes_among_threads(ranker: Ranker) -> None:
             done.result()
     with Ranker.load(ranker.artifact.path, ENGINE, states=StateConfig(budget_mib=0)) as other:
         for name in (*names, "shared"):
-            history = ranker.store.history(name)
+            history = ranker.features.stored_history(name)
             assert history is not None
-            other.store.append(name, history)
+            events = zip(history.rows.tolist(), history.times.tolist(), strict=True)
+            other.append_events(name, tuple(Event(ranker.catalogue.item_id(row), kind, time) for row, time in events))
             expected = other.rank(RankRequest(name, items)).scores
             np.testing.assert_allclose(ranker.rank(RankRequest(name, items)).scores, expected, atol=1e-4)
     counts = ranker.state_counts()
@@ -124,7 +125,7 @@ def test_a_budget_below_one_state_is_refused(demo_models: Path, monkeypatch: pyt
 def test_requests_that_share_a_call_are_answered_as_alone(ranker: Ranker) -> None:
     """All waiting requests of a bucket in calls of up to four users, whatever pays on this machine."""
     bucket = ranker.schema.candidate_buckets[0]
-    ranker.packing = Packing({bucket: 4})
+    ranker.use_packing(Packing({bucket: 4}))
     items, users = ranker.catalogue.ids.items, ranker.catalogue.ids.users[:11]
     requests = [RankRequest(user, items[n : n + 10 + n % 5], top_k=5) for n, user in enumerate(users)]
     alone = [ranker.rank(request) for request in requests]
@@ -150,7 +151,7 @@ def test_requests_that_share_a_call_are_answered_as_alone(ranker: Ranker) -> Non
 
 def test_a_bad_event_in_a_request_is_answered_alone(ranker: Ranker) -> None:
     items = ranker.catalogue.ids.items[:5]
-    ranker.packing = Packing({ranker.schema.candidate_buckets[0]: 8})
+    ranker.use_packing(Packing({ranker.schema.candidate_buckets[0]: 8}))
     good = [ranker.submit(RankRequest(user, items)) for user in ranker.catalogue.ids.users[:6]]
     bad = ranker.submit(RankRequest("u", items, history=(Event(items[0], "no such event"),)))
     with pytest.raises(InvalidRequest, match="unknown event type"):

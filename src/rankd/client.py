@@ -53,6 +53,7 @@ class Client:
             unknown=answer.unknown,
             unknown_user=answer.unknown_user,
             degraded=answer.degraded,
+            rows=answer.rows,
             state=answer.state,
             request_id=answer.request_id,
             timings_ms=answer.timings_ms,

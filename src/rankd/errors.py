@@ -6,7 +6,8 @@
     │   └── UnsupportedMedia    415  INVALID_ARGUMENT     the body's content type is not one that is read here
     ├── NotFound                404  NOT_FOUND            no such model, version or user
     ├── Unavailable             503  UNAVAILABLE          not ready, or draining
-    │   └── Overloaded          503  RESOURCE_EXHAUSTED   the waiting line is full; carries retry_after_s
+    │   ├── Overloaded          503  RESOURCE_EXHAUSTED   the waiting line is full; carries retry_after_s
+    │   └── StoreFailure        503  UNAVAILABLE          the feature store did not do what was asked; carries trouble
     ├── DeadlineExceeded        504  DEADLINE_EXCEEDED    timeout_ms ran out before the scores were there
     ├── EngineFailure           500  INTERNAL             the engine itself failed on a valid request
     ├── ConfigError              -   (start-up)           an unknown key or a bad value in a file, flag or variable
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import Enum
 
 
 class RankdError(Exception):
@@ -72,6 +74,25 @@ class Overloaded(Unavailable):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Trouble(Enum):
+    """What is wrong with a feature store."""
+
+    DOWN = "down"  # nobody answers at its address
+    TIMEOUT = "timeout"  # it did not answer in time
+    DENIED = "denied"  # it does not let us in: wrong password, user or certificate
+    FULL = "full"  # it takes no more writes
+    EVICTING = "evicting"  # its memory policy may throw away histories, so that it cannot keep events
+    BROKEN = "broken"  # it answered what cannot be read: another type of value, a damaged record
+
+
+class StoreFailure(Unavailable):
+    """A feature store could not do what was asked; `trouble` says why."""
+
+    def __init__(self, message: str, trouble: Trouble = Trouble.DOWN) -> None:
+        super().__init__(message)
+        self.trouble = trouble
 
 
 class DeadlineExceeded(RankdError):

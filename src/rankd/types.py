@@ -111,13 +111,39 @@ class UserState:
 
 
 @dataclass(frozen=True, slots=True)
+class RowCounts:
+    """How many rows of a table an answer was made of, by where their values came from.
+
+    fresh: read from the store within the table's TTL; stale: older, and not read anew in time; default: not there in
+    time, or (of those, `wrong_schema`) of a schema that is not the table's; absent: the store says that it has no such
+    row. Default and absent rows have the artifact's own values.
+    """
+
+    fresh: int = 0
+    stale: int = 0
+    default: int = 0
+    absent: int = 0
+    wrong_schema: int = 0
+
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(
+            self.fresh + other.fresh,
+            self.stale + other.stale,
+            self.default + other.default,
+            self.absent + other.absent,
+            self.wrong_schema + other.wrong_schema,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """The answer to one RankRequest.
 
     `scores` is (C, K) float32, the model's logits: sigmoid gives the probability of a task. Without top_k the rows
     are in the order of the request's candidates; with top_k they are the best top_k, best first. `candidates` names
     each row. `unknown` names the candidates that the model has never heard of; they carry the declared missing-item
-    score. `degraded` says what the answer had to do without. `state` says where the user's state came from (see
+    score. `degraded` says what the answer had to do without (`features.version_features`), `rows` how many rows of each
+    table of the feature store were fresh, stale or default. `state` says where the user's state came from (see
     `states.lending.Origin`). `timings_ms` holds the stages, in milliseconds.
     """
 
@@ -129,6 +155,7 @@ class Scores:
     unknown: tuple[str, ...] = ()
     unknown_user: bool = False
     degraded: tuple[str, ...] = ()
+    rows: Mapping[str, RowCounts] = field(default_factory=dict)
     state: str = ""
     request_id: str = ""
     timings_ms: Mapping[str, float] = field(default_factory=dict)

@@ -108,13 +108,13 @@ def test_users_in_one_call_score_as_one_by_one(
     rows = [ranker.catalogue.rows_of(data.draw(CANDIDATES)[:8]) for _ in users]
     states, calls = [], []
     for user, some in zip(users, rows, strict=True):
-        history = ranker.store.history(user) or ranker.store.history(USERS[0])
+        history = ranker.features.stored_history(user) or ranker.features.stored_history(USERS[0])
         assert history is not None
-        tokens = history_arrays(schema, ranker.store.items(), history)
+        tokens = history_arrays(schema, ranker.features.items, history)
         arrays = {name: np.array(array) for name, array in executor.encode(tokens).items()}
         states.append(UserState(arrays, tuple(tokens["history_length"][0].tolist())))
-        about = ranker.store.user_features(user)
-        calls.append(candidate_arrays(schema, ranker.store.items(), history, some, about, schema.log_end))
+        about = ranker.features.user_features(user)
+        calls.append(candidate_arrays(schema, ranker.features.items, history, some, about, schema.log_end))
     alone = [executor.score([state], call)[0] for state, call in zip(states, calls, strict=True)]
     together = executor.score(states, {name: np.concatenate([call[name] for call in calls]) for name in calls[0]})
     for one, other in zip(alone, together, strict=True):

@@ -155,3 +155,19 @@ def test_an_error_that_is_answered_reaches_one_waiter_alone() -> None:
         with pytest.raises(DeadlineExceeded, match="late"):
             bad.result()
     assert line.waiting == 0
+
+
+def test_each_thread_says_its_number_before_its_first_job() -> None:
+    numbers: list[tuple[int, str]] = []
+    line: WaitingLine[Job, Any] = WaitingLine(
+        [NoExecutor(), NoExecutor()],
+        run_all,
+        max_waiting=10,
+        name="films",
+        on_start=lambda number: numbers.append((number, threading.current_thread().name)),
+    )
+    assert numbers == []
+    line.start()
+    assert line.submit(lambda: len(numbers)).result() > 0
+    line.close()
+    assert sorted(numbers) == [(0, "films-executor-0"), (1, "films-executor-1")]

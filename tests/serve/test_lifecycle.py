@@ -27,7 +27,7 @@ from tests.serve.conftest import copy_version
 @contextmanager
 def rankd_serve(*arguments: str, until: str = "ready; the live page") -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`rankd serve` on a free port; yields the process and its address once its log says `until`."""
-    command = [sys.executable, "-m", "rankd", "serve", *arguments, "--port", "0"]
+    command = [sys.executable, "-m", "rankd", "serve", *arguments, "--port", "0", "--store", "memory:"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -162,7 +162,7 @@ def test_readiness_comes_after_the_models(demo_models: Path, monkeypatch: pytest
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rankd", "serve", *arguments]
+    command = [sys.executable, "-m", "rankd", "serve", *arguments, "--store", "memory:"]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
 
 

@@ -20,7 +20,7 @@ def test_users_and_their_histories(server: Server, demo_ranker: Ranker) -> None:
     assert len(users) == 7
     for user in users:
         answer = get(server, f"{PREFIX}/users/{user['user_id']}").json()
-        history = demo_ranker.store.history(user["user_id"])
+        history = demo_ranker.features.stored_history(user["user_id"])
         assert history is not None
         assert answer["events"] == user["events"] == len(history)
         assert [one["time"] for one in answer["history"]] == history.times[::-1][:200].tolist()

@@ -58,7 +58,7 @@ def test_a_visitor_ranks_and_sends_an_event(page: Page, server: Server) -> None:
     expect(page.locator("#history li")).to_have_count(1)
     expect(page.locator("#history li").first).to_contain_text(name)
     expect(page.locator("#ranked")).to_contain_text("in history")
-    stored = server.repository.get().store.history("a visitor")
+    stored = server.repository.get().features.stored_history("a visitor")
     assert stored is not None
     assert len(stored) == 1
     assert page.locator("#ranked td.task").all_inner_texts() != before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from rankd import Event, Ranker, RankRequest
 from rankd.errors import ArtifactError, ConfigError, InvalidRequest, NotFound, Unavailable
-from rankd.serve.repository import Journal, ModelRepository, ModelState
+from rankd.serve.repository import ModelRepository, ModelState
 from rankd.serve.settings import ServeConfig
 from rankd.serve.v1 import rank_with
 from tests.serve.conftest import ONE_EXECUTOR, copy_version
@@ -78,8 +79,8 @@ def test_events_outlive_a_reload(repository: ModelRepository) -> None:
     repository.unload("films")
     repository.load("films", "9")
     np.testing.assert_array_equal(repository.get("films").rank(RankRequest("someone", items[:9])).scores, before)
-    stored, _ = repository.append_events("films", "someone", (Event(items[5], "like"),))
-    assert stored == {"9": 4}
+    done = repository.append_events("films", "someone", (Event(items[5], "like"),))
+    assert (done.stored, done.confirmed) == ({"9": 4}, True)
 
 
 def test_appends_during_a_load_reach_the_new_version(repository: ModelRepository) -> None:
@@ -92,7 +93,7 @@ def test_appends_during_a_load_reach_the_new_version(repository: ModelRepository
         count += 1
     loading.join()
     for version in ("9", "10"):
-        history = repository.get("films", version).store.history("busy")
+        history = repository.get("films", version).features.stored_history("busy")
         assert history is not None
         assert len(history) == min(count, 500)
 
@@ -105,66 +106,44 @@ def test_events_without_a_time_happened_when_they_came(
     repository = ModelRepository(tmp_path, CONFIG)
     repository.start()
     item = repository.get("live").catalogue.ids.items[0]
-    monkeypatch.setattr("rankd.serve.repository.time", SimpleNamespace(time=lambda: 1_900_000_000.5))
+    monkeypatch.setattr("rankd.features.requests.time", SimpleNamespace(time=lambda: 1_900_000_000.5))
     repository.append_events("live", "someone", (Event(item), Event(item, time=1_800_000_000)))
     repository.load("live", "1")
     for version in ("1", "2"):
-        history = repository.get("live", version).store.history("someone")
+        history = repository.get("live", version).features.stored_history("someone")
         assert history is not None
         assert history.times.tolist() == [1_800_000_000, 1_900_000_000]
     repository.close()
 
 
-def picky(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    """Let one version refuse events of 'like', as one that was built without this event type does."""
-    real = Ranker.append_events
-
-    def append_events(self: Ranker, user_id: str, events: tuple[Event, ...]) -> tuple[int, tuple[str, ...]]:
-        if self.manifest.version == version and any(event.event == "like" for event in events):
-            raise InvalidRequest("unknown event type 'like'")
-        return real(self, user_id, events)
-
-    monkeypatch.setattr(Ranker, "append_events", append_events)
+def without_likes(demo_models: Path, root: Path, version: str) -> None:
+    """A version that was built without the event type 'like', and has 'seen' in its place."""
+    place = copy_version(demo_models / "demo" / "1", root, "mixed", version)
+    manifest = place / "model.toml"
+    manifest.write_text(manifest.read_text().replace('"like"', '"seen"'))
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    (place / "model.toml.sha256").write_text(f"{digest}  model.toml\n")
 
 
-def test_the_newest_version_decides_whether_events_are_taken(
-    repository: ModelRepository, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    item = repository.get("films").catalogue.ids.items[0]
-    repository.load("films", "9")
-    picky(monkeypatch, "10")
-    with pytest.raises(InvalidRequest, match="like"):
-        repository.append_events("films", "someone", (Event(item, "like"),))
-    assert repository.get("films", "9").store.history("someone") is None
-    monkeypatch.undo()
-    picky(monkeypatch, "9")
-    assert repository.append_events("films", "someone", (Event(item, "like"),))[0] == {"10": 1}
-    assert repository.append_events("films", "someone", (Event(item, "click"),))[0] == {"9": 1, "10": 2}
-
-
-def test_a_version_that_does_not_take_some_events_of_the_journal_still_loads(
-    repository: ModelRepository, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    item = repository.get("films").catalogue.ids.items[0]
-    for event in ("click", "like", "click"):
-        repository.append_events("films", "someone", (Event(item, event),))
-    picky(monkeypatch, "9")
-    repository.load("films", "9")
-    assert states(repository)["films", "9"] is ModelState.READY
-    history = repository.get("films", "9").store.history("someone")
-    assert history is not None
-    assert len(history) == 2
-
-
-def test_a_journal_keeps_the_newest_events_and_counts_the_rest() -> None:
-    journal = Journal(max_events=5)
-    event = Event("a")
-    assert [journal.add(user, (event,) * count) for user, count in (("u", 2), ("v", 3), ("w", 1))] == [0, 0, 2]
-    assert [(user, len(events)) for user, events in journal.since(0)] == [("v", 3), ("w", 1)]
-    assert [user for user, _ in journal.since(2)] == ["w"]
-    assert journal.since(journal.position) == []
-    assert journal.add("x", (event,) * 9) == 13
-    assert journal.since(0) == []
+def test_each_version_reads_the_events_that_it_knows_and_the_newest_decides(demo_models: Path, tmp_path: Path) -> None:
+    without_likes(demo_models, tmp_path, "1")
+    copy_version(demo_models / "demo" / "1", tmp_path, "mixed", "2")
+    without_likes(demo_models, tmp_path, "3")
+    repository = ModelRepository(tmp_path, CONFIG)
+    try:
+        repository.load("mixed", "2")
+        item = repository.get("mixed").catalogue.ids.items[0]
+        assert repository.append_events("mixed", "someone", (Event(item, "like"),)).stored == {"2": 1}
+        repository.load("mixed", "1")
+        assert repository.append_events("mixed", "someone", (Event(item, "like"),)).stored == {"2": 2}
+        assert repository.append_events("mixed", "someone", (Event(item, "click"),)).stored == {"1": 1, "2": 3}
+        repository.load("mixed", "3")
+        with pytest.raises(InvalidRequest, match="like"):
+            repository.append_events("mixed", "someone", (Event(item, "like"),))
+        lengths = {v: len(repository.get("mixed", v).features.stored_history("someone") or ()) for v in "123"}
+        assert lengths == {"1": 1, "2": 3, "3": 1}
+    finally:
+        repository.close()
 
 
 def test_loading_and_unloading_disturbs_no_other_model(repository: ModelRepository) -> None:

@@ -243,7 +243,7 @@ def test_a_defect_is_a_500_without_its_traceback(
     def broken(*_: object) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr(server.repository.get().store, "history", broken)
+    monkeypatch.setattr(server.repository.get().features, "history", broken)
     before = outcomes(server).get(("demo", "1", "InternalError"), 0)
     response = post(server, "/v1/rank", {"user_id": "u", "candidates": items[:2]})
     assert response.status_code == 500

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rankd.engine.backend import StateType
-from rankd.features.store import empty_history, join
+from rankd.features.reading.stored_events import empty_history, join
 from rankd.states.cache import StateCache
 from rankd.states.lending import HeldState, Origin
 from rankd.states.spill import SpillTier

@@ -12,7 +12,7 @@ import pytest
 
 from rankd.engine.backend import StateType
 from rankd.errors import DeadlineExceeded
-from rankd.features.store import empty_history, join
+from rankd.features.reading.stored_events import empty_history, join
 from rankd.states.cache import StateCache
 from rankd.states.lending import Origin
 from rankd.states.state_config import Policy, StateConfig, Storage

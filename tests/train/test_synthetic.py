@@ -13,7 +13,7 @@ def test_the_packaged_model_comes_from_the_seeded_log(demo_ranker: Ranker) -> No
     assert {item: names[item] for item in ids.items} == dict(zip(ids.items, ids.item_names, strict=True))
     for user in ids.users[:20]:
         watched = log.filter((log["user"] == user) & (log["event"] != "view"))
-        history = demo_ranker.store.history(user)
+        history = demo_ranker.features.stored_history(user)
         assert history is not None
         assert [ids.items[row - 2] for row in history.rows] == watched["item"].tail(len(history)).to_list()
         assert history.times.tolist() == watched["time"].tail(len(history)).to_list()

@@ -43,7 +43,7 @@ from rankd.engine.machine_choice import choice_key, write_choice
 from rankd.engine.targets import PRECISIONS, TARGETS, runs_here, why_not, why_not_model
 from rankd.errors import ConfigError, EngineFailure, MissingExtra, nearest
 from rankd.features.catalogue import Catalogue
-from rankd.features.store import MemoryStore
+from rankd.features.reading.version_features import features_in_memory
 from rankd.types import Float32Array
 
 REQUESTS = 8
@@ -173,9 +173,9 @@ def prepare(workload: Workload, folder: Path, targets: tuple[str, ...]) -> Trial
     source, path = "random weights", build_model(workload, folder / "built", targets)
     artifact = Artifact.open(path)
     catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
-    store, users = MemoryStore(artifact.schema, catalogue), users_for(catalogue, workload)
+    features, users = features_in_memory(artifact.schema, catalogue), users_for(catalogue, workload)
     drawn = draw_requests(workload, users, catalogue.ids.items, REQUESTS)
-    requests = [stored_features(artifact.schema, catalogue, store, request) for request in drawn]
+    requests = [stored_features(features, request) for request in drawn]
     tokens = [float(one.history["history_length"].mean()) for one in requests]
     about = {
         "name": artifact.manifest.name,

@@ -14,10 +14,9 @@ import numpy as np
 from rankd.artifact import Artifact
 from rankd.errors import EngineFailure
 from rankd.features.assembly import assemble
-from rankd.features.catalogue import Catalogue
+from rankd.features.reading.stored_events import empty_history
+from rankd.features.reading.version_features import VersionFeatures
 from rankd.features.requests import request_time
-from rankd.features.schema import FeatureSchema
-from rankd.features.store import FeatureStore, empty_history
 from rankd.types import Features, Float32Array, RankRequest
 
 if TYPE_CHECKING:
@@ -82,15 +81,15 @@ def max_difference(expected: Sequence[Float32Array], given: Sequence[Float32Arra
 
 def features_of(ranker: Ranker, request: RankRequest) -> Features:
     """What the ranker feeds its graphs for a request about a stored user."""
-    return stored_features(ranker.schema, ranker.catalogue, ranker.store, request)
+    return stored_features(ranker.features, request)
 
 
-def stored_features(schema: FeatureSchema, catalogue: Catalogue, store: FeatureStore, request: RankRequest) -> Features:
+def stored_features(features: VersionFeatures, request: RankRequest) -> Features:
     """The same without a ranker."""
-    stored = store.history(request.user_id)
-    history = empty_history(schema) if stored is None else stored
-    rows, now = catalogue.rows_of(request.candidates), request_time(request, schema, history)
-    return assemble(schema, store.items(), history, rows, store.user_features(request.user_id), now)
+    schema = features.schema
+    history = features.stored_history(request.user_id) or empty_history(schema)
+    rows, now = features.catalogue.rows_of(request.candidates), request_time(request, schema, history)
+    return assemble(schema, features.items, history, rows, features.user_features(request.user_id), now)
 
 
 def torch_model(artifact: Artifact) -> nn.Module:

@@ -37,8 +37,8 @@ from rankd.engine.targets import choose_target
 from rankd.errors import EngineFailure
 from rankd.features.assembly import history_arrays, until
 from rankd.features.catalogue import Catalogue
-from rankd.features.requests import history_of_events
-from rankd.features.store import MemoryStore, empty_history
+from rankd.features.reading.stored_events import empty_history
+from rankd.features.reading.version_features import features_in_memory
 from rankd.observe.state_metrics import StateCounts
 from rankd.ranker import Ranker
 from rankd.states.cache import StateCache
@@ -139,14 +139,14 @@ def replay(subject: Subject, policy: Policy, budget_bytes: int | None) -> StateC
     config = StateConfig(policy=policy, storage=subject.storage)
     extends = subject.artifact.manifest.extends
     cache = StateCache(layout, schema.history_buckets, extends, config, None, budget_bytes)
-    store, executor = MemoryStore(schema, subject.catalogue), _ComputesNothing(subject)
-    items = store.items()
+    features, executor = features_in_memory(schema, subject.catalogue), _ComputesNothing(subject)
+    items = features.items
     for visit in subject.visits:
-        history = until(store.history(visit.user_id) or empty_history(schema), visit.time)
+        history = until(features.stored_history(visit.user_id) or empty_history(schema), visit.time)
         with cache.held(visit.user_id, history, lambda h=history: history_arrays(schema, items, h), executor):  # type: ignore[misc]
             pass
         if visit.events:
-            store.append(visit.user_id, history_of_events(visit.events, schema, subject.catalogue)[0])
+            features.append(visit.user_id, visit.events)
     return cache.counts()
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "rankd.cli.offline",
     "eval": "rankd.cli.offline",
     "build": "rankd.cli.offline",
+    "features": "rankd.cli.feature_tables",
     "bench": "rankd.cli.benchmarks",
 }
 HELP = {
@@ -25,6 +26,7 @@ HELP = {
     "train": "Train a ranker on an interaction log.",
     "eval": "Evaluate a trained ranker against baselines on held-out time.",
     "build": "Build a servable artifact from a trained ranker.",
+    "features": "Fill and inspect a feature store.",
     "bench": "Measure this machine, with the contestants in one run.",
 }
 

@@ -149,3 +149,64 @@ def states(
         click.echo(report.line())
     else:
         print_report(report)
+
+
+@bench.command()
+@workload_option("small")
+@click.option(
+    "--candidates",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(512, 128),
+    show_default=True,
+    help="Of a request; may be given several times. Ratios without a suffix are of the first.",
+)
+@click.option(
+    "--delay-ms",
+    "delays_ms",
+    type=click.FloatRange(0),
+    multiple=True,
+    default=(0.2, 1.0),
+    show_default=True,
+    help="Added to each answer of the store; may be given several times.",
+)
+@click.option("--items", type=click.IntRange(10), default=1_000_000, show_default=True, help="Rows of 256 bytes.")
+@click.option(
+    "--ttl", type=click.FloatRange(0.001), default=600.0, show_default=True, help="Seconds a row is fresh for."
+)
+@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Of each measurement.")
+@click.option(
+    "--runs", type=click.IntRange(1), default=3, show_default=True, help="Rounds; the figures are their medians."
+)
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
+def features(
+    name: str,
+    candidates: tuple[int, ...],
+    delays_ms: tuple[float, ...],
+    items: int,
+    ttl: float,
+    seconds: float,
+    runs: int,
+    as_json: bool,
+) -> None:
+    """What feature rows kept next to the model save, beside no cache and a Python dict.
+
+    Needs redis-server. Four real servers over one store behind a proxy that delays: no cache, dict, rankd's cache sync
+    and async, each with a tenth of the rows. Latency at one rate for all, then each one's highest rate under the same
+    p99; candidates follow a Zipf law.
+    """
+    from rankd.bench.feature_subject import FeatureOptions
+    from rankd.bench.features import run_features
+    from rankd.bench.report import print_report
+    from rankd.bench.workload import load_workload
+    from rankd.cli.progress import progress_bar
+
+    options = FeatureOptions(
+        tuple(dict.fromkeys(candidates)), tuple(dict.fromkeys(delays_ms)), items, seconds, runs, ttl
+    )
+    with progress_bar("features") as advance:
+        report = run_features(load_workload(name), options, advance)
+    if as_json:
+        click.echo(report.line())
+    else:
+        print_report(report)

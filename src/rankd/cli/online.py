@@ -32,6 +32,10 @@ PRECISIONS = click.Choice(["auto", "fp32", "bf16"])
 @click.option("--threads", type=click.IntRange(1), help="Threads of one request; 1 by default.")
 @click.option("--states-mib", type=click.IntRange(0), help="Memory for user states, a model; 1024 by default.")
 @click.option("--states-spill", type=click.Path(), help="A folder for states that leave memory; survives a restart.")
+@click.option(
+    "--store", help="Where features and events are kept; lmdb:MODELS/.store by default, or redis://..., memory:"
+)
+@click.option("--outbox", type=click.Path(), help="A folder for events that a remote store has not confirmed yet.")
 @click.option("--histories", type=click.Path(), help="Parquet: histories in place of the artifact's (one model only).")
 @click.option("--items", type=click.Path(), help="Parquet: item features over the artifact's (one model only).")
 def serve(models: Path, config: Path | None, names: tuple[str, ...], **flags: Any) -> None:
@@ -42,15 +46,15 @@ def serve(models: Path, config: Path | None, names: tuple[str, ...], **flags: An
     """
     from rankd.config import read_config
     from rankd.serve.lifecycle import run_server
-    from rankd.serve.settings import ServeConfig
+    from rankd.serve.settings import ServeConfig, durable
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     engine = {f"engine.{key}": flags.pop(key) for key in ("target", "precision", "executors", "threads")}
     states = {"states.budget_mib": flags.pop("states_mib"), "states.spill": flags.pop("states_spill")}
-    given = {**flags, **engine, **states, "models": list(names) or None}
-    settings = read_config(ServeConfig, config, os.environ, given)
-    run_server(models, settings)
+    features = {"features.store.url": flags.pop("store"), "features.outbox": flags.pop("outbox")}
+    given = {**flags, **engine, **states, **features, "models": list(names) or None}
+    run_server(models, durable(read_config(ServeConfig, config, os.environ, given), models))
 
 
 @click.command()

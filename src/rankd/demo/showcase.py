@@ -74,7 +74,7 @@ def _candidates(ranker: Ranker, seed: int) -> tuple[str, ...]:
 
 def _show(client: Client, ranker: Ranker, user: str, console: Console) -> dict[str, Any]:
     """Rank for one user and print the best; returns what was shown."""
-    history = ranker.store.history(user)
+    history = ranker.features.stored_history(user)
     rows = [] if history is None else history.rows[::-1].tolist()
     recent = [ranker.catalogue.item_name(row) for row in rows[:SHOWN_EVENTS]]
     scores = client.rank(RankRequest(user, _candidates(ranker, seed=len(rows)), top_k=TOP))

@@ -6,14 +6,19 @@ there are; the schedule and the states know this file alone.
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
 import msgspec
 
+from rankd.engine import thread_plan
+from rankd.engine.thread_plan import ThreadPlan, unpinned
+from rankd.engine.topology import read_topology
 from rankd.types import Array, Float32Array, UserState
+
+log = logging.getLogger("rankd")
 
 
 class Precision(Enum):
@@ -31,8 +36,16 @@ class StateType(Enum):
     BF16 = "bf16"
 
 
+class Pinning(Enum):
+    """Whether executors' threads are bound to cpus. AUTO follows `thread_plan.py`: often not at all."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a model is computed. 0 executors: one for each core; threads are those of one call.
+    """How a model is computed. 0 executors: one for each physical core that this process may use and has the time for
+    (`thread_plan.default_executors`); threads are those of one call.
 
     `target` "auto" is the one that `rankd bench engine` found the fastest on this machine.
     """
@@ -41,11 +54,21 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: Precision = Precision.AUTO
     executors: int = 0
     threads: int = 1
+    pinning: Pinning = Pinning.AUTO
 
 
-def num_executors(config: EngineConfig) -> int:
-    """As many as are configured; one for each core otherwise."""
-    return config.executors or os.cpu_count() or 1
+def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:
+    """How many executors there are on this machine and where their threads run, which is logged.
+
+    `by_node` is for an engine whose threads can be held to a node but not to a core.
+    """
+    chosen = thread_plan.plan(read_topology(), config.executors, config.threads)
+    if config.pinning is Pinning.OFF:
+        chosen = unpinned(chosen.num_executors, 'engine.pinning is "off"')
+    elif by_node:
+        chosen = chosen.by_node()
+    log.info("%s", chosen.describe())
+    return chosen
 
 
 class Executor(Protocol):
@@ -77,10 +100,13 @@ class Backend(Protocol):
     target: str
     precision: Precision
     state_type: StateType
+    plan: ThreadPlan
     num_executors: int
 
     def executor(self) -> Executor:
-        """A new executor; at most `num_executors` are in use at once."""
+        """A new executor; at most `num_executors` are in use at once. The first one made is the plan's first, and so on
+        around.
+        """
         ...
 
     def memory_bytes(self) -> int:

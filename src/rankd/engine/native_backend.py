@@ -1,6 +1,9 @@
 """The native engine as a target: a Climber in bfloat16, compiled by numba on the serving machine (see `native/`).
 
 Needs the native extra and a processor with AVX512-BF16. It reads the artifact's weights; there are no graphs.
+
+Pinning: the calling thread computes, as the plan says. With more than one thread a call, the others are started by
+whichever thread needs them first and inherit its cpus; that is the free thread on which a Ranker warms.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from rankd.artifact import Artifact
-from rankd.engine.backend import EngineConfig, Precision, StateType, num_executors
+from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
 from rankd.engine.native import support
 from rankd.errors import ArtifactError, ConfigError
 from rankd.types import Array, Float32Array, UserState
@@ -30,7 +33,8 @@ class NativeBackend:
 
     def __init__(self, model: NativeClimber, config: EngineConfig) -> None:
         self._model = model
-        self.num_executors = num_executors(config)
+        self.plan = plan_threads(config)
+        self.num_executors = self.plan.num_executors
 
     @classmethod
     def load(

@@ -1,6 +1,9 @@
 """ONNX Runtime: the portable second choice, where OpenVINO does not run. float32; needs the onnxruntime extra.
 
 The graphs are `engines/onnxruntime/*.onnx`, exported by `rankd build --target onnxruntime`.
+
+Pinning: the calling thread computes, as the plan says. With more than one thread a call, the others are started with
+the session, work for all executors and stay free.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.engine.backend import EngineConfig, Precision, StateType, num_executors
+from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
 from rankd.engine.state_arrays import SideBySide, written
 from rankd.errors import ArtifactError, EngineFailure
 from rankd.types import Array, Float32Array, UserState
@@ -27,7 +30,8 @@ class OnnxRuntimeBackend:
 
     def __init__(self, sessions: Mapping[str, Any], manifest: Manifest, config: EngineConfig, size_bytes: int) -> None:
         self._sessions, self._manifest, self._size_bytes = sessions, manifest, size_bytes
-        self.num_executors = num_executors(config)
+        self.plan = plan_threads(config)
+        self.num_executors = self.plan.num_executors
 
     @classmethod
     def load(

@@ -1,6 +1,7 @@
 """The reference: the artifact's weights in its own torch module, float32, nothing fused. The truth, and slow.
 
 Needs the train extra, and the module that the model was trained with. The other targets are held against it.
+Pinning: the calling thread computes; torch starts the further threads for each caller, and they inherit its cpus.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
 from rankd.engine.state_arrays import SideBySide, written
 from rankd.errors import EngineFailure
 from rankd.types import Array, Float32Array, UserState
@@ -27,7 +29,8 @@ class ReferenceBackend:
 
     def __init__(self, model: Any, manifest: Manifest, config: EngineConfig) -> None:
         self._model, self._manifest = model.eval(), manifest
-        self.num_executors = config.executors or 1
+        self.plan = plan_threads(msgspec.structs.replace(config, executors=config.executors or 1))
+        self.num_executors = self.plan.num_executors
 
     @classmethod
     def load(

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from rankd.errors import ArtifactError
 from rankd.features.schema import FIRST_ITEM_ROW, UNKNOWN_ROW, FeatureSchema
+from rankd.features.stores.store_keys import hash_id
 from rankd.features.tables import ItemTable
 from rankd.types import Array, Int32Array, Int64Array, UserHistory
 
@@ -68,6 +69,13 @@ class Catalogue:
     def item_name(self, row: int) -> str:
         """A name for people; an empty string where there is none."""
         return self.ids.item_names[row - FIRST_ITEM_ROW] if row >= FIRST_ITEM_ROW else ""
+
+    def keys(self) -> Array:
+        """(I,) uint64, the `hash_id` of each row's id, by which stores and caches know it; 0 for padding and
+        unknown."""
+        keys = np.zeros(len(self.ids.items) + FIRST_ITEM_ROW, np.uint64)
+        keys[FIRST_ITEM_ROW:] = np.fromiter(map(hash_id, self.ids.items), np.uint64, len(self.ids.items))
+        return keys
 
     def vocabulary(self, side: str, column: str) -> tuple[str, ...]:
         """The known values of a categorical column; side is "item" or "user"."""

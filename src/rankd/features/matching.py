@@ -11,112 +11,88 @@ model, and never enter the user's state. With h the matching events (`match_even
     recent_affinity  the same, each item weighted by exp(-days since its newest event / 30)
     events           log(1 + events in h), the same for every candidate
     idle             log(1 + days since the newest event of h), the same for every candidate
+
+The loops are in `match_kernels.py`; here is what they need to know of a schema, and the memory that they work in.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 
-from rankd.features.schema import FIRST_ITEM_ROW, FeatureSchema
+from rankd.features.schema import FeatureSchema
 from rankd.features.tables import ItemTable
-from rankd.types import Float32Array, Int32Array, Int64Array, UserHistory
-
-SECONDS_A_DAY = 86_400.0
-RECENT_DAYS = 30.0
-
-_scratch = threading.local()
+from rankd.types import Array, Float32Array, Int32Array, UserHistory
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """The distinct items of h: rows (u,) int32 ascending; counts (u,); days since the first and newest event (u,)."""
+@cache
+def kernels() -> ModuleType:
+    """The compiled loops. The first call takes 0.5 s, or 3 s where no process before has kept the machine code."""
+    from rankd.features import match_kernels
 
-    rows: Int32Array
-    counts: Int64Array
-    first_days: Float32Array
-    last_days: Float32Array
+    return match_kernels
 
 
-def match_features(
-    history: UserHistory, candidates: Int32Array, now: int, items: ItemTable, schema: FeatureSchema
-) -> Float32Array:
-    """The schema's match columns for candidate rows (C,) int32 at second `now`: (C, M) float32."""
-    result = np.zeros((candidates.shape[0], len(schema.match)), np.float32)
-    seen = _seen_items(history, now, schema)
-    if not schema.match or seen.rows.shape[0] == 0:
-        return result
-    position = np.minimum(np.searchsorted(seen.rows, candidates), seen.rows.shape[0] - 1)
-    hit = seen.rows[position] == candidates
-    near = items.neighbours[candidates], items.similarities[candidates]
-    for column, name in enumerate(schema.match):
-        if name in _AFFINITIES:
-            result[:, column] = _affinity(seen, *near, items.neighbours.shape[0], _AFFINITIES[name](seen))
-        elif name in _OF_USER:
-            result[:, column] = math.log1p(_OF_USER[name](seen))
-        else:
-            result[:, column] = np.where(hit, _OF_SEEN[name](seen)[position], 0.0)
-    return result
+def fill_match_features(
+    schema: FeatureSchema,
+    items: ItemTable,
+    history: UserHistory,
+    candidates: Int32Array,
+    now: int,
+    into: Float32Array,
+) -> None:
+    """Write the schema's match columns for candidate rows (C,) int32 at second `now` into (C, M) of any strides.
+
+    Raises:
+        IndexError: a candidate row that the item table does not have.
+        ValueError: `into` is not (C, M).
+    """
+    check_shape(into, (candidates.shape[0], len(schema.match)))
+    if not schema.match:
+        return
+    own = _workspace(schema, len(history))
+    seen = own.seen[: kernels().note_seen(history.rows, history.events, history.times, own.wanted, own.slots, own.seen)]
+    near = items.neighbours, items.similarities
+    kernels().write_matches(candidates, *near, own.slots, seen, now, own.columns, into)
 
 
-def _seen_items(history: UserHistory, now: int, schema: FeatureSchema) -> _Seen:
-    rows, times = history.rows, history.times
-    keep = rows >= FIRST_ITEM_ROW
-    if schema.match_events and len(schema.match_events) < len(schema.event_types):
-        wanted = np.asarray([name in schema.match_events for name in schema.event_types])
-        keep &= wanted[history.events]
-    if not keep.all():
-        rows, times = rows[keep], times[keep]
-    order = np.argsort(rows, kind="stable")  # stable: within an item the events stay oldest first
-    ranked = rows[order]
-    days = np.maximum((now - times[order]) / SECONDS_A_DAY, 0.0).astype(np.float32)
-    ends = np.flatnonzero(ranked[1:] != ranked[:-1])
-    first = np.concatenate(([0], ends + 1)) if ranked.shape[0] else ends
-    last = np.concatenate((ends, [ranked.shape[0] - 1])) if ranked.shape[0] else ends
-    return _Seen(ranked[first], last - first + 1, days[first], days[last])
+def check_shape(array: Array, shape: tuple[int, ...]) -> None:
+    """The kernels trust their callers: what they write to must have the room.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if array.shape != shape:
+        raise ValueError(f"an array of shape {array.shape} cannot take {shape}")
 
 
-def _affinity(
-    seen: _Seen, neighbours: Int32Array, similarities: Float32Array, num_rows: int, weights: Float32Array
-) -> Float32Array:
-    """log(1 + weighted similarity to what was seen) of candidates with neighbours and similarities (C, M)."""
-    scratch = _row_weights(num_rows)
-    scratch[seen.rows] = weights
-    near = scratch[neighbours]
-    scratch[seen.rows] = 0.0
-    total: Float32Array = np.log1p((near * similarities).sum(axis=1))
-    return total
+class _Workspace:
+    """What the kernels read of a schema, and their memory for histories of up to `capacity` events."""
+
+    def __init__(self, schema: FeatureSchema, capacity: int) -> None:
+        self.schema, self.capacity = schema, capacity
+        places = [schema.match.index(name) if name in schema.match else -1 for name in kernels().ORDER]
+        self.columns = np.asarray(places, np.int64)
+        wanted = schema.match_events or schema.event_types
+        self.wanted = np.asarray([name in wanted for name in schema.event_types], bool)
+        slots = 1 << (kernels().SLOTS_A_PLACE * capacity).bit_length()
+        self.slots = np.zeros((2, slots), np.int32)
+        self.seen = np.zeros(capacity, kernels().SEEN)
 
 
-def _row_weights(num_rows: int) -> Float32Array:
-    """A zeroed array of one weight a row, kept by the thread so that a request allocates nothing of that size."""
-    weights: Float32Array | None = getattr(_scratch, "weights", None)
-    if weights is None or weights.shape[0] < num_rows:
-        weights = _scratch.weights = np.zeros(num_rows, np.float32)
-    return weights
+class _Thread(threading.local):
+    workspace: _Workspace | None = None
 
 
-def _cadence(seen: _Seen) -> Float32Array:
-    gap = (seen.first_days - seen.last_days) / np.maximum(seen.counts - 1, 1)
-    ratio: Float32Array = np.where(seen.counts > 1, np.log1p(seen.last_days / np.maximum(gap, 1.0)), 0.0)
-    return ratio.astype(np.float32)
+_thread = _Thread()
 
 
-_OF_SEEN: dict[str, Callable[[_Seen], Float32Array]] = {
-    "seen": lambda seen: np.ones(seen.rows.shape[0], np.float32),
-    "count": lambda seen: np.log1p(seen.counts).astype(np.float32),
-    "recency": lambda seen: np.log1p(seen.last_days),
-    "cadence": _cadence,
-}
-_OF_USER: dict[str, Callable[[_Seen], float]] = {
-    "events": lambda seen: float(seen.counts.sum()),
-    "idle": lambda seen: float(seen.last_days.min()),
-}
-_AFFINITIES: dict[str, Callable[[_Seen], Float32Array]] = {
-    "affinity": lambda seen: np.ones(seen.rows.shape[0], np.float32),
-    "recent_affinity": lambda seen: np.exp(-seen.last_days / RECENT_DAYS),
-}
+def _workspace(schema: FeatureSchema, events: int) -> _Workspace:
+    """This thread's workspace, kept from request to request; a history longer than stored ones gets one of its own."""
+    own = _thread.workspace
+    if own is None or own.schema is not schema:
+        own = _thread.workspace = _Workspace(schema, schema.stored_history)
+    return own if events <= own.capacity else _Workspace(schema, events)

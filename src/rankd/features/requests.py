@@ -14,6 +14,7 @@ import numpy as np
 from rankd.errors import InvalidRequest, nearest
 from rankd.features.catalogue import Catalogue
 from rankd.features.schema import UNKNOWN_ROW, DefaultTime, FeatureSchema
+from rankd.features.stores.event_records import RawEvent
 from rankd.features.tables import UserFeatures, encode_values, normalise
 from rankd.types import Event, RankRequest, UserHistory
 
@@ -74,6 +75,24 @@ def history_of_events(
     packed = np.stack(values, axis=1) if values else np.zeros((len(events), 0), np.float32)
     unknown = tuple(dict.fromkeys(e.item_id for e, row in zip(events, rows, strict=True) if row == UNKNOWN_ROW))
     return UserHistory(rows[order], types[order], times[order], packed[order]), unknown
+
+
+def raw_events(events: Sequence[Event], schema: FeatureSchema) -> list[RawEvent]:
+    """Events as a store keeps them, checked: raw values, a type and a time for each.
+
+    Raises:
+        InvalidRequest: as `history_of_events`.
+    """
+    now = int(time.time()) if schema.default_time is DefaultTime.WALL else schema.log_end
+    names = [column.name for column in schema.event_values]
+    raw = []
+    for event in events:
+        for name, value in event.values.items():
+            _position(name, names, "event value")
+            _check_finite(name, value)
+        moment = now if event.time is None else _check_time(event.time)
+        raw.append(RawEvent(event.item_id, schema.event_types[_event_type(event, schema)], moment, event.values))
+    return raw
 
 
 def user_features_with(

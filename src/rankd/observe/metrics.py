@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 import rankd
+from rankd.observe.feature_metrics import FeatureCollector
 from rankd.observe.state_metrics import StateCollector
 from rankd.types import Scores
 
@@ -56,18 +57,17 @@ class ServerMetrics:
             "rankd_unknown_candidates", "Candidates that the model has never heard of.", model, registry=self.registry
         )
         self._events = Counter("rankd_events", "Events appended to histories.", ("model",), registry=self.registry)
-        self._dropped = Counter(
-            "rankd_journal_dropped_events",
-            "Events that a later version will not see.",
-            ("model",),
-            registry=self.registry,
-        )
         self.waiting = Gauge("rankd_unfinished_requests", "Accepted, not yet answered.", model, registry=self.registry)
         self.ready = Gauge(
             "rankd_model_ready", "1 where a model version takes requests.", model, registry=self.registry
         )
         self.states = StateCollector()
         self.registry.register(self.states)
+        self.features = FeatureCollector()
+        self.registry.register(self.features)
+        self._degraded = Counter(
+            "rankd_degraded", "Answers that had to do without something.", (*model, "what"), registry=self.registry
+        )
         Gauge("rankd_build_info", "Always 1.", ("release",), registry=self.registry).labels(rankd.__version__).set(1)
         self._statistics: dict[tuple[str, str], ModelStatistics] = {}
         self._children: dict[tuple[str, str], tuple[dict[str, Histogram], Histogram]] = {}
@@ -82,6 +82,8 @@ class ServerMetrics:
             histogram.observe(ms[stage])
         candidates.observe(len(scores.candidates))
         self._requests.labels(*key, "ok").inc()
+        for what in scores.degraded:
+            self._degraded.labels(*key, what).inc()
         if scores.unknown:
             self._unknown.labels(*key).inc(len(scores.unknown))
         with self._lock:
@@ -96,10 +98,9 @@ class ServerMetrics:
                 known, failures=known.failures + 1, failed_ns=known.failed_ns + int(seconds * 1e9)
             )
 
-    def appended(self, model: str, events: int, dropped: int) -> None:
-        """Book appended events, and those that fell off the journal."""
+    def appended(self, model: str, events: int) -> None:
+        """Book acknowledged events."""
         self._events.labels(model).inc(events)
-        self._dropped.labels(model).inc(dropped)
 
     def statistics(self, model: str, version: str) -> ModelStatistics:
         """The sums of one model version; zeros before its first request."""

@@ -1,7 +1,8 @@
 """The waiting line of one model: a bounded queue and one thread for each executor.
 
-In: items with deadlines. Out: a Future each. A thread takes the oldest item and, of those right behind it, as many as
-`joins` lets into the same call, so order is kept. An item whose deadline has passed when its turn comes is not run;
+In: items with deadlines. Out: a Future each. An item may be accepted before it is ready: it counts, and takes its place
+when it is. A thread takes the oldest item and, of those right behind it, as many as `joins` lets into the same call, so
+order is kept. An item whose deadline has passed when its turn comes is not run;
 when the line is full an item is refused at once, with the time after which a place should be free. Each executor is
 touched by its own thread alone. Every item that was accepted ends exactly once: a result, an error, or cancelled.
 """
@@ -20,6 +21,8 @@ from rankd.engine.backend import Executor
 from rankd.errors import DeadlineExceeded, Overloaded, Unavailable
 
 Item = TypeVar("Item")
+When = Callable[[Callable[[], None]], None]
+"""Calls what it is given once, when an item is ready; from any thread, or before it returns."""
 Result = TypeVar("Result")
 SMOOTHING = 0.1
 
@@ -35,7 +38,8 @@ class WaitingLine(Generic[Item, Result]):
     """Runs items on executors in the order of their arrival. `start()` begins, `close()` finishes what was accepted.
 
     `run` computes some items in one call and answers each with a result or an error; `joins` says whether a waiting
-    item may join those that are about to be run.
+    item may join those that are about to be run. `on_start` is called on each executor's thread, with its number,
+    before the first job; it must not raise.
     """
 
     def __init__(
@@ -46,16 +50,17 @@ class WaitingLine(Generic[Item, Result]):
         joins: Callable[[Sequence[Item], Item], bool] = lambda chosen, item: False,
         name: str = "rankd",
         clock: Callable[[], float] = time.perf_counter,
+        on_start: Callable[[int], None] = lambda number: None,
     ) -> None:
-        self._run, self._joins = run, joins
+        self._run, self._joins, self._on_start = run, joins, on_start
         self._num_executors, self._max_waiting, self._clock = len(executors), max_waiting, clock
         self._jobs: deque[_Job[Item, Result]] = deque()
         self._changed = threading.Condition()  # guards everything below and the deque
-        self._unfinished = 0
+        self._unfinished = self._not_ready = 0
         self._closed = True
         self._mean_seconds = 0.0
         self._threads = [
-            threading.Thread(target=self._work, args=(executor,), name=f"{name}-executor-{number}", daemon=True)
+            threading.Thread(target=self._work, args=(number, executor), name=f"{name}-executor-{number}", daemon=True)
             for number, executor in enumerate(executors)
         ]
 
@@ -80,30 +85,56 @@ class WaitingLine(Generic[Item, Result]):
         """Items accepted and not yet finished, those being run included."""
         return self._unfinished
 
-    def submit(self, item: Item, deadline: float | None = None) -> Future[Result]:
-        """Queue an item. `deadline` is in seconds of the line's clock.
+    @property
+    def mean_seconds(self) -> float:
+        """What an item takes an executor, on the average of the latest."""
+        return self._mean_seconds
+
+    def check_room(self) -> None:
+        """Do nothing if an item would be accepted now.
 
         Raises:
             Unavailable: the line is not started, or is closing.
             Overloaded: as many items wait as are allowed.
         """
+        if self._closed:
+            raise Unavailable("this model is not taking requests: it is loading or being unloaded; try again soon")
+        if self._unfinished >= self._max_waiting + self._num_executors:
+            seconds = self._mean_seconds * self._unfinished / self._num_executors
+            raise Overloaded(
+                f"{self._unfinished} requests are being served or waiting, {self._max_waiting} may wait; "
+                f"try again in {seconds:.2f} s",
+                retry_after_s=seconds,
+            )
+
+    def submit(self, item: Item, deadline: float | None = None, when: When | None = None) -> Future[Result]:
+        """Accept an item, and queue it (`when` it is ready). `deadline` is in seconds of the line's clock.
+
+        Raises:
+            Unavailable, Overloaded: as `check_room`.
+        """
         job: _Job[Item, Result] = _Job(item, deadline)
         with self._changed:
-            if self._closed:
-                raise Unavailable("this model is not taking requests: it is loading or being unloaded; try again soon")
-            if self._unfinished >= self._max_waiting + self._num_executors:
-                seconds = self._mean_seconds * self._unfinished / self._num_executors
-                raise Overloaded(
-                    f"{self._unfinished} requests are being served or waiting, {self._max_waiting} may wait; "
-                    f"try again in {seconds:.2f} s",
-                    retry_after_s=seconds,
-                )
+            self.check_room()
             self._unfinished += 1
-            self._jobs.append(job)
-            self._changed.notify()
+            if when is None:
+                self._jobs.append(job)
+                self._changed.notify()
+            else:
+                self._not_ready += 1
+        if when is not None:
+            when(lambda: self._enqueue(job))
         return job.future
 
-    def _work(self, executor: Executor) -> None:
+    def _enqueue(self, job: _Job[Item, Result]) -> None:
+        with self._changed:
+            self._not_ready -= 1
+            self._jobs.append(job)
+            # On a close every thread waits for the last of those that were accepted.
+            self._changed.notify_all() if self._closed else self._changed.notify()
+
+    def _work(self, number: int, executor: Executor) -> None:
+        self._on_start(number)
         while jobs := self._next():
             try:
                 self._finish(jobs, executor)
@@ -114,7 +145,7 @@ class WaitingLine(Generic[Item, Result]):
     def _next(self) -> list[_Job[Item, Result]]:
         """The jobs of the next call; none when the line is closed and empty."""
         with self._changed:
-            while not self._jobs and not self._closed:
+            while not self._jobs and (self._not_ready or not self._closed):
                 self._changed.wait()
             if not self._jobs:
                 return []

@@ -18,9 +18,10 @@ import msgspec
 import uvicorn
 
 from rankd.errors import ConfigError
+from rankd.features.reading.shared_features import FeatureService
 from rankd.serve.app import create_app
 from rankd.serve.repository import ModelRepository
-from rankd.serve.settings import ServeConfig
+from rankd.serve.settings import ServeConfig, without_secrets
 
 log = logging.getLogger("rankd")
 BACKLOG = 2048
@@ -32,8 +33,8 @@ class Server:
     Use it as a context manager in tests and demos; `run_server` is the command.
     """
 
-    def __init__(self, root: Path, config: ServeConfig) -> None:
-        self.repository = ModelRepository(root, config)
+    def __init__(self, root: Path, config: ServeConfig, features: FeatureService | None = None) -> None:
+        self.repository = ModelRepository(root, config, features)
         self._config = config
         self._socket: socket.socket | None = None
         self._url = ""
@@ -127,14 +128,14 @@ class _DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def run_server(root: Path, config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT, from the main thread.
+def run_server(root: Path, config: ServeConfig, features: FeatureService | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, from the main thread. `features` take the place of the configured ones.
 
     Raises:
         RankdError: the address or a model is unusable.
     """
-    log.info("configuration: %s", msgspec.json.encode(config).decode())
-    server = Server(root, config)
+    log.info("configuration: %s", msgspec.json.encode(without_secrets(config)).decode())
+    server = Server(root, config, features)
     # uvicorn takes signals only while its loop runs; before and after that they have to drain too, not kill.
     before = {one: signal.signal(one, lambda *_: server.stop()) for one in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -36,6 +36,7 @@ def routes(repository: ModelRepository) -> list[Route]:
         for name, version, ranker in repository.rankers():
             repository.metrics.waiting.labels(name, version).set(ranker.line.waiting)
         repository.metrics.states.show({(n, v): ranker.state_counts() for n, v, ranker in repository.rankers()})
+        repository.metrics.features.show(repository.feature_figures())
         return Response(repository.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return [

@@ -5,6 +5,7 @@ The page itself is `page.html`, one file; everything it shows comes from these r
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -38,11 +39,11 @@ def routes(repository: ModelRepository) -> list[Route]:
 
     async def users(request: Request) -> Response:
         ranker, limit = _ranker(repository, request), _whole(request, "limit", 50, 1, MAX_LIMIT)
-        found = [UserSummary(user, len(ranker.store.history(user) or ())) for user in ranker.store.user_ids(limit)]
-        return json_response(encode(found))
+        return json_response(encode(await asyncio.to_thread(_users, ranker, limit)))
 
     async def user(request: Request) -> Response:
-        return json_response(encode(_user(_ranker(repository, request), request.path_params["user_id"])))
+        ranker, user_id = _ranker(repository, request), request.path_params["user_id"]
+        return json_response(encode(await asyncio.to_thread(_user, ranker, user_id)))
 
     async def candidates(request: Request) -> Response:
         ranker = _ranker(repository, request)
@@ -72,10 +73,15 @@ def routes(repository: ModelRepository) -> list[Route]:
     ]
 
 
+def _users(ranker: Ranker, limit: int) -> list[UserSummary]:
+    features = ranker.features
+    return [UserSummary(user, len(features.stored_history(user) or ())) for user in features.user_ids(limit)]
+
+
 def _user(ranker: Ranker, user_id: str) -> UserAnswer:
-    history = ranker.store.history(user_id)
+    history = ranker.features.stored_history(user_id)
     if history is None:
-        near = nearest(user_id, ranker.store.user_ids(1000))
+        near = nearest(user_id, ranker.features.user_ids(1000))
         raise NotFound(f"user '{user_id[:100]}' has no history here; ranking still works, as for a new user.{near}")
     newest = history.last(SHOWN_EVENTS)
     shown = [

@@ -2,34 +2,31 @@
 
     <root>/<model>/<version>/model.toml
 
-Requests read one dict without a lock; whoever loads or unloads changes it under one. Events are appended to every ready
-version of a model and kept in a journal, from which a version that is loaded later catches up. A folder's names and
-those in its model.toml have to agree, so that a version has one name in requests, answers and figures.
+Requests read one dict without a lock; whoever loads or unloads changes it under one. Events are kept in the feature
+store, which all versions of a model share. A folder's names and those in its model.toml have to agree, so that a
+version has one name in requests, answers and figures.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections import deque
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from rankd.artifact import list_versions
 from rankd.errors import ArtifactError, ConfigError, InvalidRequest, NotFound, Unavailable, nearest
-from rankd.features.schema import DefaultTime
+from rankd.features.reading.shared_features import FeatureService
+from rankd.features.requests import raw_events
+from rankd.observe.feature_metrics import FeatureFigures
 from rankd.observe.metrics import ServerMetrics
 from rankd.ranker import Ranker
 from rankd.serve.settings import ServeConfig
 from rankd.types import Event
 
 log = logging.getLogger("rankd")
-JOURNAL_EVENTS = 100_000
-Append = tuple[str, tuple[Event, ...]]  # a user id and that user's new events
 
 
 class ModelState(Enum):
@@ -42,6 +39,16 @@ class ModelState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class EventsStored:
+    """What became of an append: how many events each version stores for the user now, the newest last; the item ids
+    unknown to it; and whether the store has confirmed it (else it is in the outbox)."""
+
+    stored: dict[str, int]
+    unknown: tuple[str, ...]
+    confirmed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStatus:
     """One version as the index shows it; `reason` says why it is not ready."""
 
@@ -51,45 +58,16 @@ class ModelStatus:
     reason: str = ""
 
 
-class Journal:
-    """The newest appends of one model, in the order they came: at most `max_events` events in all.
-
-    `position` counts every append there ever was, so that a reader can ask for what came after it last looked.
-    """
-
-    def __init__(self, max_events: int) -> None:
-        self._max_events = max_events
-        self._appends: deque[Append] = deque()
-        self._num_events = 0
-        self.position = 0
-
-    def add(self, user_id: str, events: tuple[Event, ...]) -> int:
-        """Keep an append; returns how many old events fell off for it."""
-        self._appends.append((user_id, events))
-        self.position += 1
-        self._num_events += len(events)
-        before = self._num_events
-        while self._num_events > self._max_events:
-            self._num_events -= len(self._appends.popleft()[1])
-        return before - self._num_events
-
-    def since(self, position: int) -> list[Append]:
-        """The appends after `position` that are still kept, oldest first."""
-        kept = list(self._appends)
-        return kept[max(len(kept) - (self.position - position), 0) :]
-
-
 class ModelRepository:
     """Models by name and version. `start()` loads the newest version of each; `close()` drains and unloads all."""
 
-    def __init__(self, root: Path, config: ServeConfig) -> None:
+    def __init__(self, root: Path, config: ServeConfig, features: FeatureService | None = None) -> None:
         self.root, self.config, self.metrics = root, config, ServerMetrics()
         self._rankers: dict[str, dict[str, Ranker]] = {}
         self._status: dict[tuple[str, str], ModelStatus] = {}
-        self._journals: dict[str, Journal] = {}
+        self._features = features
         self._changes = threading.RLock()  # one load or unload at a time
-        self._events = threading.Lock()  # an append, or the hand-over of a journal to a new version
-        self._started = self._closing = False
+        self._started = self._closing = self._features_started = False
 
     @property
     def ready(self) -> bool:
@@ -115,6 +93,26 @@ class ModelRepository:
             self.load(name)
         self._started = True
 
+    @property
+    def features(self) -> FeatureService:
+        """The feature store of this server: the one that was given, or opened when the first model is.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        with self._changes:
+            if self._features is None:
+                self._features = FeatureService(self.config.features)
+            if not self._features_started:
+                self._features_started = True
+                self._features.start()
+            return self._features
+
+    def feature_figures(self) -> dict[str, FeatureFigures]:
+        """What stores and tables did, by namespace; without waiting for a load."""
+        service = self._features
+        return service.figures() if service is not None else {}
+
     def begin_draining(self) -> None:
         """Stop being ready, so that load balancers look elsewhere; requests are still answered."""
         self._closing = True
@@ -128,6 +126,10 @@ class ModelRepository:
         self.begin_draining()
         for name, version, _ in self.rankers():
             self.unload(name, version)
+        with self._changes:
+            if self._features is not None:
+                self._features.close()
+                self._features = None
 
     def get(self, name: str = "", version: str = "") -> Ranker:
         """The ranker of a model; without a name the only one there is, without a version the newest that is ready.
@@ -160,7 +162,7 @@ class ModelRepository:
         raise Unavailable(f"version '{version}' of model '{name}' is not loaded; load it or ask for another")
 
     def load(self, name: str, version: str = "") -> Ranker:
-        """Load a version (the newest on disk if none is named), warm it, let it catch up, and let it take requests.
+        """Load a version (the newest on disk if none is named), warm it, and let it take requests.
 
         Raises:
             NotFound: no such model or version. ArtifactError: it is damaged, or its folder has another name than it has
@@ -211,44 +213,37 @@ class ModelRepository:
         }
         return [{**found, **self._status}[key] for key in sorted({**found, **self._status})]
 
-    def append_events(
-        self, name: str, user_id: str, events: tuple[Event, ...]
-    ) -> tuple[dict[str, int], tuple[str, ...]]:
-        """Append events to a user in every ready version of a model: the next request sees them.
+    def append_events(self, name: str, user_id: str, events: tuple[Event, ...]) -> EventsStored:
+        """Append events to a user of a model: the next request sees them, whatever its version.
 
-        The newest version decides whether they are taken at all. An older one that does not know their event type or
-        values goes without them, and is missing in the answer.
-
-        Returns:
-            How many events each version stores for the user now, the newest last, and the item ids unknown to it.
+        The newest version decides whether they are taken at all, and the time of those that have none. An older one
+        that does not know their event type or values goes without them, and is missing in the answer.
 
         Raises:
             InvalidRequest: the newest version refuses them; nothing is stored anywhere.
+            StoreFailure: the store did not take them; nothing is stored anywhere.
             NotFound, Unavailable: as `get`.
         """
         name = self.get(name).manifest.name
-        with self._events:
-            versions = self._rankers.get(name)
-            if not versions:
-                raise _none_ready(name)
-            *older, newest = versions
-            if versions[newest].schema.default_time is DefaultTime.WALL:
-                now = int(time.time())  # and not when a later version catches up
-                events = tuple(replace(event, time=now) if event.time is None else event for event in events)
-            count, unknown = versions[newest].append_events(user_id, events)
-            stored: dict[str, int] = {}
-            for version in older:
-                with suppress(InvalidRequest):
-                    stored[version] = versions[version].append_events(user_id, events)[0]
-            stored[newest] = count
-            dropped = self._journals.setdefault(name, Journal(JOURNAL_EVENTS)).add(user_id, events)
-        self.metrics.appended(name, len(events), dropped)
-        return stored, unknown
+        versions = self._rankers.get(name)
+        if not versions:
+            raise _none_ready(name)
+        *older, newest = versions
+        appended = versions[newest].features.append(user_id, events)
+        stored = {}
+        for version in older:
+            with suppress(InvalidRequest):
+                raw_events(events, versions[version].schema)
+                stored[version] = len(versions[version].features.stored_history(user_id) or ())
+        self.metrics.appended(name, len(events))
+        return EventsStored({**stored, newest: appended.stored}, appended.unknown, appended.confirmed)
 
     def _open(self, name: str, version: str) -> Ranker:
         """A warm ranker of a folder, which nobody else knows yet."""
         folder, config = self.root / name / version, self.config
-        ranker = Ranker.load(folder, config.engine, config.histories, config.items, config.max_waiting, config.states)
+        ranker = Ranker.load(
+            folder, config.engine, config.histories, config.items, config.max_waiting, config.states, self.features
+        )
         own = (ranker.manifest.name, ranker.manifest.version)
         if own != (name, version):
             ranker.close()
@@ -259,23 +254,11 @@ class ModelRepository:
         return ranker
 
     def _publish(self, name: str, version: str, ranker: Ranker) -> None:
-        """Let a ranker catch up with the journal, then take requests.
-
-        Most of it is replayed while appends go on (100,000 take 3 s); what came meanwhile is replayed under their lock,
-        so that none is missed and none counts twice.
-        """
-        with self._events:
-            journal = self._journals.setdefault(name, Journal(JOURNAL_EVENTS))
-            backlog, position = journal.since(0), journal.position
-        refused = _replay(ranker, backlog)
-        with self._events:
-            refused += _replay(ranker, journal.since(position))
-            versions = {**self._rankers.get(name, {}), version: ranker}
-            newest_last = [v for v in self._on_disk(name) if v in versions]
-            gone = [v for v in versions if v not in newest_last]
-            self._rankers = {**self._rankers, name: {v: versions[v] for v in (*gone, *newest_last)}}
-        if refused:
-            log.warning("model %s version %s does not take %d events of the journal", name, version, refused)
+        """Let a ranker take requests."""
+        versions = {**self._rankers.get(name, {}), version: ranker}
+        newest_last = [v for v in self._on_disk(name) if v in versions]
+        gone = [v for v in versions if v not in newest_last]
+        self._rankers = {**self._rankers, name: {v: versions[v] for v in (*gone, *newest_last)}}
 
     def _version_on_disk(self, name: str, version: str) -> str:
         known = self._known_versions(name)
@@ -307,14 +290,3 @@ class ModelRepository:
 
 def _none_ready(name: str) -> Unavailable:
     return Unavailable(f"model '{name}' has no version that is ready; see /v2/repository/index")
-
-
-def _replay(ranker: Ranker, appends: Iterable[Append]) -> int:
-    """Append to a version what another one took; returns how many events it refuses, having other event types."""
-    refused = 0
-    for user_id, events in appends:
-        try:
-            ranker.append_events(user_id, events)
-        except InvalidRequest:
-            refused += len(events)
-    return refused

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
+from msgspec.structs import replace
 
 from rankd.engine.backend import EngineConfig
+from rankd.features.feature_config import FeatureConfig
+from rankd.features.stores.store_config import redacted
 from rankd.states.state_config import StateConfig
 
 
@@ -27,3 +31,20 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     items: str = ""
     engine: EngineConfig = EngineConfig()
     states: StateConfig = StateConfig()
+    features: FeatureConfig = FeatureConfig()
+
+
+def durable(config: ServeConfig, models: Path) -> ServeConfig:
+    """A configuration whose events survive a restart: where no store is named, LMDB in a hidden folder of the
+    models'."""
+    if config.features.store.url:
+        return config
+    store = replace(config.features.store, url=f"lmdb:{models / '.store'}")
+    return replace(config, features=replace(config.features, store=store))
+
+
+def without_secrets(config: ServeConfig) -> ServeConfig:
+    """A configuration that can be shown."""
+    store = config.features.store
+    shown = replace(store, url=redacted(store.url), password="***" if store.password else "")
+    return replace(config, features=replace(config.features, store=shown))

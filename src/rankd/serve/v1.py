@@ -72,8 +72,9 @@ def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
         check_json(request)
         model, user_id, appended = decode_events(await read_body(request, config.max_body_bytes))
         name = repository.get(model).manifest.name
-        stored, unknown = await asyncio.to_thread(repository.append_events, name, user_id, appended)
-        return json_response(encode(EventsAnswer(name, user_id, stored, unknown)))
+        done = await asyncio.to_thread(repository.append_events, name, user_id, appended)
+        by = "store" if done.confirmed else "outbox"
+        return json_response(encode(EventsAnswer(name, user_id, done.stored, done.unknown, by)))
 
     async def models(request: Request) -> Response:
         found = await asyncio.to_thread(repository.index)  # it reads the disk

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from rankd.errors import InvalidRequest, nearest
-from rankd.types import Event, RankRequest, Scores
+from rankd.types import Event, RankRequest, RowCounts, Scores
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -62,6 +62,7 @@ class RankAnswer(msgspec.Struct, frozen=True):
     unknown: tuple[str, ...]
     unknown_user: bool
     degraded: tuple[str, ...]
+    rows: dict[str, RowCounts]
     state: str
     timings_ms: dict[str, float]
 
@@ -75,12 +76,16 @@ class EventsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
 
 class EventsAnswer(msgspec.Struct, frozen=True):
-    """How many events each version of the model stores for the user now, and the item ids that it does not know."""
+    """How many events each version of the model stores for the user now, and the item ids that it does not know.
+
+    `acknowledged_by` is "store" where the feature store has confirmed them, "outbox" where this server's disk has.
+    """
 
     model: str
     user_id: str
     stored: dict[str, int]
     unknown: tuple[str, ...]
+    acknowledged_by: str = "store"
 
 
 class ModelAnswer(msgspec.Struct, frozen=True):
@@ -205,6 +210,7 @@ def encode_scores(scores: Scores) -> bytes:
             unknown=scores.unknown,
             unknown_user=scores.unknown_user,
             degraded=scores.degraded,
+            rows=dict(scores.rows),
             state=scores.state,
             timings_ms={stage: round(ms, 4) for stage, ms in scores.timings_ms.items()},
         )

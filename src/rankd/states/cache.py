@@ -118,6 +118,10 @@ class StateCache:
         finally:
             self._release(entry)
 
+    def has(self, user: str) -> bool:
+        """Whether a state of the user is in memory, of whatever history."""
+        return user in self._entries
+
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:
         """How many new tokens a block are worth appending to a state, by its room; more are encoded anew."""
         self._most_new = dict(most_new)

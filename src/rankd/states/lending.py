@@ -50,6 +50,10 @@ class States(Protocol):
         """The state of a user's history while the block runs; see `StateCache.held`."""
         ...
 
+    def has(self, user: str) -> bool:
+        """Whether a state of the user is in memory, of whatever history."""
+        ...
+
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:
         """How many new tokens a block are worth appending to a state, by its room; more are encoded anew."""
         ...
@@ -84,6 +88,10 @@ class NoStates:
         state = UserState(executor.encode(made), tuple(made["history_length"][0].tolist()))
         self._number = next(self._encoded) + 1
         yield HeldState(state, Origin.ENCODED)
+
+    def has(self, user: str) -> bool:
+        """Never."""
+        return False
 
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:
         """There is nothing to extend."""

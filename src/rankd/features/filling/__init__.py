@@ -1,0 +1,1 @@
+"""Filling a store from files: rows atomically and resumably, histories event by event."""

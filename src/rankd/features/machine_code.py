@@ -81,7 +81,7 @@ def _prefetch(_context: Any, array: Any, row: Any, column: Any) -> tuple[Any, An
         code.call(function, [code.bitcast(place, byte), *(number(value) for value in (0, 3, 1))])  # to read, keep, data
         return context.get_dummy_value()
 
-    return types.void(array, row, column), codegen
+    return types.void(array, types.intp, types.intp), codegen
 
 
-prefetch: Callable[[Array, int, int], None] = importlib.import_module("numba.extending").intrinsic(_prefetch)
+prefetch: Callable[[Array, Any, Any], None] = importlib.import_module("numba.extending").intrinsic(_prefetch)

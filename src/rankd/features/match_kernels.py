@@ -23,8 +23,8 @@ from rankd.features.schema import FIRST_ITEM_ROW, PADDING_ROW
 from rankd.types import Array, Float32Array, Int32Array, Int64Array
 
 ORDER = ("seen", "count", "recency", "cadence", "affinity", "recent_affinity", "events", "idle")
-"""The match features as `columns` counts them. Not taken from `schema.py`: numba keeps machine code until the files that
-`machine_code.py` names change, so what is compiled into it has to stand there."""
+"""The match features as `columns` counts them. Not taken from `schema.py`: numba keeps machine code until the files
+that `machine_code.py` names change, so what is compiled into it has to stand there."""
 SECONDS_A_DAY = 86_400.0
 RECENT_DAYS = 30.0
 SLOTS_A_PLACE = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ def test_reads_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     cpuinfo = tmp_path / "cpuinfo"
     monkeypatch.setattr(support, "CPUINFO", cpuinfo)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert "cannot be read" in str(support.why_not(OPTIONS, schema_of()))
     cpuinfo.write_text("processor\t: 0\n" + FLAGS)
     assert support.why_not(OPTIONS, schema_of()) is None
@@ -33,11 +31,6 @@ def test_reads_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert support.why_not(OPTIONS, schema_of()) == "the processor has no avx512_bf16"
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert "aarch64" in str(support.why_not(OPTIONS, schema_of()))
-
-
-def test_says_that_numba_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "numba is not installed" in str(support.why_not(OPTIONS, schema_of()))
 
 
 @needs_it

@@ -1,4 +1,4 @@
-"""What fills a feature store and looks into it: `rankd features load`, `rankd features status`."""
+"""What fills a feature store and looks into it: `rankd features load`, `export`, `status`."""
 
 from __future__ import annotations
 
@@ -113,6 +113,30 @@ def status(url: str, password_file: Path | None, namespace: str | None, historie
         click.echo(json.dumps({"store": redacted(url), "tables": tables, "histories": counts}))
     else:
         _print_status(redacted(url), tables, counts)
+
+
+@features.command()
+@click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The .parquet file to write.")
+@click.option("--table", type=click.Choice(["items", "users"]), default="items", show_default=True)
+def export(model: Path, out: Path, table: str) -> None:
+    """Write what a MODEL's artifact knows of its items to a Parquet file, and print its schema.
+
+    It is what a store can be filled from at first, and the columns that a feature job of your own has to deliver.
+    """
+    from rankd.artifact import Artifact
+    from rankd.features.catalogue import Catalogue
+    from rankd.features.filling.exporting import item_frame, user_frame
+    from rankd.features.rows.row_packing import schema_toml
+
+    artifact = Artifact.open(model)
+    catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
+    declared, frame = (item_frame if table == "items" else user_frame)(catalogue, artifact.schema)
+    try:
+        frame.write_parquet(out)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error}") from error
+    click.echo(schema_toml(declared))
 
 
 def _open(url: str, password_file: Path | None) -> FeatureStore:

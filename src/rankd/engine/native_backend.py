@@ -1,6 +1,6 @@
 """The native engine as a target: a Climber in bfloat16, compiled by numba on the serving machine (see `native/`).
 
-Needs the native extra and a processor with AVX512-BF16. It reads the artifact's weights; there are no graphs.
+Needs a processor with AVX512-BF16. It reads the artifact's weights; there are no graphs.
 
 Pinning: the calling thread computes, as the plan says. With more than one thread a call, the others are started by
 whichever thread needs them first and inherit its cpus; that is the free thread on which a Ranker warms.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +21,7 @@ def why_not(options: Mapping[str, Any], schema: FeatureSchema, model: str = "cli
 
 
 def machine_lacks() -> str | None:
-    """What this installation or processor lacks for any model; None if nothing."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed; install rankd[native]"
-    return _processor()
-
-
-def _processor() -> str | None:
+    """What this processor lacks for any model; None if nothing."""
     if platform.machine() != "x86_64":
         return f"the processor is {platform.machine()}; x86_64 is needed"
     try:

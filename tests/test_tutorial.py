@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
+from rankd.config import read_config
+from rankd.demo import MODELS
+from rankd.features.feature_config import Mode
+from rankd.serve.settings import ServeConfig
 
 ROOT = Path(__file__).parents[1]
 LOG = ROOT.parent / "shared" / "data" / "online_retail_until_2011-08.parquet"
@@ -75,6 +81,20 @@ def test_the_readmes_python_runs(number: int, tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+
+
+def test_the_page_on_feature_stores_runs_as_it_is_written(tmp_path: Path) -> None:
+    page = "docs/feature-store.md"
+    shutil.copytree(MODELS / "demo", tmp_path / "models" / "films")
+    script = "set -euo pipefail\n" + "\n".join(blocks(page, "bash"))
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "items of films" in result.stdout
+    (settings,) = blocks(page, "toml")
+    (tmp_path / "rankd.toml").write_text(settings)
+    assert read_config(ServeConfig, tmp_path / "rankd.toml").features.items.mode is Mode.ASYNC
 
 
 def test_what_the_readme_and_docs_name_is_there() -> None:

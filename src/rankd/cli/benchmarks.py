@@ -172,7 +172,7 @@ def states(
 )
 @click.option("--items", type=click.IntRange(10), default=1_000_000, show_default=True, help="Rows of 256 bytes.")
 @click.option(
-    "--ttl", type=click.FloatRange(0.001), default=600.0, show_default=True, help="Seconds a row is fresh for."
+    "--ttl", type=click.FloatRange(0.001), default=3600.0, show_default=True, help="Seconds a row is fresh for."
 )
 @click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Of each measurement.")
 @click.option(

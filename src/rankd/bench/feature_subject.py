@@ -42,7 +42,7 @@ class FeatureOptions:
     items: int = 1_000_000
     seconds: float = 5.0
     runs: int = 3
-    ttl_seconds: float = 600.0
+    ttl_seconds: float = 3600.0
     cached_share: float = 0.1
 
 

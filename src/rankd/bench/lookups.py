@@ -26,6 +26,7 @@ KEYS = 1000
 BATCHES = 200
 INSERTED_AT_ONCE = 512
 FOR_EVER_MS = 2**40
+NOW_MS = 2**30
 Arrays = tuple[Float32Array, Int32Array, Array]
 
 
@@ -51,7 +52,7 @@ def measure_lookups(
     """
     row_schema, keys = item_row_schema(schema), catalogue.keys()[FIRST_ITEM_ROW:]
     caches = RowCache(row_schema.row_words, budget_bytes), DictCache(row_schema.row_words, budget_bytes)
-    # The least popular first: what nobody has used leaves in the order it came.
+    # The least popular first: of what nobody has used the oldest leaves.
     places = requests.popular_items(min(caches[1].slots, len(keys)))[::-1]
     rows = packed_items(catalogue, schema, seed, places)
     words = {column.name: catalogue.vocabulary("item", column.name) for column in schema.item_categorical}
@@ -60,7 +61,7 @@ def measure_lookups(
         for start in range(0, len(places), INSERTED_AT_ONCE):
             some = slice(start, start + INSERTED_AT_ONCE)
             there = np.ones(len(places[some]), bool)
-            cache.insert(keys[places[some]], rows[some], there, 0, FOR_EVER_MS, FOR_EVER_MS)
+            cache.insert(keys[places[some]], rows[some], there, start, FOR_EVER_MS, FOR_EVER_MS)
     asked = min(KEYS, len(keys))
     spent: tuple[list[float], list[float]] = [], []
     found = [0, 0]
@@ -82,8 +83,8 @@ def measure_lookups(
 def _look_up(cache: RowCache | DictCache, keys: Array, decoder: RowDecoder, into: Arrays) -> None:
     """What a request does with its candidates: see what is missing, then decode what is there."""
     numeric, categories, status = into
-    cache.probe(keys, 0, status)
-    cache.read(keys, 0, decoder, numeric, categories, status)
+    cache.probe(keys, NOW_MS, status)
+    cache.read(keys, NOW_MS, decoder, numeric, categories, status)
 
 
 def _arrays(count: int, schema: FeatureSchema) -> Arrays:

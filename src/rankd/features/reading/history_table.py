@@ -55,10 +55,12 @@ class _Held:
 
 @dataclass(slots=True)
 class AskedHistory:
-    """What a request asked: `landed` is done when the store's answer is kept here; None if nothing is waited for."""
+    """What a request asked: `landed` is done when the store has answered; None if nothing is waited for. `brought` is
+    what was known of the user when it was asked, then when it was answered, however soon others take its place."""
 
     key: bytes
     landed: Future[bool] | None = None
+    brought: _Held | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +105,19 @@ class HistoryTable:
             trusted = held is not None and listening != 0 and held.listening == listening
             if trusted and self._config.mode is Mode.ASYNC:
                 self._held.move_to_end(key)
-                return AskedHistory(key)
+                return AskedHistory(key, brought=held)
             flight, mark = next(self._flights), held.mark if held is not None else b""
             heard, under_way = self._heard.setdefault(key, ([], []))
             under_way.append(flight)
             begun = len(heard)
             self._asked += 1
-        asked = AskedHistory(key, Future())
+        asked = AskedHistory(key, Future(), held)
 
         def came(future: Future[HistoryRead]) -> None:
             good = False
             try:
                 read = future.result() if future.exception() is None else None
-                self._land(key, flight, listening, begun, read)
+                asked.brought = self._land(asked, flight, listening, begun, read) or asked.brought
                 good = read is not None
             finally:
                 assert asked.landed is not None  # noqa: S101 - made above
@@ -129,7 +131,7 @@ class HistoryTable:
         if self._store.local:
             return self._counted(self._read_local(asked.key, token))
         with self._lock:
-            held = self._held.get(asked.key)
+            held = self._held.get(asked.key, asked.brought)
             landed = asked.landed
             if landed is None or (landed.done() and landed.result()):
                 freshness = Freshness.FRESH
@@ -220,8 +222,11 @@ class HistoryTable:
             return HistoryNow(mark, None, decoded, Freshness.FRESH)
         return HistoryNow(mark_of(read.record), read.record, None, Freshness.FRESH)
 
-    def _land(self, key: bytes, flight: int, listening: int, begun: int, read: HistoryRead | None) -> None:
+    def _land(
+        self, asked: AskedHistory, flight: int, listening: int, begun: int, read: HistoryRead | None
+    ) -> _Held | None:
         """Keep what a read brought, with the appends put over it that it may have been too early for."""
+        key = asked.key
         with self._lock:
             heard, under_way = self._heard[key]
             later = heard[begun:]
@@ -229,12 +234,12 @@ class HistoryTable:
             if not under_way:
                 del self._heard[key]
             if read is None:
-                return
+                return None
             held = self._held.get(key)
             if held is not None and held.flight > flight:
-                return  # a read that began later was quicker
-            before = held.record if held is not None else None
-            record = read.record if read.changed else before
+                return held  # a read that began later was quicker
+            before = held if held is not None else asked.brought  # it may have left since it was compared
+            record = read.record if read.changed or before is None else before.record
             self._sent += read.changed
             undelivered = self._outbox.undelivered_of(key) if self._outbox is not None else []
             for more in (*later, *undelivered):
@@ -244,6 +249,7 @@ class HistoryTable:
                 held = _Held(record, mark)
             held.flight, held.listening = flight, listening
             self._keep(key, held)
+            return held
 
     def _hear(self, key: bytes, records: bytes) -> None:
         if key.startswith(self._prefix):

@@ -49,8 +49,10 @@ class Loaded:
 
 @dataclass(slots=True)
 class Flight:
-    """Keys on their way from the store; when `landed` is done `rows` and `present` hold them (or nothing came)."""
+    """Keys of a loading on their way from the store; when `landed` is done `rows` and `present` hold them (or nothing
+    came)."""
 
+    loaded: Loaded
     keys: Array
     landed: Future[None] = field(default_factory=Future)
     rows: Array | None = None
@@ -85,7 +87,7 @@ class RowTable:
         self._flying: dict[int, Flight] = {}
         self._behind: dict[int, str] = {}
         self._behind_flying = False
-        self._lock = threading.Lock()  # guards the three above and the figures
+        self._lock = threading.Lock()  # guards the three above, the figures, and which loading the cache has rows of
         self._counts = RowCounts()
         self._oldest_ms = self._fetched_keys = self._shared = 0
 
@@ -94,6 +96,7 @@ class RowTable:
 
         Raises:
             StoreFailure: the store did not answer; what was known stays.
+            ConfigError: there is no memory for a cache of such rows; nothing is read until there is.
         """
         (value,) = self._store.get([self._meta_key]).result()
         if value is None or value == self._meta:
@@ -104,22 +107,9 @@ class RowTable:
             raise StoreFailure(
                 f"table '{self.table}': its description cannot be read: {error}", Trouble.BROKEN
             ) from error
+        if meta.schema is not None and meta.generation and self._follow(meta.generation, meta.schema):
+            log.info("table '%s' of '%s': loading %d, %d rows", self.table, self._namespace, meta.generation, meta.rows)
         self._meta = value
-        if meta.schema is None or meta.generation == 0:
-            return
-        before = self.loaded
-        if before is not None and (before.generation, before.schema) == (meta.generation, meta.schema):
-            return
-        prefix = row_prefix(self._namespace, self.table, meta.generation)
-        if before is not None and before.schema == meta.schema:
-            cache = before.cache
-            if cache is not None:
-                cache.expire()  # rows of the loading before are stale, not gone
-        else:
-            self.loaded = before = None  # its cache goes before another one is made: their memory is one budget
-            cache = self._new_cache(meta.schema)
-        self.loaded = Loaded(meta.generation, meta.schema, prefix, cache)
-        log.info("table '%s' of '%s': loading %d, %d rows", self.table, self._namespace, meta.generation, meta.rows)
 
     def ask(self, keys: Array, identity_of: Callable[[int], str]) -> AskedRows | None:
         """Look keys (n,) uint64 up, and have what is missing fetched; 0 is no key. None while nothing is loaded.
@@ -183,38 +173,69 @@ class RowTable:
                 generation=loaded.generation if loaded is not None else 0,
             )
 
+    def _follow(self, generation: int, schema: RowSchema) -> bool:
+        """Read a loading from now on; whether it is another one."""
+        before, prefix = self.loaded, row_prefix(self._namespace, self.table, generation)
+        if before is None or before.schema != schema:
+            self.loaded = before = None  # its cache goes before another one is made: their memory is one budget
+            self.loaded = Loaded(generation, schema, prefix, self._new_cache(schema))
+            return True
+        if before.generation == generation:
+            return False
+        with self._lock:
+            if before.cache is not None:
+                before.cache.expire()  # rows of the loading before are stale, not gone
+            self.loaded = Loaded(generation, schema, prefix, before.cache)
+        return True
+
     def _new_cache(self, schema: RowSchema) -> RowCache | None:
         budget = int(self.config.budget_mib * MIB)
         return self._make_cache(schema.row_words, budget) if budget else None
 
     def _fetch(self, loaded: Loaded, named: dict[int, str]) -> list[Flight]:
         """Flights that bring all named keys: those under way, and one for the others."""
+        flights, new = {}, {}
         with self._lock:
-            flights = {id(f): f for key in named if (f := self._flying.get(key)) is not None}
-            new = {key: name for key, name in named.items() if key not in self._flying}
+            for key, name in named.items():
+                under_way = self._flying.get(key)
+                if under_way is not None and under_way.loaded is loaded:
+                    flights[id(under_way)] = under_way
+                else:
+                    new[key] = name
             self._shared += len(named) - len(new)
-            flight = Flight(np.fromiter(new, np.uint64, len(new)))
-            self._flying.update(dict.fromkeys(new, flight))
+            flight = self._begin(loaded, new)
         if new:
-            self._send(loaded, flight, list(new.values()), lambda: self._landed(new))
+            self._send(flight, list(new.values()), lambda: self._landed(flight))
         return [*flights.values(), flight] if new else list(flights.values())
 
-    def _landed(self, keys: dict[int, str]) -> None:
+    def _begin(self, loaded: Loaded, named: dict[int, str]) -> Flight:
+        """Under the lock: a flight for keys of which none is under way, of this loading."""
+        flight = Flight(loaded, np.fromiter(named, np.uint64, len(named)))
+        self._flying.update(dict.fromkeys(named, flight))
+        return flight
+
+    def _landed(self, flight: Flight) -> None:
         with self._lock:
-            for key in keys:
-                self._flying.pop(key, None)
+            for key in flight.keys.tolist():
+                if self._flying.get(key) is flight:
+                    del self._flying[key]
 
     def _fetch_behind(self, loaded: Loaded, named: dict[int, str]) -> None:
         with self._lock:
-            room = MOST_BEHIND - len(self._behind)
-            self._behind.update(islice(named.items(), max(room, 0)))
+            flying = self._flying
+            new = (one for one in named.items() if one[0] not in flying or flying[one[0]].loaded is not loaded)
+            self._behind.update(islice(new, max(MOST_BEHIND - len(self._behind), 0)))
             if self._behind_flying or not self._behind:
                 return
             self._behind_flying = True
         self._send_behind(loaded)
 
     def _send_behind(self, loaded: Loaded) -> None:
-        """One fetch of what has gathered; the next one starts when it lands."""
+        """One fetch of what has gathered; the next one starts when it lands.
+
+        A store that answered before it returned (it is local, or refuses) is asked for the rest by who needs something
+        next: one request must not do it for all of them.
+        """
         with self._lock:
             taken = dict(islice(self._behind.items(), BEHIND_AT_ONCE))
             for key in taken:
@@ -222,39 +243,45 @@ class RowTable:
             if not taken:
                 self._behind_flying = False
                 return
-        flight = Flight(np.fromiter(taken, np.uint64, len(taken)))
+            flight = self._begin(loaded, taken)
+        sent, sender = False, threading.get_ident()
 
         def then() -> None:
-            self._send_behind(self.loaded or loaded)
+            self._landed(flight)
+            if sent or threading.get_ident() != sender:
+                self._send_behind(self.loaded or loaded)
+            else:
+                self._behind_flying = False
 
-        self._send(loaded, flight, list(taken.values()), then)
+        self._send(flight, list(taken.values()), then)
+        sent = True
 
     def _take_off(self, loaded: Loaded, keys: Array, names: list[str]) -> Flight:
-        flight = Flight(keys)
-        self._send(loaded, flight, names, lambda: None)
+        flight = Flight(loaded, keys)
+        self._send(flight, names, lambda: None)
         return flight
 
-    def _send(self, loaded: Loaded, flight: Flight, names: list[str], then: Callable[[], None]) -> None:
+    def _send(self, flight: Flight, names: list[str], then: Callable[[], None]) -> None:
         """Fetch a flight's keys; when they came (or failed) they are in the cache, then it has landed."""
-        prefix = loaded.prefix
+        prefix = flight.loaded.prefix
 
         def came(future: Future[list[bytes | None]]) -> None:
             try:
                 if future.exception() is None:
-                    self._receive(loaded, flight, future.result())
+                    self._receive(flight, future.result())
             finally:
                 then()
                 flight.landed.set_result(None)
 
         self._store.get([row_key(prefix, name) for name in names]).add_done_callback(came)
 
-    def _receive(self, loaded: Loaded, flight: Flight, values: Sequence[bytes | None]) -> None:
-        schema = loaded.schema
-        flight.rows, flight.present = _as_rows(values, schema)
-        if loaded.cache is not None and self.loaded is loaded:  # else these rows are of the loading before
-            ttl, absent = int(self.config.ttl_seconds * 1e3), int(self.config.absent_seconds * 1e3)
-            loaded.cache.insert(flight.keys, flight.rows, flight.present, _now_ms(), ttl, absent)
+    def _receive(self, flight: Flight, values: Sequence[bytes | None]) -> None:
+        loaded = flight.loaded
+        flight.rows, flight.present = _as_rows(values, loaded.schema)
+        ttl, absent = int(self.config.ttl_seconds * 1e3), int(self.config.absent_seconds * 1e3)
         with self._lock:
+            if loaded.cache is not None and self.loaded is loaded:  # else these rows are of the loading before
+                loaded.cache.insert(flight.keys, flight.rows, flight.present, _now_ms(), ttl, absent)
             self._fetched_keys += len(values)
 
 

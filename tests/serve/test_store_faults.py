@@ -26,7 +26,7 @@ from rankd.serve.lifecycle import Server
 from tests.features.stores.redis_server import RedisServer, eventually, running_redis
 from tests.serve.filled_store import SCHEMA, features, fill, filled, item_frame, serving
 
-TIMEOUT_MS = 2000.0
+TIMEOUT_MS = 5000.0
 CLOSE = 1e-5
 
 

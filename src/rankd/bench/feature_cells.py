@@ -34,8 +34,8 @@ PROBES = 5
 FEWEST_REQUESTS = 300
 """Of a measurement, so that its p99 is not its worst request; but at most LONGEST times the seconds that were asked."""
 LONGEST = 4.0
-LEAD_SECONDS = 0.3
-"""Requests that come before the measurement begins and do not count: others had the processor until now."""
+LEAD = 0.1
+"""Of a measurement's time that comes before it and does not count: others had the processor until now."""
 TURN = 100_000
 """Places in the sequence of requests from one measurement to the next; more than any of them needs."""
 MIB = 1 << 20
@@ -229,13 +229,12 @@ def _offered(
     scene: Scene, server: FeatureServer, cell: Cell, rate: float, place: int, seed: int
 ) -> tuple[list[float], LoadResult]:
     """Latencies in ms, from the scheduled times, of what came after the lead and was answered well."""
-    seconds = LEAD_SECONDS + min(max(cell.seconds, FEWEST_REQUESTS / rate), LONGEST * cell.seconds)
-    arrivals = poisson_arrivals(rate, seconds, seed)[:TURN] or [0.0]
+    seconds = min(max(cell.seconds, FEWEST_REQUESTS / rate), LONGEST * cell.seconds)
+    lead = LEAD * seconds
+    arrivals = poisson_arrivals(rate, lead + seconds, seed)[:TURN] or [0.0]
     result = scene.offer(server, cell.requests.encoded(place, len(arrivals)), arrivals)
     latencies = [
-        (result.done_s[i] - result.scheduled_s[i]) * 1e3
-        for i in _good(server, result)
-        if result.scheduled_s[i] >= LEAD_SECONDS
+        (result.done_s[i] - result.scheduled_s[i]) * 1e3 for i in _good(server, result) if result.scheduled_s[i] >= lead
     ]
     return latencies or [(result.done_s[0] - result.scheduled_s[0]) * 1e3], result
 

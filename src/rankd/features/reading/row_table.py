@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -61,10 +61,11 @@ class Flight:
 
 @dataclass(slots=True)
 class AskedRows:
-    """What a request asked of a table: its keys, and the flights that it waits for."""
+    """What a request asked of a table: its keys, what they are the keys of, and the flights that it waits for."""
 
     loaded: Loaded
     keys: Array
+    identity_of: Callable[[int], str]
     flights: list[Flight] = field(default_factory=list)
 
 
@@ -119,7 +120,7 @@ class RowTable:
         loaded = self.loaded
         if loaded is None:
             return None
-        asked = AskedRows(loaded, keys)
+        asked = AskedRows(loaded, keys, identity_of)
         if loaded.cache is None:
             wanted = np.flatnonzero(keys)
             if wanted.size:
@@ -138,22 +139,45 @@ class RowTable:
         return asked
 
     def read_into(
-        self, asked: AskedRows, decoder: RowDecoder, numeric: Float32Array, categories: Int32Array
+        self,
+        asked: AskedRows,
+        decoder: RowDecoder,
+        numeric: Float32Array,
+        categories: Int32Array,
+        until: float | None = None,
     ) -> RowCounts:
-        """Write the rows that are there into numeric (n, F) and categories (n, G); others keep what they hold."""
+        """Write the rows that are there into numeric (n, F) and categories (n, G); others keep what they hold.
+
+        Rows that were here when they were asked for and have left since are fetched again by a sync table, and waited
+        for up to `until` (seconds of `perf_counter`).
+        """
         loaded, keys, now = asked.loaded, asked.keys, _now_ms()
         status, oldest = np.zeros(keys.shape[0], np.uint8), 0
         if loaded.cache is not None:
             oldest = loaded.cache.read(keys, now, decoder, numeric, categories, status)
         else:
             status[keys == 0] = RowStatus.SKIPPED
-        for flight in asked.flights:
+        for flight in (*asked.flights, *self._fetch_left(asked, status, until)):
             _read_flight(flight, keys, decoder, numeric, categories, status)
         counts = _count(status)
         with self._lock:
             self._counts = self._counts + counts
             self._oldest_ms = max(self._oldest_ms, oldest)
         return counts
+
+    def _fetch_left(self, asked: AskedRows, status: Array, until: float | None) -> list[Flight]:
+        """Flights, landed, of the rows of a sync table that left between the look-up and now; there are hardly any."""
+        if self.config.mode is Mode.ASYNC or asked.loaded.cache is None:
+            return []
+        brought = [flight.keys for flight in asked.flights]
+        missing = np.flatnonzero(status == RowStatus.MISSING)
+        left = missing[~np.isin(asked.keys[missing], np.concatenate(brought))] if brought else missing
+        if not left.size:
+            return []
+        flights = self._fetch(asked.loaded, {int(asked.keys[i]): asked.identity_of(i) for i in left.tolist()})
+        seconds = None if until is None else max(until - time.perf_counter(), 0.0)
+        wait([flight.landed for flight in flights], seconds)
+        return flights
 
     def figures(self) -> RowFigures:
         """A snapshot; the age is of the oldest row used since the last one."""

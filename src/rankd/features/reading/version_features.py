@@ -163,7 +163,7 @@ class VersionFeatures:
             return known
         numeric, categories = known.numeric[None].copy(), known.categories[None].copy()
         decoder = self._decoder(self.shared.users, asked.loaded)
-        fetch.counts[USERS] = self.shared.users.read_into(asked, decoder, numeric, categories)
+        fetch.counts[USERS] = self.shared.users.read_into(asked, decoder, numeric, categories, fetch.until)
         return UserFeatures(categories[0], numeric[0])
 
     def fill_items(self, fetch: Fetch, into: Mapping[str, Array]) -> None:
@@ -175,7 +175,7 @@ class VersionFeatures:
             categories = into.get("candidate_categories", np.empty((1, count, 0), np.int32))
             decoder = self._decoder(self.shared.items, fetch.items.loaded)
             fetch.counts[ITEMS] = self.shared.items.read_into(
-                fetch.items, decoder, numeric[0, :count], categories[0, :count]
+                fetch.items, decoder, numeric[0, :count], categories[0, :count], fetch.until
             )
 
     def degraded(self, fetch: Fetch) -> tuple[str, ...]:

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from rankd import Event, Ranker, RankRequest
+from rankd.build.pack import BuildOptions, build_artifact
 from rankd.engine.backend import EngineConfig, Precision
-from rankd.errors import ConfigError, InvalidRequest
+from rankd.errors import ConfigError, DeadlineExceeded, InvalidRequest
+from rankd.features.feature_config import FeatureConfig, RowsConfig
+from rankd.features.filling.loading import LoadOptions, load_rows
+from rankd.features.reading.shared_features import FeatureService
+from rankd.features.stores.event_records import RawEvent, pack_events
+from rankd.features.stores.store_keys import history_key
+from rankd.models.protocol import create_model
+from rankd.ranker import COMPUTE_RESERVE
 from rankd.schedule.packing import Packing, measure
 from rankd.states.state_config import StateConfig
+from rankd.train.recipe import ModelChoice
+from rankd.types import Array, Float32Array, UserState
+from tests.features.reading.remote_store import RemoteStore
+from tests.features.stores.redis_server import eventually
+from tests.serve.filled_store import SCHEMA, item_frame
+from tests.train.small_log import RECIPE, small_dataset
 
 ENGINE = EngineConfig(executors=2, precision=Precision.FP32)
 
@@ -159,6 +177,12 @@ def test_a_bad_event_in_a_request_is_answered_alone(ranker: Ranker) -> None:
     assert all(future.result().scores.shape[0] == 5 for future in good)
 
 
+@pytest.mark.parametrize("request_", [RankRequest("\ud800", ("a",)), RankRequest("u", ("a", "\ud800"))])
+def test_an_id_that_is_no_text_is_refused(ranker: Ranker, request_: RankRequest) -> None:
+    with pytest.raises(InvalidRequest, match="UTF-8"):
+        ranker.rank(request_)
+
+
 def test_packing_follows_what_was_measured() -> None:
     costs = {(20, 1): 1.0, (20, 2): 1.2, (20, 4): 1.6, (20, 8): 3.2, (100, 1): 5.0, (100, 2): 9.9}
     packing = measure(lambda bucket, users: costs[bucket, users], (20, 100))
@@ -184,3 +208,161 @@ def test_what_pays_is_measured_for_every_room(ranker: Ranker) -> None:
     most = most_new_tokens(ranker.backend.executor(), Shapes(ranker.manifest, ranker.backend.state_type))
     assert set(most) == set(ranker.schema.history_buckets)
     assert set(most.values()) <= {0, 8, 32}
+
+
+@pytest.fixture(scope="module")
+def pooling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranker]:
+    """A model without a state of its own, which gets the history itself with every call."""
+    dataset, kind = small_dataset(), "examples/attentive_pooling.py:AttentivePooling"
+    torch.manual_seed(1)
+    model = create_model(kind, dataset.schema, {})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice(kind, {}))
+    root = tmp_path_factory.mktemp("models")
+    place = build_artifact(root, model.eval(), dataset, recipe, BuildOptions("films", "1"))
+    with Ranker.load(place, EngineConfig(executors=1, precision=Precision.FP32)) as opened:
+        yield opened
+
+
+def test_users_without_states_that_share_a_call_are_scored_as_alone(pooling: Ranker) -> None:
+    """Each with its own history: what one of them is scored by lies where the next one of the call does not write."""
+    bucket, items = pooling.schema.candidate_buckets[0], pooling.catalogue.ids.items
+    pooling.use_packing(Packing({bucket: 4}))
+    users = (*pooling.catalogue.ids.users[:18], "somebody new")
+    requests = [RankRequest(user, items[n : n + 3 + n % 5]) for n, user in enumerate(users)]
+    alone = [pooling.rank(request).scores for request in requests]
+    executor, gate = pooling._executors[0], threading.Event()
+    score, sizes = executor.score, list[int]()
+
+    def slow(states: Sequence[UserState], candidates: Mapping[str, Array]) -> Float32Array:
+        gate.wait(10)
+        sizes.append(len(states))
+        return score(states, candidates)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "score", slow)
+        futures = [pooling.submit(request) for request in requests]
+        gate.set()
+        for future, scores in zip(futures, alone, strict=True):
+            np.testing.assert_allclose(future.result().scores, scores, atol=1e-5)
+    assert sizes.count(4) >= 4
+    assert sum(sizes) == len(requests)
+
+
+class OverStore:
+    """The packaged model over a store that does what the test says; `fresh` has the store's rows by way of a file,
+    `plain` knows the artifact's own alone. Requests wait as long as their deadlines let them."""
+
+    def __init__(self, ranker: Ranker, store: RemoteStore, fresh: Ranker, plain: Ranker) -> None:
+        self.ranker, self.store, self.fresh, self.plain = ranker, store, fresh, plain
+        self.users, self.items = plain.catalogue.ids.users, plain.catalogue.ids.items
+
+    def impatient(self, request: RankRequest) -> RankRequest:
+        """The request with a deadline of which all but .1 s is kept for computing, however slow this machine is."""
+        self.ranker.line._mean_seconds = 10.0
+        return replace(request, timeout_ms=COMPUTE_RESERVE * 10_000.0 + 100.0)
+
+
+@pytest.fixture(scope="module")
+def over_store(demo_models: Path, demo_ranker: Ranker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OverStore]:
+    path, store = tmp_path_factory.mktemp("rows") / "items.parquet", RemoteStore()
+    item_frame(demo_ranker).write_parquet(path)
+    load_rows(store, "demo", SCHEMA, path, LoadOptions(grace_seconds=0), lambda done, total, line: None)
+    service = FeatureService(FeatureConfig(wait_ms=600_000.0, items=RowsConfig(budget_mib=1.0)), store)
+    with (
+        Ranker.load(demo_models / "demo", ENGINE, items=path) as fresh,
+        Ranker.load(demo_models / "demo", ENGINE, features=service) as ranker,
+    ):
+        yield OverStore(ranker, store, fresh, demo_ranker)
+        store.release_all()
+    service.close()
+
+
+@pytest.fixture
+def over(over_store: OverStore) -> Iterator[OverStore]:
+    yield over_store
+    over_store.store.release_all()
+
+
+def test_rows_of_a_remote_store_are_what_is_ranked(over: OverStore) -> None:
+    for number, user in enumerate((*over.users[:10], "somebody new")):
+        request = RankRequest(user, over.items[number * 20 : number * 20 + 15 + number])
+        answer = over.ranker.rank(request)
+        np.testing.assert_allclose(answer.scores, over.fresh.rank(request).scores, atol=1e-5)
+        assert answer.degraded == ()
+        assert answer.rows["items"].fresh == len(request.candidates)
+        assert answer.rows["histories"].fresh == 1
+        assert answer.unknown_user == (user == "somebody new")
+
+
+def test_a_request_whose_rows_never_come_is_answered_from_the_artifact_and_says_so(over: OverStore) -> None:
+    over.store.holds = {"get"}
+    request = RankRequest(over.users[20], over.items[300:320])
+    answer = over.ranker.rank(over.impatient(request))
+    np.testing.assert_allclose(answer.scores, over.plain.rank(request).scores, atol=1e-5)
+    assert answer.degraded == ("items_default",)
+    assert answer.rows["items"].default == 20
+    over.store.release_all()
+    again = over.ranker.rank(request)  # what came too late is there for the next one
+    np.testing.assert_allclose(again.scores, over.fresh.rank(request).scores, atol=1e-5)
+    assert again.degraded == ()
+
+
+def test_a_request_whose_history_never_comes_is_answered_with_the_artifacts(over: OverStore) -> None:
+    over.store.holds = {"history"}
+    request = RankRequest(over.users[21], over.items[:20])
+    answer = over.ranker.rank(over.impatient(request))
+    np.testing.assert_allclose(answer.scores, over.fresh.rank(request).scores, atol=1e-5)
+    assert answer.degraded == ("history_default",)
+
+
+def test_a_deadline_that_passes_while_the_store_is_waited_for(over: OverStore) -> None:
+    over.store.holds = {"get", "history"}
+    over.ranker.line._mean_seconds = 0.0
+    late = over.ranker.submit(RankRequest(over.users[22], over.items[340:360], timeout_ms=1.0))
+    with pytest.raises(DeadlineExceeded):
+        late.result(20)
+    eventually(lambda: over.ranker.line.waiting == 0, "it has left the line")
+
+
+def test_a_history_is_encoded_while_rows_are_on_their_way(over: OverStore) -> None:
+    user = over.users[23]
+    over.store.holds = {"get", "history"}
+    request = RankRequest(user, over.items[360:380])
+    future = over.ranker.submit(request)
+    (history,) = (number for number, call in enumerate(over.store.waiting) if call.kind == "history")
+    assert not over.ranker.states.has(user)
+    over.store.release(history)
+    eventually(lambda: over.ranker.states.has(user), "its history is encoded")
+    assert not future.done()
+    over.store.release_all()
+    answer = future.result(20)
+    np.testing.assert_allclose(answer.scores, over.fresh.rank(request).scores, atol=1e-5)
+    assert answer.degraded == ()
+
+
+def test_a_request_that_waits_for_rows_holds_up_nobody(over: OverStore) -> None:
+    """Its state is there, so it takes its place in the line when its rows have come."""
+    user = over.users[24]
+    over.ranker.rank(RankRequest(user, over.items[:20]))
+    over.store.holds = {"get"}
+    waiting = [over.ranker.submit(RankRequest(user, over.items[400 + 20 * n : 420 + 20 * n])) for n in range(5)]
+    for _ in range(10):
+        assert over.ranker.rank(RankRequest(user, over.items[:20])).state == "cached"
+    assert not any(future.done() for future in waiting)
+    over.store.release_all()
+    assert [future.result(20).degraded for future in waiting] == [()] * 5
+
+
+def test_events_are_seen_by_the_next_request_whoever_appended_them(over: OverStore) -> None:
+    kind, end, user = over.plain.schema.event_types[0], over.plain.schema.log_end, "a customer"
+    raw = pack_events([RawEvent(over.items[3], kind, end - 40, {})])
+    over.store.append_elsewhere(history_key("demo", user), raw).result()
+    events = [Event(over.items[3], kind, end - 40)]
+    for number in range(4):
+        request = RankRequest(user, over.items[:20])
+        expected = over.fresh.rank(replace(request, user_id="a stranger", history=tuple(events)))
+        np.testing.assert_allclose(over.ranker.rank(request).scores, expected.scores, atol=1e-4)
+        events.append(Event(over.items[number], kind, end - 30 + number))
+        assert over.ranker.append_events(user, (events[-1],))[0] == len(events)

@@ -23,7 +23,7 @@ from rankd.engine import thread_plan
 from rankd.engine.backend import Backend, EngineConfig, Executor
 from rankd.engine.targets import load_backend
 from rankd.engine.warming import Shapes, most_new_tokens, score_ms, warm
-from rankd.errors import DeadlineExceeded, RankdError
+from rankd.errors import DeadlineExceeded, InvalidRequest, RankdError
 from rankd.features import assembly
 from rankd.features.assembly import bucket_of, fill_history, fill_item_columns, fill_request_columns, until
 from rankd.features.catalogue import Catalogue
@@ -190,8 +190,11 @@ class Ranker:
         until = asked.clock.started + self.features.shared.config.wait_ms / 1e3
         if asked.deadline is not None:
             until = min(until, asked.deadline - COMPUTE_RESERVE * self.line.mean_seconds)
-        rows = self.catalogue.rows_of(request.candidates)
-        return self.features.begin(request.user_id, rows, request.history is None, until)
+        try:
+            rows = self.features.rows_of(request.candidates)
+            return self.features.begin(request.user_id, rows, request.history is None, until)
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"an id of the request cannot be written in UTF-8: {error}; send text") from error
 
     def _when_ready(self, asked: _Asked, fetch: Fetch, then: Callable[[], None]) -> None:
         """Call `then` when a request can take its place in the line."""

@@ -40,7 +40,7 @@ def redis_binary() -> None:
 def test_features_ends_with_the_contract(tmp_path: Path) -> None:
     workload = tmp_path / "tiny.toml"
     workload.write_text(TINY)
-    sizes = ["--items", "5000", "--candidates", "64", "--delay-ms", "0.2", "--seconds", "0.3", "--runs", "1"]
+    sizes = ["--items", "5000", "--candidates", "64", "--delay-ms", "0.2", "--seconds", "0.1", "--runs", "1"]
     done = CliRunner().invoke(
         bench, ["features", "--workload", str(workload), *sizes, "--json"], catch_exceptions=False
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,3 +172,127 @@ def test_each_thread_says_its_number_before_its_first_job() -> None:
     assert line.submit(lambda: len(numbers)).result() > 0
     line.close()
     assert sorted(numbers) == [(0, "films-executor-0"), (1, "films-executor-1")]
+
+
+class Readiness:
+    """Items that are accepted now and ready when the test says so."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], None]] = []
+
+    def when(self, then: Callable[[], None]) -> None:
+        self.waiting.append(then)
+
+
+def test_items_take_their_places_in_the_order_in_which_they_are_ready() -> None:
+    done: list[int] = []
+    with started() as line:
+        readiness = Readiness()
+        futures = [line.submit(partial(done.append, n), when=readiness.when) for n in range(4)]
+        line.submit(partial(done.append, 9)).result()
+        assert done == [9]
+        assert line.waiting == 4
+        for number in (2, 0, 3, 1):
+            readiness.waiting[number]()
+            futures[number].result()
+        assert line.submit(partial(done.append, 7), when=lambda then: then()).result() is None  # ready at once
+    assert done == [9, 2, 0, 3, 1, 7]
+    assert line.waiting == 0
+
+
+def test_items_that_are_not_ready_count_against_the_limit() -> None:
+    readiness = Readiness()
+    with started(max_waiting=1) as line:
+        accepted = [line.submit(partial(int, n), when=readiness.when) for n in range(2)]
+        for when in (None, readiness.when):
+            with pytest.raises(Overloaded, match="1 may wait"):
+                line.submit(lambda: None, when=when)
+        assert len(readiness.waiting) == 2  # nobody waits for who was refused
+        readiness.waiting.pop()()
+        assert accepted[1].result() == 1
+        while line.waiting > 1:
+            pass
+        accepted.append(line.submit(partial(int, 2)))
+        assert accepted[2].result() == 2
+        readiness.waiting.pop()()
+        assert accepted[0].result() == 0
+
+
+def test_closing_waits_for_what_is_accepted_and_not_ready() -> None:
+    readiness, done = Readiness(), list[int]()
+    line: WaitingLine[Job, Any] = WaitingLine([NoExecutor(), NoExecutor()], run_all, max_waiting=10)
+    line.start()
+    futures = [line.submit(partial(done.append, n), when=readiness.when) for n in range(4)]
+    closing = threading.Thread(target=line.close)
+    closing.start()
+    while True:  # until it takes no more
+        try:
+            line.check_room()
+        except Unavailable:
+            break
+    for number in (3, 1, 0):
+        readiness.waiting[number]()
+        futures[number].result()
+    assert closing.is_alive()
+    readiness.waiting[2]()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert sorted(done) == [0, 1, 2, 3]
+    assert line.waiting == 0
+
+
+def test_an_item_that_is_ready_after_its_deadline_is_not_run() -> None:
+    now, ran, readiness = [0.0], list[int](), Readiness()
+    with started(now=now) as line:
+        late, in_time = (line.submit(partial(ran.append, n), deadline=n, when=readiness.when) for n in (1, 3))
+        now[0] = 2.0
+        for ready in readiness.waiting:
+            ready()
+        with pytest.raises(DeadlineExceeded):
+            late.result()
+        in_time.result()
+    assert ran == [3]
+
+
+def test_an_item_that_is_cancelled_before_it_is_ready_leaves_the_line() -> None:
+    ran, readiness = list[int](), Readiness()
+    with started() as line:
+        future = line.submit(partial(ran.append, 1), when=readiness.when)
+        assert future.cancel()
+        assert line.waiting == 1
+        readiness.waiting[0]()
+    assert ran == []
+    assert line.waiting == 0
+
+
+def test_items_that_get_ready_on_other_threads_join_calls_and_are_run_once_each() -> None:
+    """Many at once, in any order, some before `submit` returns, while the line is closed."""
+    ran, calls = [0] * 400, list[int]()
+    ready_of: list[Callable[[], None]] = []
+
+    def run(jobs: Sequence[Job], executor: Executor) -> list[Any]:
+        calls.append(len(jobs))
+        return [job() for job in jobs]
+
+    def count(number: int) -> int:
+        ran[number] += 1
+        return number
+
+    with started(executors=3, max_waiting=1000, joins=lambda chosen, job: len(chosen) < 4, run=run) as line:
+        futures = [
+            line.submit(partial(count, n), when=ready_of.append if n % 5 else lambda then: then()) for n in range(400)
+        ]
+        random.Random(1).shuffle(ready_of)
+        threads = [
+            threading.Thread(target=lambda part=part: [ready() for ready in ready_of[part::4]]) for part in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        line.close()
+        for thread in threads:
+            thread.join()
+    assert [future.result() for future in futures] == list(range(400))
+    assert ran == [1] * 400
+    assert sum(calls) == 400
+    assert max(calls) <= 4
+    assert line.waiting == 0

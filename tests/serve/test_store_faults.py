@@ -87,7 +87,8 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
 def subject(redis: RedisServer, demo_models: Path, demo_ranker: Ranker, tmp_path: Path) -> Iterator[Subject]:
     with (
         filled(redis, demo_ranker, tmp_path) as (path, fresh),
-        serving(demo_models, features(redis.url)) as server,Subject(server, redis, fresh, demo_ranker, path) as made
+        serving(demo_models, features(redis.url)) as server,
+        Subject(server, redis, fresh, demo_ranker, path) as made,
     ):
         yield made
 

@@ -89,7 +89,7 @@ def test_the_bytes_of_an_answer() -> None:
     )
     expected = (
         '{"model":"m","version":"3","request_id":"r","tasks":["click","like"],"candidates":["a","ü"],'
-        '"scores":[[1.5,-2.0],[0.25,0.0]],"unknown":["ü"],"unknown_user":true,"degraded":[],'
+        '"scores":[[1.5,-2.0],[0.25,0.0]],"unknown":["ü"],"unknown_user":true,"degraded":[],"rows":{},'
         '"state":"cached","timings_ms":{"queue":0.1235,"total":1.0}}'
     )
     assert encode_scores(scores).decode() == expected

@@ -12,16 +12,15 @@ In: a workload's sizes. Out: a Report with a table for each cell, which is a num
 
 from __future__ import annotations
 
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from rankd.artifact import Artifact
 from rankd.bench.delaying_proxy import DelayingProxy
+from rankd.bench.ended_in_order import ended_in_order, take_signals_again
 from rankd.bench.feature_cells import MIB, Cell, Scene, Turns, find_rates, hit_rate, measure_round
 from rankd.bench.feature_report import Measured, WarmUp, about, ratios, results
 from rankd.bench.feature_rows import fill_store
@@ -58,13 +57,15 @@ def run_features(workload: Workload, options: FeatureOptions, advance: Advance) 
     cells = len(options.candidates) * len(options.delays_ms)
     steps = 4 + cells * (1 + options.runs)
     surroundings, place = machine(), placement()
-    with _ended_in_order(), tempfile.TemporaryDirectory(prefix="rankd-bench-") as folder, ExitStack() as running:
-        with on_cpus(place.others):
-            redis = running.enter_context(RedisProcess(Path(folder) / "redis"))
-            proxy = running.enter_context(DelayingProxy(redis.port))
+    with ended_in_order(), tempfile.TemporaryDirectory(prefix="rankd-bench-") as folder, ExitStack() as running:
+        redis = RedisProcess(Path(folder) / "redis")
         advance(0, steps, "model and parity")
         subject = prepare(workload, options, Path(folder))
+        take_signals_again()
         advance(1, steps, "filling the store")
+        with on_cpus(place.others):
+            running.enter_context(redis)
+            proxy = running.enter_context(DelayingProxy(redis.port))
         fill_store(redis.url, subject.name, subject.files)
         advance(2, steps, "servers")
         setting = _setting(subject, options, proxy, Path(folder) / "served")
@@ -195,20 +196,3 @@ def _settle(server: FeatureServer) -> ServerFigures:
 
 def _resident_mib(scene: Scene) -> dict[str, float]:
     return {server.contestant.name: server.figures().resident_bytes / MIB for server in scene.servers}
-
-
-@contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM becomes an exception, as SIGINT is one, so that our processes end with us."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from rankd.errors import ArtifactError
 from rankd.features.schema import FIRST_ITEM_ROW, UNKNOWN_ROW, FeatureSchema
-from rankd.features.stores.store_keys import hash_id
+from rankd.features.stores.store_keys import hash_ids
 from rankd.features.tables import ItemTable
 from rankd.types import Array, Int32Array, Int64Array, UserHistory
 
@@ -74,7 +74,7 @@ class Catalogue:
         """(I,) uint64, the `hash_id` of each row's id, by which stores and caches know it; 0 for padding and
         unknown."""
         keys = np.zeros(len(self.ids.items) + FIRST_ITEM_ROW, np.uint64)
-        keys[FIRST_ITEM_ROW:] = np.fromiter(map(hash_id, self.ids.items), np.uint64, len(self.ids.items))
+        keys[FIRST_ITEM_ROW:] = hash_ids(self.ids.items)
         return keys
 
     def vocabulary(self, side: str, column: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from rankd.features.stores.event_records import ID_BYTES, RECORD_BYTES
+from rankd.features.stores.event_records import ID_BYTES, RECORD_BYTES, is_history
 from rankd.features.stores.feature_store import Heard, HistoryRead, Pair, StoreFailure, StoreHealth, Trouble
 from rankd.features.stores.memory_store import MemoryStore
 from tests.features.stores.event_samples import identities
@@ -62,6 +62,7 @@ class RemoteStore:
         self.inner = MemoryStore()
         self.holds: set[str] = set()
         self.away: Trouble | None = None
+        self.trouble: Trouble | None = None  # what its health says while it is not away
         self.waiting: list[Call] = []
         self.calls: Counter[str] = Counter()
         self.read: Counter[bytes] = Counter()
@@ -149,7 +150,8 @@ class RemoteStore:
     def append_elsewhere(self, key: bytes, records: bytes, most: int = 1000) -> Future[bytes]:
         """Another server appends."""
         with self._order:
-            known = set(identities(self.inner.history(key).result().record))
+            before = self.inner.history(key).result().record
+            known = set(identities(before)) if before is None or is_history(before) else set()
             done = self.inner.append(key, records, most)
             events = [records[start : start + RECORD_BYTES] for start in range(0, len(records), RECORD_BYTES)]
             added = b"".join(event for event in events if int.from_bytes(event[-ID_BYTES:], "little") not in known)
@@ -171,7 +173,7 @@ class RemoteStore:
 
     def health(self) -> StoreHealth:
         """Up unless it is away."""
-        return StoreHealth(up=self.away is None, trouble=self.away, recoveries=self.recoveries)
+        return StoreHealth(up=self.away is None, trouble=self.away or self.trouble, recoveries=self.recoveries)
 
     def close(self) -> None:
         """Whoever still waits is told that there is no answer."""

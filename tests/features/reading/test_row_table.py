@@ -1,4 +1,4 @@
-"""One table of rows: each key is fetched once, what does not come is stale or nothing, and a new loading is followed."""
+"""One table of rows: a key is fetched once, what does not come is stale or nothing, and a new loading is followed."""
 
 from __future__ import annotations
 
@@ -507,13 +507,13 @@ TestRowTableMachine.settings = settings(max_examples=120, stateful_step_count=30
 def test_requests_of_many_threads_while_loadings_change(mode: Mode, budget: int) -> None:
     """Answers come on a thread of the store's, in any order; rows that are called fresh are never of an old loading."""
     subject, wrong = Subject(mode, budget), list[str]()
-    over, answered = threading.Event(), threading.Event()
+    over, quiet = threading.Event(), threading.Event()
     subject.follow(1, range(1, 60))
     subject.store.holds = {"get"}
 
     def answer() -> None:
         random = Random(1)
-        while subject.store.waiting or not answered.wait(0.0002):
+        while not quiet.wait(0.0 if subject.store.waiting else 0.0002):
             if subject.store.waiting:
                 call = subject.store.take(random.randrange(len(subject.store.waiting)))
                 call.fail() if random.random() < 0.1 and b":m:" not in call.keys[0] else call.answer()
@@ -542,8 +542,9 @@ def test_requests_of_many_threads_while_loadings_change(mode: Mode, budget: int)
         over.set()
         for done in living:
             done.result(20)
-        answered.set()
+        quiet.set()
         answering.result(20)
+    subject.store.release_all()
     assert wrong == []
     assert subject.table._flying == {}
     assert not subject.table._behind_flying

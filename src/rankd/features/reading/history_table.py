@@ -6,8 +6,9 @@ A local store is asked each time. Of a remote one records are kept here: in sync
 here is the newest (24 bytes go out, a record comes back only if it is not); in async mode it is kept current by what
 the store tells of appends, and asked for only while the store tells nothing.
 
-An append is acknowledged when the store has confirmed it or, with an outbox, when it is on this disk. What is not
-delivered yet is put over whatever the store answers, so that the user's next request here sees it in any case.
+An append is acknowledged when the store has confirmed it or, with an outbox, when it is on this disk. What was not
+delivered when a request came is put over whatever the store answers, or over what is here if it does not, so that the
+user's next request here sees it in any case.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from itertools import count
 
 from rankd.features.feature_config import MIB, HistoriesConfig, Mode
 from rankd.features.reading.outbox import Outbox
-from rankd.features.stores.event_records import appended, mark_of
+from rankd.features.stores.event_records import appended, is_history, mark_of
 from rankd.features.stores.feature_store import FeatureStore, HistoryRead, StoreFailure
 from rankd.features.stores.store_keys import history_key, history_prefix
 from rankd.observe.feature_metrics import HistoryFigures
@@ -43,24 +44,38 @@ class Freshness(Enum):
 
 @dataclass(slots=True)
 class _Held:
-    """What is kept of a user. `flight` numbers the read that brought it, `listening` is the store's number then."""
+    """What is kept of a user; its record never changes. `flight` numbers the read that brought it, `listening` is the
+    store's number then. Of a record that is `ahead` the store may lack events: one of the store's with as many events
+    and the same newest would have its mark."""
 
     record: bytes | None
     mark: bytes
     flight: int = 0
     listening: int = 0
+    ahead: bool = False
     decoded: dict[int, UserHistory] = field(default_factory=dict)
     size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A read under way: its number, the store's number and how many appends had been heard when it began."""
+
+    flight: int
+    listening: int
+    begun: int
 
 
 @dataclass(slots=True)
 class AskedHistory:
     """What a request asked: `landed` is done when the store has answered; None if nothing is waited for. `brought` is
-    what was known of the user when it was asked, then when it was answered, however soon others take its place."""
+    what was known of the user when it was asked, then when it was answered, however soon others take its place;
+    `undelivered` are the appends that the outbox had when it was asked."""
 
     key: bytes
     landed: Future[bool] | None = None
     brought: _Held | None = None
+    undelivered: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +121,25 @@ class HistoryTable:
             if trusted and self._config.mode is Mode.ASYNC:
                 self._held.move_to_end(key)
                 return AskedHistory(key, brought=held)
-            flight, mark = next(self._flights), held.mark if held is not None else b""
             heard, under_way = self._heard.setdefault(key, ([], []))
-            under_way.append(flight)
-            begun = len(heard)
+            reading = _Read(next(self._flights), listening, len(heard))
+            under_way.append(reading.flight)
             self._asked += 1
-        asked = AskedHistory(key, Future(), held)
+        # Before the store is asked: what is delivered from here on may be too late for its answer.
+        undelivered = b"".join(self._outbox.undelivered_of(key)) if self._outbox is not None else b""
+        asked = AskedHistory(key, Future(), held, undelivered)
 
         def came(future: Future[HistoryRead]) -> None:
             good = False
             try:
-                read = future.result() if future.exception() is None else None
-                asked.brought = self._land(asked, flight, listening, begun, read) or asked.brought
+                read = _readable(future)
+                self._land(asked, reading, read)
                 good = read is not None
             finally:
                 assert asked.landed is not None  # noqa: S101 - made above
                 asked.landed.set_result(good)
 
+        mark = b"" if held is None else ANOTHER_MARK if held.ahead else held.mark
         self._store.history(key, mark).add_done_callback(came)
         return asked
 
@@ -131,26 +148,27 @@ class HistoryTable:
         if self._store.local:
             return self._counted(self._read_local(asked.key, token))
         with self._lock:
-            held = self._held.get(asked.key, asked.brought)
-            landed = asked.landed
-            if landed is None or (landed.done() and landed.result()):
-                freshness = Freshness.FRESH
-            else:
-                freshness = Freshness.STALE if held is not None else Freshness.DEFAULT
-        if held is None:
-            return self._counted(HistoryNow(b"", None, None, freshness))
-        return self._counted(HistoryNow(held.mark, held.record, held.decoded.get(token), freshness))
+            held, brought, landed = self._held.get(asked.key), asked.brought, asked.landed
+        if held is None or (brought is not None and brought.flight > held.flight):
+            held = brought  # what was here has left, and an older read may have taken its place
+        record = held.record if held is not None else None
+        if landed is None or (landed.done() and landed.result()):
+            freshness = Freshness.FRESH
+        else:
+            record = appended(record, asked.undelivered, self.most) if asked.undelivered else record
+            freshness = Freshness.DEFAULT if held is None and record is None else Freshness.STALE
+        if held is None or record is not held.record:
+            return self._counted(HistoryNow(mark_of(record), record, None, freshness))
+        return self._counted(HistoryNow(held.mark, record, held.decoded.get(token), freshness))
 
-    def keep_decoded(self, key: bytes, mark: bytes, token: int, history: UserHistory) -> None:
-        """Keep what a version made of the record with this mark, unless it is another one by now."""
+    def keep_decoded(self, key: bytes, now: HistoryNow, token: int, history: UserHistory) -> None:
+        """Keep what a version made of a record, unless another one has taken its place."""
         with self._lock:
             held = self._held.get(key)
-            if held is None and self._store.local:
-                held = _Held(None, mark)
-            elif held is None or (held.mark != mark and not self._store.local):
+            if self._store.local:
+                held = held if held is not None and held.mark == now.mark else _Held(None, now.mark)
+            elif held is None or held.record is not now.record:
                 return
-            if held.mark != mark:
-                held = _Held(None, mark)
             held.decoded[token] = history
             self._keep(key, held)
 
@@ -158,7 +176,10 @@ class HistoryTable:
         """A version is gone."""
         with self._lock:
             for held in self._held.values():
-                held.decoded.pop(token, None)
+                if held.decoded.pop(token, None) is not None:
+                    self._held_bytes -= held.size
+                    held.size = _size(held)
+                    self._held_bytes += held.size
 
     def append(self, user_id: str, records: bytes) -> bool:
         """Add event records to a user, in the store and here; returns whether the store has confirmed them.
@@ -211,9 +232,8 @@ class HistoryTable:
             held = self._held.get(key)
             decoded = held.decoded.get(token) if held is not None else None
             mark = held.mark if held is not None and decoded is not None else ANOTHER_MARK
-        try:
-            read = self._store.history(key, mark).result()
-        except StoreFailure:
+        read = _readable(self._store.history(key, mark))
+        if read is None:
             return HistoryNow(mark, None, decoded, Freshness.DEFAULT if decoded is None else Freshness.STALE)
         if not read.changed:
             with self._lock:
@@ -222,34 +242,30 @@ class HistoryTable:
             return HistoryNow(mark, None, decoded, Freshness.FRESH)
         return HistoryNow(mark_of(read.record), read.record, None, Freshness.FRESH)
 
-    def _land(
-        self, asked: AskedHistory, flight: int, listening: int, begun: int, read: HistoryRead | None
-    ) -> _Held | None:
+    def _land(self, asked: AskedHistory, reading: _Read, read: HistoryRead | None) -> None:
         """Keep what a read brought, with the appends put over it that it may have been too early for."""
         key = asked.key
         with self._lock:
             heard, under_way = self._heard[key]
-            later = heard[begun:]
-            under_way.remove(flight)
+            later = heard[reading.begun :]
+            under_way.remove(reading.flight)
             if not under_way:
                 del self._heard[key]
             if read is None:
-                return None
-            held = self._held.get(key)
-            if held is not None and held.flight > flight:
-                return held  # a read that began later was quicker
-            before = held if held is not None else asked.brought  # it may have left since it was compared
-            record = read.record if read.changed or before is None else before.record
+                return
+            held, compared = self._held.get(key), asked.brought
+            if held is not None and held.flight > reading.flight:
+                asked.brought = held  # a read that began later was quicker
+                return
             self._sent += read.changed
-            undelivered = self._outbox.undelivered_of(key) if self._outbox is not None else []
-            for more in (*later, *undelivered):
-                record = appended(record, more, self.most)
-            mark = mark_of(record)
-            if held is None or held.mark != mark:
-                held = _Held(record, mark)
-            held.flight, held.listening = flight, listening
+            record = read.record if read.changed or compared is None else compared.record
+            more = asked.undelivered + b"".join(later)
+            whole = appended(record, more, self.most) if more else record
+            if held is None or held.record != whole:
+                held = _Held(whole, mark_of(whole))
+            held.flight, held.listening, held.ahead = reading.flight, reading.listening, whole is not record
             self._keep(key, held)
-            return held
+            asked.brought = held
 
     def _hear(self, key: bytes, records: bytes) -> None:
         if key.startswith(self._prefix):
@@ -265,19 +281,19 @@ class HistoryTable:
             held = self._held.get(key)
             if held is None:
                 if not confirmed:  # all there is until the store answers; it is asked for in any case
-                    self._keep(key, _Held(record := appended(None, records, self.most), mark_of(record)))
+                    record = appended(None, records, self.most)
+                    self._keep(key, _Held(record, mark_of(record), ahead=True))
                 return
             record = appended(held.record, records, self.most)
             if record is not held.record:
-                listening = held.listening if confirmed else 0
-                self._keep(key, _Held(record, mark_of(record), held.flight, listening))
+                listening, ahead = (held.listening, held.ahead) if confirmed else (0, True)
+                self._keep(key, _Held(record, mark_of(record), held.flight, listening, ahead))
 
     def _keep(self, key: bytes, held: _Held) -> None:
         """Under the lock: hold an entry, the least recently used ones leave for it."""
         before = self._held.pop(key, None)
         self._held_bytes -= before.size if before is not None else 0
-        arrays = sum(h.rows.nbytes + h.events.nbytes + h.times.nbytes + h.values.nbytes for h in held.decoded.values())
-        held.size = ENTRY_BYTES + len(held.record or b"") + arrays
+        held.size = _size(held)
         self._held[key] = held
         self._held_bytes += held.size
         while self._held_bytes > self._budget and self._held:
@@ -288,3 +304,16 @@ class HistoryTable:
         with self._lock:
             self._freshness[now.freshness] += 1
         return now
+
+
+def _size(held: _Held) -> int:
+    arrays = sum(h.rows.nbytes + h.events.nbytes + h.times.nbytes + h.values.nbytes for h in held.decoded.values())
+    return ENTRY_BYTES + len(held.record or b"") + arrays
+
+
+def _readable(future: Future[HistoryRead]) -> HistoryRead | None:
+    """What a store answered; None if it did not, or with what is no history."""
+    if future.exception() is not None:
+        return None
+    read = future.result()
+    return read if read.record is None or is_history(read.record) else None

@@ -25,6 +25,10 @@ from rankd.features.stores.feature_store import FeatureStore, StoreFailure, Trou
 
 log = logging.getLogger("rankd")
 MAP_BYTES = 4 << 30
+MORE_BYTES = 64 << 20
+"""To note a delivery and to forget takes pages too: what a full outbox is given for that, each time it has to be."""
+AT_ONCE = 1000
+"""Appends that are noted or forgotten in one step; a step copies their pages."""
 WAKE_SECONDS = 0.1
 OWN_TRY_SECONDS = 1.0
 """Whoever adds an append delivers it; only one older than this is left to the outbox."""
@@ -62,13 +66,17 @@ class Outbox:
         except (OSError, lmdb.Error) as error:
             raise ConfigError(f"{folder}: the outbox cannot be used: {error}") from error
         self._full: type[Exception] = lmdb.MapFullError
-        self._lock = threading.Lock()
+        self._errors: tuple[type[Exception], ...] = (lmdb.Error, OSError)
+        self._writing = threading.Lock()  # held while the disk is written; taken before the other
+        self._lock = threading.Lock()  # guards what is in memory; requests take it
         self._wake = threading.Event()
         self._closed = False
         self._pending: dict[int, tuple[float, int, bytes, bytes]] = {}  # added at, most, key, records
         self._of_key: defaultdict[bytes, list[int]] = defaultdict(list)
         self._confirmed: list[tuple[int, Entry]] = []  # to be written as delivered, many at once
         self._last = 0
+        self._said: Trouble | None = None
+        self._writable = True
         self._forgotten_at = clock()
         self._recoveries = store.health().recoveries
         self._read_back()
@@ -97,20 +105,21 @@ class Outbox:
         """Write an append and sync it; returns its number.
 
         Raises:
-            StoreFailure: the disk is full; nothing is kept.
+            StoreFailure: the disk is full, or cannot be written; nothing is kept.
         """
-        with self._lock:
+        with self._writing:
             number = self._last + 1
             try:
                 with self._lmdb.begin(write=True) as change:
                     change.put(_NUMBER.pack(number), _packed((0.0, most, key, records)))
-            except (self._full, OSError) as error:
+            except self._errors as error:
                 raise StoreFailure(
                     f"the outbox takes no more events ({self.undelivered} are not delivered): {error}", Trouble.FULL
                 ) from error
             self._last = number
-            self._pending[number] = (self._clock(), most, key, records)
-            self._of_key[key].append(number)
+            with self._lock:
+                self._pending[number] = (self._clock(), most, key, records)
+                self._of_key[key].append(number)
             return number
 
     def delivered(self, number: int) -> None:
@@ -144,14 +153,22 @@ class Outbox:
                 self._forget_old()
 
     def _deliver(self, all_of_them: bool) -> bool:
-        """Give the store what it has not confirmed; whether it took everything that was due."""
+        """Give the store what it has not confirmed; whether it took everything that was due and that it can take."""
         with self._lock:
             due_since = self._clock() - (0.0 if all_of_them else OWN_TRY_SECONDS)
             due = [(number, entry) for number, entry in self._pending.items() if entry[0] <= due_since]
+        all_taken = True
         for number, (_, most, key, records) in due:
-            if self._closed or not self._give(most, key, records):
+            if self._closed:
                 return False
-            self.delivered(number)
+            trouble = self._give(most, key, records)
+            if trouble is None:
+                self.delivered(number)
+            elif trouble is Trouble.BROKEN:  # what that key holds: the others need not wait
+                all_taken = False
+            else:
+                return False
+        self._said = None if all_taken else self._said
         return True
 
     def _deliver_again(self) -> bool:
@@ -160,37 +177,73 @@ class Outbox:
         kept = [entry for _, entry in self._entries() if entry[0]]
         if kept:
             log.info("the store was away: %d delivered appends are given again", len(kept))
-        return all(not self._closed and self._give(most, key, records) for _, most, key, records in kept)
+        for _, most, key, records in kept:
+            if self._closed or self._give(most, key, records) not in (None, Trouble.BROKEN):
+                return False
+        return True
 
-    def _give(self, most: int, key: bytes, records: bytes) -> bool:
+    def _give(self, most: int, key: bytes, records: bytes) -> Trouble | None:
+        """Why the store did not take an append; None if it did."""
         try:
             self._store.append(key, records, most).result()
         except StoreFailure as error:
-            log.warning("%d appends wait for the store: %s", self.undelivered, error)
-            self._wake.wait(WAKE_SECONDS)
-            return False
-        return True
+            if error.trouble is not self._said:
+                log.warning("%d appends wait for the store: %s", self.undelivered, error)
+            self._said = error.trouble
+            return error.trouble
+        return None
 
     def _write_confirmed(self) -> None:
         """Lost if the process dies before: then they are delivered once more, and do not count twice."""
-        with self._lock:
-            confirmed, self._confirmed = self._confirmed, []
-        if confirmed:
-            with self._lmdb.begin(write=True) as change:
-                for number, entry in confirmed:
-                    change.put(_NUMBER.pack(number), _packed(entry))
+        noted: list[tuple[int, Entry]] = []
+
+        def note(change: Any) -> None:
+            for number, entry in noted:
+                change.put(_NUMBER.pack(number), _packed(entry))
+
+        while True:
+            with self._lock:
+                del self._confirmed[: len(noted)]
+                noted = self._confirmed[:AT_ONCE]
+            if not noted or not self._write(note):
+                return
 
     def _forget_old(self) -> None:
         """Deliveries are nearly in the order of their numbers: stop at the first that is kept."""
         now = self._forgotten_at = self._clock()
-        with self._lmdb.begin(write=True) as change:
-            cursor = change.cursor()
-            alive = cursor.first()
-            while alive:
-                moment = _unpacked(cursor.value())[0]
-                if not moment or moment >= now - self._keep:
-                    return
-                alive = cursor.delete() and bool(cursor.key())
+        old: list[bytes] = []
+
+        def forget(change: Any) -> None:
+            del old[:]
+            for number, value in change.cursor():
+                moment = _unpacked(value)[0]
+                if moment >= now - self._keep or len(old) == AT_ONCE:
+                    break
+                old.extend([number] if moment else [])
+            for number in old:
+                change.delete(number)
+
+        while self._write(forget) and len(old) == AT_ONCE:
+            pass
+
+    def _write(self, change_with: Callable[[Any], None]) -> bool:
+        """Change what is on the disk; False if it cannot be written: then it is tried again later."""
+        with self._writing:
+            try:
+                try:
+                    with self._lmdb.begin(write=True) as change:
+                        change_with(change)
+                except self._full:
+                    self._lmdb.set_mapsize(self._lmdb.info()["map_size"] + MORE_BYTES)
+                    with self._lmdb.begin(write=True) as change:
+                        change_with(change)
+            except self._errors as error:
+                if self._writable:
+                    log.warning("the outbox cannot be written: %s", error)
+                self._writable = False
+                return False
+            self._writable = True
+        return True
 
     def _read_back(self) -> None:
         for number, (moment, most, key, records) in self._entries():

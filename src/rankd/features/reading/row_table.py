@@ -335,9 +335,12 @@ def _read_flight(
         places = np.asarray([i for i, _ in found], np.int64)
         rows = np.asarray([row for _, row in found], np.int64)
     there = flight.present[rows]
-    status[places[~there]] = RowStatus.ABSENT
+    gone = places[~there]  # what an old row has written already is counted as that
+    status[gone] = np.where(status[gone] == RowStatus.STALE, RowStatus.STALE, RowStatus.ABSENT)
     decoded = decoder.decode(flight.rows[rows[there]], numeric, categories, places[there])
-    status[places[there]] = np.where(decoded, RowStatus.FRESH, RowStatus.WRONG_SCHEMA)
+    known = places[there]
+    otherwise = np.where(status[known] == RowStatus.STALE, RowStatus.STALE, RowStatus.WRONG_SCHEMA)
+    status[known] = np.where(decoded, RowStatus.FRESH, otherwise)
 
 
 def _count(status: Array) -> RowCounts:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rankd.errors import ConfigError
 from rankd.features.cache.row_cache import RowCache
 from rankd.features.feature_config import FeatureConfig
 from rankd.features.reading.gate import Alarm
@@ -49,10 +50,12 @@ class SharedFeatures:
         """Follow what the store says of the tables.
 
         Raises:
-            StoreFailure: it did not answer; what was known stays.
+            StoreFailure, ConfigError: as `RowTable.look`, of one of them; the other one is followed all the same.
         """
-        self.items.look()
-        self.users.look()
+        try:
+            self.items.look()
+        finally:
+            self.users.look()
 
     def figures(self) -> FeatureFigures:
         """A snapshot."""
@@ -107,7 +110,7 @@ class FeatureService:
 
     def figures(self) -> dict[str, FeatureFigures]:
         """Snapshots by namespace."""
-        return {namespace: shared.figures() for namespace, shared in self._shared.items()}
+        return {namespace: shared.figures() for namespace, shared in list(self._shared.items())}
 
     def close(self) -> None:
         """Finish what is under way; nothing is asked after this."""
@@ -133,12 +136,15 @@ class FeatureService:
 
     def _follow(self) -> None:
         while not self._end.wait(LOOK_SECONDS):
-            try:
-                for shared in list(self._shared.values()):
+            trouble = ""
+            for shared in list(self._shared.values()):
+                try:
                     shared.look()
-                self._say("")
-            except StoreFailure as error:
-                self._say(f"the feature store does not answer: {error}")
+                except StoreFailure as error:
+                    trouble = f"the feature store does not answer: {error}"
+                except ConfigError as error:
+                    trouble = f"a table of '{shared.namespace}' cannot be read: {error}"
+            self._say(trouble)
 
     def _say(self, what: str) -> None:
         """Log what changed, once."""

@@ -10,13 +10,16 @@ a hash of the whole, because LMDB takes 511 bytes at most.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
+import numpy as np
 import xxhash
+
+from rankd.types import Array
 
 MAX_KEY_BYTES = 480
 _HASH_BYTES = 16
-MAX_HASH = 2**64
 
 
 def meta_key(namespace: str, table: str) -> bytes:
@@ -50,6 +53,13 @@ def hash_id(identity: str) -> int:
     Of a million ids two are alike with a probability of 3e-8.
     """
     return xxhash.xxh3_64_intdigest(identity.encode()) or 1
+
+
+def hash_ids(identities: Sequence[str]) -> Array:
+    """(n,) uint64, the `hash_id` of each."""
+    keys = np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, identities)), np.uint64, len(identities))
+    keys[keys == 0] = 1
+    return keys
 
 
 def _bounded(key: bytes) -> bytes:

@@ -349,7 +349,7 @@ def test_a_request_that_waits_for_rows_holds_up_nobody(over: OverStore) -> None:
     over.store.holds = {"get"}
     waiting = [over.ranker.submit(RankRequest(user, over.items[400 + 20 * n : 420 + 20 * n])) for n in range(5)]
     for _ in range(10):
-        assert over.ranker.rank(RankRequest(user, over.items[:20])).state == "cached"
+        assert over.ranker.submit(RankRequest(user, over.items[:20])).result(20).state == "cached"
     assert not any(future.done() for future in waiting)
     over.store.release_all()
     assert [future.result(20).degraded for future in waiting] == [()] * 5

@@ -189,13 +189,13 @@ def test_items_take_their_places_in_the_order_in_which_they_are_ready() -> None:
     with started() as line:
         readiness = Readiness()
         futures = [line.submit(partial(done.append, n), when=readiness.when) for n in range(4)]
-        line.submit(partial(done.append, 9)).result()
+        line.submit(partial(done.append, 9)).result(20)
         assert done == [9]
         assert line.waiting == 4
         for number in (2, 0, 3, 1):
             readiness.waiting[number]()
-            futures[number].result()
-        assert line.submit(partial(done.append, 7), when=lambda then: then()).result() is None  # ready at once
+            futures[number].result(20)
+        assert line.submit(partial(done.append, 7), when=lambda then: then()).result(20) is None  # ready at once
     assert done == [9, 2, 0, 3, 1, 7]
     assert line.waiting == 0
 
@@ -209,13 +209,13 @@ def test_items_that_are_not_ready_count_against_the_limit() -> None:
                 line.submit(lambda: None, when=when)
         assert len(readiness.waiting) == 2  # nobody waits for who was refused
         readiness.waiting.pop()()
-        assert accepted[1].result() == 1
+        assert accepted[1].result(20) == 1
         while line.waiting > 1:
             pass
         accepted.append(line.submit(partial(int, 2)))
-        assert accepted[2].result() == 2
+        assert accepted[2].result(20) == 2
         readiness.waiting.pop()()
-        assert accepted[0].result() == 0
+        assert accepted[0].result(20) == 0
 
 
 def test_closing_waits_for_what_is_accepted_and_not_ready() -> None:
@@ -232,7 +232,7 @@ def test_closing_waits_for_what_is_accepted_and_not_ready() -> None:
             break
     for number in (3, 1, 0):
         readiness.waiting[number]()
-        futures[number].result()
+        futures[number].result(20)
     assert closing.is_alive()
     readiness.waiting[2]()
     closing.join(20)
@@ -249,8 +249,8 @@ def test_an_item_that_is_ready_after_its_deadline_is_not_run() -> None:
         for ready in readiness.waiting:
             ready()
         with pytest.raises(DeadlineExceeded):
-            late.result()
-        in_time.result()
+            late.result(20)
+        in_time.result(20)
     assert ran == [3]
 
 
@@ -291,7 +291,7 @@ def test_items_that_get_ready_on_other_threads_join_calls_and_are_run_once_each(
         line.close()
         for thread in threads:
             thread.join()
-    assert [future.result() for future in futures] == list(range(400))
+    assert [future.result(20) for future in futures] == list(range(400))
     assert ran == [1] * 400
     assert sum(calls) == 400
     assert max(calls) <= 4

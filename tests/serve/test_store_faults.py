@@ -23,6 +23,7 @@ from rankd.features.stores.open_store import open_store
 from rankd.features.stores.store_config import StoreConfig
 from rankd.features.stores.store_keys import row_key, row_prefix
 from rankd.serve.lifecycle import Server
+from rankd.types import RowCounts
 from tests.features.stores.redis_server import RedisServer, eventually, running_redis
 from tests.serve.filled_store import SCHEMA, features, fill, filled, item_frame, serving
 
@@ -224,7 +225,7 @@ def test_rows_of_another_schema_are_not_read(subject: Subject) -> None:
 
     def follows() -> bool:
         answer = subject.ask(0, 20)
-        return answer.degraded == () and answer.rows["items"].fresh == 20
+        return answer.degraded == () and answer.rows.get("items", RowCounts()).fresh == 20
 
     eventually(follows, "the new schema is read")
     assert subject.metric("rankd_feature_generation", table="items") == 2

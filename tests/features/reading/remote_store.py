@@ -173,6 +173,7 @@ class RemoteStore:
 
     def health(self) -> StoreHealth:
         """Up unless it is away."""
+        self.calls["health"] += 1
         return StoreHealth(up=self.away is None, trouble=self.away or self.trouble, recoveries=self.recoveries)
 
     def close(self) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
+from random import Random
 from typing import cast
 
 import numpy as np
@@ -305,6 +309,38 @@ def test_a_read_that_the_outbox_overtakes_shows_what_was_acknowledged(mode: Mode
     assert subject.now(asked) == ([1], Freshness.FRESH)
 
 
+@pytest.mark.parametrize("known", ["nothing", "what was there", "what comes"])
+def test_a_record_that_is_ahead_of_the_store_is_not_taken_for_the_stores(known: str) -> None:
+    """Here are one event that is not delivered and one that is confirmed, there are that one and one of another server:
+    as many, and the same newest."""
+    subject = Subject(outbox=True)
+    subject.store.mute()
+    subject.elsewhere(1)
+    if known == "what was there":
+        subject.ask()
+    subject.store.holds = {"history"} if known == "what comes" else set()
+    asked = subject.table.ask("u") if known == "what comes" else None
+    subject.store.away = Trouble.DOWN
+    subject.table.append("u", records(2))
+    subject.store.away, subject.store.holds = None, set()
+    if asked is not None:
+        subject.store.release()
+        assert subject.now(asked) == ([1, 2], Freshness.FRESH)
+    expected = [1, 2, 4]
+    if known != "nothing":
+        subject.elsewhere(3)
+        expected = [1, 2, 3, 4]
+    assert subject.table.append("u", records(4))
+    for _ in range(2):
+        shown, freshness = subject.ask()
+        assert (sorted(shown), freshness) == (expected, Freshness.FRESH)
+    subject.deliver()
+    assert sorted(subject.ask()[0]) == expected
+    sent = subject.table.figures().sent
+    subject.ask()
+    assert subject.table.figures().sent == sent
+
+
 def test_a_value_that_is_no_history_is_no_answer(mode: Mode) -> None:
     for garbage in (b"short", b"\0" * 24, b"\1" + b"\0" * 99):
         subject = Subject(mode)
@@ -361,9 +397,9 @@ def test_what_versions_decoded_is_kept_until_the_record_changes_or_they_go() -> 
         assert found is not None
         assert found.times.tolist() == [1]
     subject.table.forget_decoded(1)
+    assert subject.table.figures().kept_bytes < bytes_of_two
     assert subject.table.now(subject.table.ask("u"), 1).decoded is None
     assert subject.table.now(subject.table.ask("u"), 2).decoded is not None
-    assert subject.table.figures().kept_bytes < bytes_of_two
     before = subject.table.now(subject.table.ask("u"), 1)
     subject.elsewhere(2)
     assert subject.table.now(subject.table.ask("u"), 2).decoded is None
@@ -391,6 +427,56 @@ def test_only_this_namespace_is_heard_of() -> None:
     subject.store.tell_all()
     assert subject.ask() == ([], Freshness.FRESH)
     assert subject.table.figures().asked == 1
+
+
+@pytest.mark.parametrize("budget", [TINY, ROOMY])
+@pytest.mark.parametrize("outbox", [True, False])
+def test_read_your_writes_among_threads(mode: Mode, budget: int, outbox: bool) -> None:
+    """Answers come on a thread of the store, in any order, some never; a subscription tells, breaks and comes back."""
+    subject, numbers, quiet = Subject(mode, budget, outbox), count(1), threading.Event()
+    subject.store.holds = {"history", "append"}
+    acknowledged: dict[str, set[int]] = {"u": set(), "v": set()}
+
+    def serve() -> None:
+        random, store = Random(1), subject.store
+        while not quiet.wait(0.0 if store.waiting else 0.0002):
+            if store.waiting:
+                call = store.take(random.randrange(len(store.waiting)))
+                call.fail() if random.random() < 0.1 else call.answer()
+            if store.pushes and random.random() < 0.7:
+                store.tell()
+            if random.random() < 0.02:
+                store.mute() if store.listening() else store.unmute()
+            if outbox and random.random() < 0.2:
+                subject.deliver()
+
+    def live(user: str) -> list[str]:
+        wrong = []
+        for _ in range(200):
+            event = next(numbers)
+            with suppress(StoreFailure):
+                subject.table.append(user, records(event))
+                acknowledged[user].add(event)
+            expected = set(acknowledged[user])
+            asked = subject.table.ask(user)
+            if asked.landed is not None:
+                asked.landed.result(20)
+            shown, freshness = subject.now(asked)
+            if freshness is Freshness.FRESH and not expected <= set(shown):
+                wrong.append(f"{user} misses {expected - set(shown)}")
+            if len(shown) != len(set(shown)):
+                wrong.append(f"{user} has events twice")
+        return wrong
+
+    with ThreadPoolExecutor(5) as pool:
+        serving = pool.submit(serve)
+        living = [pool.submit(live, user) for user in "uuvv"]
+        wrong = [one.result(60) for one in living]
+        quiet.set()
+        serving.result(20)
+    assert wrong == [[]] * 4
+    assert subject.table._heard == {}
+    assert subject.table.figures().kept_bytes <= budget
 
 
 class Question:
@@ -423,9 +509,9 @@ class HistoryMachine(RuleBasedStateMachine):
         self.appends: list[tuple[Call, Future[bool], str, set[int]]] = []
         self.delivering: list[int] = []
 
-    def new(self, user: str, count: int) -> tuple[bytes, set[int]]:
-        events = range(self.next, self.next + count)
-        self.next += count
+    def new(self, user: str, number: int) -> tuple[bytes, set[int]]:
+        events = range(self.next, self.next + number)
+        self.next += number
         self.tried[user] |= set(events)
         return records(*events), set(events)
 

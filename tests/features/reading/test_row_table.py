@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -79,11 +80,11 @@ class Subject:
         assert asked is not None
         return asked
 
-    def read(self, asked: AskedRows) -> tuple[RowCounts, Float32Array]:
+    def read(self, asked: AskedRows, until: float | None = None) -> tuple[RowCounts, Float32Array]:
         """The counts, and (n, 2) the numbers and loadings that were written; DEFAULT where none was."""
         numeric = np.full((asked.keys.shape[0], 2), DEFAULT, np.float32)
         nothing = np.zeros((asked.keys.shape[0], 0), np.int32)
-        counts = self.table.read_into(asked, DECODERS[asked.loaded.schema.mark], numeric, nothing)
+        counts = self.table.read_into(asked, DECODERS[asked.loaded.schema.mark], numeric, nothing, until)
         assert counts.fresh + counts.stale + counts.default + counts.absent == np.count_nonzero(asked.keys)
         return counts, numeric
 
@@ -191,6 +192,24 @@ def test_rows_that_left_the_cache_meanwhile_are_read_from_their_flight(budget: i
     subject.answer(*numbers)
     assert subject.read(first)[0] == RowCounts(fresh=40)
     assert subject.read(second)[0] == RowCounts(fresh=80)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_row_that_was_here_and_has_left_is_fetched_again(mode: Mode, answers: bool) -> None:
+    """By a sync table, and not for longer than the request waits."""
+    subject = Subject(mode)
+    subject.follow(1, range(1, 10))
+    subject.answer(1, 2, 3)
+    asked = subject.ask(1, 2, 3, 0)
+    assert asked.flights == []
+    assert asked.loaded.cache is not None
+    asked.loaded.cache.drop(asked.keys[:2])
+    subject.store.holds = set() if answers else {"get"}
+    missing = RowCounts(fresh=1, default=2)
+    expected = RowCounts(fresh=3) if answers and mode is Mode.SYNC else missing
+    assert subject.read(asked, time.perf_counter() + 0.05)[0] == expected
+    times = 2 if mode is Mode.SYNC else 1
+    assert subject.fetched() == {1: times, 2: times, 3: 1}
 
 
 def test_without_a_cache_every_request_fetches() -> None:
@@ -428,7 +447,9 @@ def test_behind_requests_the_new_loading_is_fetched() -> None:
     subject.follow(2, range(1, 30), OTHER)
     subject.answer(1)  # the one under way is of the loading before
     subject.store.release_all()
+    assert subject.fetched() == {1: 2, 2: 1}
     assert subject.answer(1, 2) == (RowCounts(fresh=2), [2, 2])
+    assert subject.fetched() == {1: 2, 2: 1}
 
 
 class RowTableMachine(RuleBasedStateMachine):

@@ -24,6 +24,7 @@ from rankd.bench.redis_process import RedisProcess
 from rankd.bench.report import percentile, percentiles
 from rankd.bench.zipf_requests import ZipfRequests
 from rankd.errors import EngineFailure
+from rankd.features.feature_config import MIB
 
 CONNECTIONS = 64
 CLOSED_CONNECTIONS = 4
@@ -38,7 +39,6 @@ LEAD = 0.1
 """Of a measurement's time that comes before it and does not count: others had the processor until now."""
 TURN = 100_000
 """Places in the sequence of requests from one measurement to the next; more than any of them needs."""
-MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

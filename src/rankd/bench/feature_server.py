@@ -5,19 +5,15 @@ In: a model repository, the store's address, a Contestant. Out: requests over HT
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from rankd.bench.load import http_request
 from rankd.bench.placement import Cpus, cpu_seconds, on_cpus, resident_bytes
-from rankd.bench.served_model import POLL_SECONDS, READY_SECONDS, ServedModel
+from rankd.bench.served_model import ServedModel
 from rankd.errors import Unavailable
 from rankd.features.feature_config import Mode
 from rankd.features.reading.shared_features import ITEMS, USERS
@@ -63,7 +59,6 @@ class Setting:
         """A contestant's configuration as RANKD_* variables."""
         budgets = {ITEMS: self.items_mib, USERS: float(USERS_MIB), "histories": float(HISTORIES_MIB)}
         values: dict[str, object] = {
-            "PORT": 0,
             "HISTORIES": self.no_histories,
             "FEATURES__STORE__URL": self.store_url,
             "FEATURES__STORE__TIMEOUT_MS": PATIENCE_MS,
@@ -108,9 +103,8 @@ class FeatureServer(ServedModel):
     """A contestant's process while the context manager is open, on the cpus that are a server's."""
 
     def __init__(self, setting: Setting, contestant: Contestant, cpus: Cpus | None) -> None:
-        super().__init__(setting.root)
-        self.contestant = contestant
-        self._setting, self._cpus = setting, cpus
+        super().__init__(setting.root, contestant.command, setting.variables(contestant))
+        self.contestant, self._cpus = contestant, cpus
 
     @property
     def pid(self) -> int:
@@ -123,35 +117,6 @@ class FeatureServer(ServedModel):
             raise Unavailable(f"the server of contestant '{self.contestant.name}' was not started")
         return self._process.pid
 
-    def start(self) -> float:
-        """Start, and wait until it is ready; returns the seconds that took.
-
-        Raises:
-            Unavailable: it ended, or was not ready in time; the message has the end of its log.
-        """
-        started = time.perf_counter()
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RANKD_")}
-        command = [sys.executable, "-m", *self.contestant.command, str(self._root)]
-        with on_cpus(self._cpus):
-            self._process = subprocess.Popen(  # noqa: S603 - our own command
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=self._log,
-                env=clean | self._setting.variables(self.contestant),
-            )
-        try:
-            while not self._is_ready():
-                if self._process.poll() is not None or time.perf_counter() - started > READY_SECONDS:
-                    raise Unavailable(
-                        f"the server of contestant '{self.contestant.name}' did not become ready; its log ends so:\n"
-                        f"{self._text()[-2000:]}"
-                    )
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            self.close()
-            raise
-        return time.perf_counter() - started
-
     def figures(self) -> ServerFigures:
         """A snapshot.
 
@@ -159,8 +124,11 @@ class FeatureServer(ServedModel):
             Unavailable: it ended.
             OSError: it does not answer.
         """
-        request = http_request("/metrics", b"", {}).replace(b"POST", b"GET", 1)
-        return figures_from(self.exchange(request).body.decode(), cpu_seconds(self.pid), resident_bytes(self.pid))
+        return figures_from(self.metrics_text(), cpu_seconds(self.pid), resident_bytes(self.pid))
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        with on_cpus(self._cpus):
+            return super()._launch()
 
 
 def figures_from(text: str, cpu_s: float = 0.0, resident: int = 0) -> ServerFigures:

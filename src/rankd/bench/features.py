@@ -21,7 +21,7 @@ from pathlib import Path
 from rankd.artifact import Artifact
 from rankd.bench.delaying_proxy import DelayingProxy
 from rankd.bench.ended_in_order import ended_in_order, take_signals_again
-from rankd.bench.feature_cells import MIB, Cell, Scene, Turns, find_rates, hit_rate, measure_round
+from rankd.bench.feature_cells import Cell, Scene, Turns, find_rates, hit_rate, measure_round
 from rankd.bench.feature_report import Measured, WarmUp, about, ratios, results
 from rankd.bench.feature_rows import fill_store
 from rankd.bench.feature_server import ASYNC, CONTESTANTS, FeatureServer, ServerFigures, Setting
@@ -35,6 +35,7 @@ from rankd.bench.wire_forms import Form, decode_scores, encode_request
 from rankd.bench.workload import Workload
 from rankd.bench.zipf_requests import ZipfRequests
 from rankd.errors import EngineFailure
+from rankd.features.feature_config import MIB
 
 STEADY = 0.01
 """Change of a hit rate from one stretch of the warm-up to the next that counts as none."""

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import MappingProxyType
 from typing import Any, Self
 
 import msgspec
@@ -25,10 +27,19 @@ POLL_SECONDS = 0.02
 
 
 class ServedModel:
-    """A model repository being served; use it as a context manager. `host` and `port` are known once it is started."""
+    """A model repository being served; use it as a context manager. `host` and `port` are known once it is started.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    `command` is what `python -m` runs, with the repository behind it; `variables` are its own, of which it reads
+    RANKD_*.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        command: Sequence[str] = ("rankd", "serve"),
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._root, self._command, self._variables = root, command, variables
         self._log = TemporaryFile()  # noqa: SIM115 - the server writes to it as long as it lives
         self._process: subprocess.Popen[bytes] | None = None
         self.host, self.port = "", 0
@@ -40,16 +51,13 @@ class ServedModel:
             Unavailable: it ended, or was not ready in time; the message has the end of its log.
         """
         started = time.perf_counter()
-        command = [sys.executable, "-m", "rankd", "serve", str(self._root), "--port", "0"]
-        # The contestant in process reads no variables either.
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RANKD_")}
-        self._process = subprocess.Popen(  # noqa: S603 - our own command
-            command, stdout=subprocess.DEVNULL, stderr=self._log, env=clean
-        )
+        self._process = self._launch()
         try:
             while not self._is_ready():
                 if self._process.poll() is not None or time.perf_counter() - started > READY_SECONDS:
-                    raise Unavailable(f"`rankd serve` did not become ready; its log ends so:\n{self._text()[-2000:]}")
+                    raise Unavailable(
+                        f"`{' '.join(self._command)}` did not become ready; its log ends so:\n{self._text()[-2000:]}"
+                    )
                 time.sleep(POLL_SECONDS)
         except BaseException:
             self.close()
@@ -81,12 +89,15 @@ class ServedModel:
         spent: dict[str, Any] = about["inference_stats"]["compute_infer"]
         return spent["count"], spent["ns"] / 1e6
 
+    def metrics_text(self) -> str:
+        """What /metrics says."""
+        return self.exchange(_get("/metrics")).body.decode()
+
     def state_origins(self, model: str) -> dict[str, float]:
         """Requests by where their user's state came from, as /metrics counts them."""
-        text = self.exchange(_get("/metrics")).body.decode()
         return {
             sample.labels["origin"]: sample.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(self.metrics_text())
             for sample in family.samples
             if sample.name == "rankd_states_total" and sample.labels["model"] == model
         }
@@ -97,6 +108,14 @@ class ServedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", *self._command, str(self._root)]
+        # The contestant in process reads no variables either.
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RANKD_")}
+        return subprocess.Popen(  # noqa: S603 - our own command
+            command, stdout=subprocess.DEVNULL, stderr=self._log, env={**clean, "RANKD_PORT": "0", **self._variables}
+        )
 
     def _is_ready(self) -> bool:
         found = re.search(r"listening on http://([\d.]+):(\d+)", self._text())

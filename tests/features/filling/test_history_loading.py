@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,31 +20,8 @@ from rankd.features.stores.feature_store import FeatureStore, StoreFailure
 from rankd.features.stores.memory_store import MemoryStore
 from rankd.features.stores.store_keys import hash_id, history_key
 from tests.features.filling.small_tables import TroubledStore, failing_at
-from tests.features.stores.conftest import make_store
-from tests.features.stores.redis_server import RedisServer, running_cluster, running_redis
 
 VIEWS = HistoryOptions(event="view", in_flight=3)
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """For `make_store`."""
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
-    """For `make_store`."""
-    with running_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
-        yield nodes
-
-
-@pytest.fixture(params=["memory", "lmdb", "redis", "redis+cluster"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FeatureStore]:
-    """An empty store of each kind."""
-    with closing(make_store(request.param, request, tmp_path)) as made:
-        yield made
 
 
 def load(store: FeatureStore, path: Path, frame: pl.DataFrame, options: HistoryOptions = VIEWS) -> HistoryReport:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -27,31 +25,8 @@ from tests.features.filling.small_tables import (
     price_of,
     stored_rows,
 )
-from tests.features.stores.conftest import make_store
-from tests.features.stores.redis_server import RedisServer, running_cluster, running_redis
 
 QUICK = LoadOptions(grace_seconds=0.0, watch_seconds=0.3, batch_rows=100, patience_seconds=5.0)
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """For `make_store`."""
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
-    """For `make_store`."""
-    with running_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
-        yield nodes
-
-
-@pytest.fixture(params=["memory", "lmdb", "redis", "redis+cluster"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FeatureStore]:
-    """An empty store of each kind."""
-    with closing(make_store(request.param, request, tmp_path)) as made:
-        yield made
 
 
 def load(store: FeatureStore, path: Path, options: LoadOptions = QUICK, schema: RowSchema = SCHEMA) -> LoadReport:

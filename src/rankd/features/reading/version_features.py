@@ -169,7 +169,7 @@ class VersionFeatures:
 
     def user(self, fetch: Fetch) -> UserFeatures:
         """The features of the user: the store's where it has them, else the artifact's."""
-        known = self._packed_user(fetch.user_id)
+        known = self.user_features(fetch.user_id)
         asked = fetch.users
         if asked is None:
             return known
@@ -220,14 +220,17 @@ class VersionFeatures:
             raise InvalidRequest("an append needs a user_id and at least one event")
         raw = raw_events(events, self.schema)
         confirmed = self.shared.histories.append(user_id, pack_events(raw))
-        rows = self.catalogue.rows_of([event.item_id for event in events])
+        rows = self.rows_of([event.item_id for event in events])
         unknown = (event.item_id for event, row in zip(events, rows, strict=True) if row == UNKNOWN_ROW)
         stored = self.stored_history(user_id)
         return Appended(len(stored or ()), tuple(dict.fromkeys(unknown)), confirmed)
 
     def user_features(self, user_id: str) -> UserFeatures:
         """The artifact's features of a user."""
-        return self._packed_user(user_id)
+        position = self._users.get(user_id)
+        if position is None:
+            return no_user_features(self.schema)
+        return UserFeatures(self.catalogue.users.categories[position], self.catalogue.users.numeric[position])
 
     def user_ids(self, limit: int) -> list[str]:
         """Some users with a history, those with newly appended events first."""
@@ -244,12 +247,6 @@ class VersionFeatures:
         if position is None:
             return None
         return self.catalogue.users.history_of(position).last(self.schema.stored_history)
-
-    def _packed_user(self, user_id: str) -> UserFeatures:
-        position = self._users.get(user_id)
-        if position is None:
-            return no_user_features(self.schema)
-        return UserFeatures(self.catalogue.users.categories[position], self.catalogue.users.numeric[position])
 
     def _read(
         self, table: RowTable, asked: AskedRows, numeric: Float32Array, categories: Int32Array, until: float | None

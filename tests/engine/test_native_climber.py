@@ -143,7 +143,15 @@ def test_scores_as_the_module_does(tokens: int, lengths: list[int], count: int) 
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("blocks", "features", "more"),
-    [(1, True, {}), (3, False, {}), (2, False, {"heads": 2}), (4, True, {"direct": False, "layers": 1})],
+    [
+        (1, True, {}),
+        (3, False, {}),
+        (2, False, {"heads": 2}),
+        (4, True, {"direct": False, "layers": 1}),
+        (2, True, {"width": 64}),  # heads of 16
+        (1, True, {"heads": 1, "layers": 3}),
+        (4, False, {"width": 96, "heads": 2}),  # heads of 48
+    ],
 )
 def test_other_models(blocks: int, features: bool, more: dict[str, Any]) -> None:
     schema, options = schema_of(blocks, features), OPTIONS | more
@@ -155,13 +163,14 @@ def test_other_models(blocks: int, features: bool, more: dict[str, Any]) -> None
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"width": 64}], ids=["heads of 32", "heads of 16"])
 @pytest.mark.parametrize(
     ("known", "new"), [([20, 3], [5, 5]), ([0, 16], [1, 4]), ([30, 30], [0, 2]), ([1, 2], [17, 13])]
 )
-def test_extends_as_the_module_does(known: list[int], new: list[int]) -> None:
+def test_extends_as_the_module_does(known: list[int], new: list[int], options: dict[str, Any]) -> None:
     schema = schema_of()
-    model = model_of(schema, OPTIONS)
-    native = native_of(model, schema, OPTIONS)
+    model = model_of(schema, options)
+    native = native_of(model, schema, options)
     history = history_of(schema, 30, known)
     more = history_of(schema, max(new), new, seed=1, since=10**6)
     expected = model.extend(model.encode(tensors(history)), tensors(more))
@@ -226,12 +235,13 @@ def test_an_unknown_row_reads_the_padding_and_not_beyond_the_table() -> None:
 
 def test_says_what_it_does_not_do() -> None:
     assert "sasrec" in str(why_not(OPTIONS, schema_of(), "sasrec"))
-    assert "width / heads is 16" in str(why_not({"width": 64, "heads": 4}, schema_of()))
+    assert "width / heads is 8" in str(why_not({"width": 64, "heads": 8}, schema_of()))
+    assert "width is 48" in str(why_not({"width": 48, "heads": 3}, schema_of()))
     assert "width x blocks / 4 is 16" in str(why_not({"width": 64, "heads": 2}, schema_of(1)))
     schema = schema_of()
     model = model_of(schema, OPTIONS)
-    with pytest.raises(ConfigError, match="width / heads"):
-        native_of(model, schema, OPTIONS | {"heads": 8})
+    with pytest.raises(ConfigError, match="width / heads is 8"):
+        native_of(model, schema, OPTIONS | {"heads": 16})
     native = native_of(model, schema, OPTIONS)
     state = native.encode(history_of(schema, 9, [9, 4]))
     with pytest.raises(EngineFailure, match="bfloat16"):

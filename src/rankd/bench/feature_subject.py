@@ -28,8 +28,6 @@ SLOT_BYTES = ROW_BYTES + 24 + 1 / 16
 """Of a row in RowCache: the row, its key and marks, and its part of a bucket's age."""
 SPARE_BYTES = 64 << 10
 """Over what the rows take: memory comes in whole pages and buckets."""
-SMALL_WIDTH = 64
-"""Models up to this width are served in float32 by OpenVINO, wider ones in bfloat16, by the native engine if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +116,7 @@ def _enlarged(workload: Workload, options: FeatureOptions) -> Workload:
 
 
 def _served(workload: Workload) -> tuple[tuple[str, ...], Precision]:
-    """The target and the precision."""
-    if workload.model.width <= SMALL_WIDTH:
-        return ("openvino",), Precision.FP32
+    """The target and the precision: bfloat16 where the machine has it, by the native engine if it runs the model."""
     options = {name: getattr(workload.model, name) for name in CLIMBER_DEFAULTS}
     if not (why_not("native", Precision.BF16) or why_not_model("native", "climber", options, schema_of(workload))):
         return ("native",), Precision.BF16

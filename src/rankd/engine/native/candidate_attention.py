@@ -28,17 +28,17 @@ def _attend(height: int, raw: Any, own: Any) -> Callable[[Sizes, LayerWeights, S
         score_row, power_row = sc.columns * 4 + PAD, sc.columns * 2 + PAD
         queries = sc.qkv + first * row + offset
         for panel in range((vectors + 1) // 2):
-            keys = sc.keys + panel * head_width * 64
+            keys = sc.keys + panel * sz.head_room * 64
             raw(queries, row, keys, head_width // 2, sc.scores + panel * 128, score_row, 0)
         itself = w.itself + (layer * sz.heads + head) * 4
         for r in range(height):
             query = queries + r * row
             candidate_softmax(
                 sc.scores + r * score_row, sc.powers + r * power_row, vectors, sc.bias, query, query + sz.width * 2,
-                head_width // 32, itself, sc.factors + r * 4,
+                head_width // 2, itself, sc.factors + r * 4,
             )  # fmt: skip
         out, out_row = sc.attended + first * (sz.width * 2 + PAD) + offset, sz.width * 2 + PAD
-        for panel in range(head_width // 32):
+        for panel in range(sz.head_room // 32):
             values, mine = sc.values + panel * sc.columns * 64, queries + sz.width * 4 + panel * 64
             own(sc.powers, power_row, values, vectors * 8, out + panel * 64, out_row, sc.factors, mine, row)
 
@@ -52,7 +52,10 @@ attend_12, attend_4, attend_1 = (
 
 @compiled
 def attend_candidates(sz: Sizes, w: LayerWeights, sc: Scratch, layer: int, rows: int, count: int) -> None:
-    """attended = attention of `rows` candidates over `count` listed keys and values and over themselves."""
+    """attended = attention of `rows` candidates over `count` listed keys and values and over themselves.
+
+    A head narrower than its room writes beyond its columns; the next one, or the padding of the row, takes that.
+    """
     seen = max(count, 1)  # of an empty history, one key far below
     for head in range(sz.heads):
         pack_head(sz, sc, head, seen)

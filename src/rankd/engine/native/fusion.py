@@ -30,7 +30,7 @@ def _attend(sz: Sizes, sc: Scratch, candidate: int) -> None:
             largest = -math.inf
             for m in range(sz.blocks):
                 key = first + m * row + sz.width * 2 + offset
-                score = dot(first + n * row + offset, key, head_width // 32)
+                score = dot(first + n * row + offset, key, head_width // 2)
                 put_float(sc.line + m * 4, score)
                 largest = max(largest, score)
             whole = 0.0

@@ -28,7 +28,7 @@ def _attend(height: int, raw: Any, scale: Any) -> Callable[[Sizes, LayerWeights,
         score_row, power_row = sc.columns * 4 + PAD, sc.columns * 2 + PAD
         queries = sc.qkv + first * row + offset
         for panel in range((vectors + 1) // 2):
-            keys = sc.keys + panel * head_width * 64
+            keys = sc.keys + panel * sz.head_room * 64
             raw(queries, row, keys, head_width // 2, sc.scores + panel * 128, score_row, 0)
         which = layer * sz.heads + head
         positions = w.positions + (which * sz.distances + sz.distances - 16) * 4
@@ -40,7 +40,7 @@ def _attend(height: int, raw: Any, scale: Any) -> Callable[[Sizes, LayerWeights,
                 sc.buckets + (first + r) * sc.columns, times, count, sc.factors + r * 4,
             )  # fmt: skip
         out = sc.attended + first * row + offset
-        for panel in range(head_width // 32):
+        for panel in range(sz.head_room // 32):
             values = sc.values + panel * sc.columns * 64
             scale(sc.powers, power_row, values, vectors * 8, out + panel * 64, row, sc.factors)
 
@@ -54,7 +54,10 @@ attend_12, attend_4, attend_1 = (
 
 @compiled
 def attend_history(sz: Sizes, w: LayerWeights, sc: Scratch, layer: int, start: int, count: int) -> None:
-    """attended = attention of `count` queries at places start.. over the keys and values that are listed."""
+    """attended = attention of `count` queries at places start.. over the keys and values that are listed.
+
+    Heads come in their order: see `attend_candidates`.
+    """
     for head in range(sz.heads):
         pack_head(sz, sc, head, start + count)
         row = 0

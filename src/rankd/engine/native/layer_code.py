@@ -12,10 +12,12 @@ from rankd.engine.native.vector_code import (
     emitted,
     ir,
     load,
+    load_first,
     number,
     repeat,
     store,
     types,
+    vectors_of,
 )
 
 
@@ -32,33 +34,40 @@ def _transpose(code: Code, rows: list[Value]) -> list[Value]:
     return rows
 
 
-def _pack_16_keys(code: Code, rows: Value, offset: Value, out: Value, blocks: Value) -> None:
-    """16 keys of `blocks` x 32 numbers into half a panel: pair p of key t goes to out + 128 p + 4 t."""
+def _pack_16_keys(code: Code, rows: Value, offset: Value, out: Value, pairs: Value) -> None:
+    """16 keys of `pairs` pairs into half a panel: pair p of key t goes to out + 128 p + 4 t.
+
+    Zeros fill up the last 16 pairs, for which there must be room.
+    """
     starts = [code.add(load(code, code.add(rows, number(8 * row)), INT64), offset) for row in range(LANES)]
 
     def block(step: Value, _held: list[Value]) -> list[Value]:
         there = code.add(out, code.mul(step, number(LANES * 128)))
-        keys = [load(code, code.add(start, code.mul(step, number(64))), INTS) for start in starts]
+        left = code.sub(pairs, code.mul(step, number(LANES)))
+        keys = [load_first(code, code.add(start, code.mul(step, number(64))), left) for start in starts]
         for pair, column in enumerate(_transpose(code, keys)):
             store(code, column, code.add(there, number(128 * pair)), 64)
         return []
 
-    repeat(code, blocks, [], block)
+    repeat(code, vectors_of(code, pairs), [], block)
 
 
-def _pack_2_values(code: Code, rows: Value, offset: Value, out: Value, panels: Value, panel_bytes: Value) -> None:
-    """Two neighbouring rows of values, interleaved, into their place of each panel of 32 columns."""
+def _pack_2_values(code: Code, rows: Value, offset: Value, out: Value, pairs: Value, panel_bytes: Value) -> None:
+    """Two neighbouring rows of 2 `pairs` values, interleaved, into their place of each panel of 32 columns; zeros fill up
+    the last one."""
     kind = ir.VectorType(ir.IntType(16), 2 * LANES)
     order = [lane // 2 + 2 * LANES * (lane % 2) for lane in range(4 * LANES)]
     starts = [code.add(load(code, code.add(rows, number(8 * row)), INT64), offset) for row in range(2)]
 
     def panel(step: Value, _held: list[Value]) -> list[Value]:
-        two = [load(code, code.add(start, code.mul(step, number(64))), kind) for start in starts]
+        left = code.sub(pairs, code.mul(step, number(LANES)))
+        there = (load_first(code, code.add(start, code.mul(step, number(64))), left) for start in starts)
+        two = [code.bitcast(row, kind) for row in there]
         both = code.shuffle_vector(*two, ir.Constant(ir.VectorType(INT, 4 * LANES), order))
         store(code, both, code.add(out, code.mul(step, panel_bytes)), 64)
         return []
 
-    repeat(code, panels, [], panel)
+    repeat(code, vectors_of(code, pairs), [], panel)
 
 
 pack_16_keys = emitted(types.void(*[types.intp] * 4), _pack_16_keys)

@@ -47,14 +47,14 @@ def list_sequence(out: int, known: int, known_count: int, new: int, new_count: i
 @compiled
 def pack_head(sz: Sizes, sc: Scratch, head: int, count: int) -> None:
     """Pack one head of `count` listed keys and values into the scratch panels, in steps of 32 places."""
-    head_width = sz.width // sz.heads
-    offset = head * head_width * 2
+    pairs = sz.width // sz.heads // 2
+    offset = head * pairs * 4
     for t in range(0, (count + 31) // 32 * 32, 16):
-        panel = sc.keys + t // 32 * head_width * 64 + t % 32 * 4
-        pack_16_keys(sc.key_rows + 8 * t, offset, panel, head_width // 32)
+        panel = sc.keys + t // 32 * sz.head_room * 64 + t % 32 * 4
+        pack_16_keys(sc.key_rows + 8 * t, offset, panel, pairs)
         for pair in range(t // 2, t // 2 + 8):
             there = sc.values + pair * 128
-            pack_2_values(sc.value_rows + 16 * pair, offset, there, head_width // 32, sc.columns * 64)
+            pack_2_values(sc.value_rows + 16 * pair, offset, there, pairs, sc.columns * 64)
 
 
 @compiled

@@ -16,6 +16,7 @@ class Sizes(NamedTuple):
     layers: int
     width: int
     heads: int
+    head_room: int  # D / H rounded up to 32: what a head takes where it is packed by itself
     ffn: int
     gate: int
     hidden: int
@@ -90,7 +91,7 @@ class Scratch(NamedTuple):
     hidden: int  # (FFN_ROWS, ffn + 32) bfloat16
     wide: int  # (C, max(N D, hidden) + 32) bfloat16
     inner: int  # (C, max(D, gate, hidden) + 32) bfloat16
-    keys: int  # packed panels of one head, (T / 32, d / 2, 64) bfloat16
+    keys: int  # packed panels of one head of room d, (T / 32, d / 2, 64) bfloat16
     values: int  # (d / 32, T / 2, 64) bfloat16
     scores: int  # (12, T + 16) float32
     powers: int  # (12, T + 32) bfloat16

@@ -28,6 +28,7 @@ from rankd.engine.native.vector_code import (
     ir,
     load,
     load_bf16,
+    load_first,
     maximum,
     multiply_pairs,
     number,
@@ -37,6 +38,7 @@ from rankd.engine.native.vector_code import (
     store_bf16,
     total,
     types,
+    vectors_of,
 )
 
 TIME_BUCKETS = 48  # models.climber.TIME_BUCKETS: three vectors of 16
@@ -127,12 +129,14 @@ def _add_scaled_bf16(code: Code, out: Value, row: Value, vectors: Value, factor:
     repeat(code, vectors, [], write)
 
 
-def _dot(code: Code, left: Value, right: Value, chunks: Value) -> Value:
-    def multiply(step: Value, held: list[Value]) -> list[Value]:
-        two = (load(code, _at(code, side, step, 64), PAIRS) for side in (left, right))
-        return [multiply_pairs(code, held[0], *two)]
+def _dot(code: Code, left: Value, right: Value, pairs: Value) -> Value:
+    """A float: the sum over `pairs` pairs of bfloat16. What is behind them on the right may be anything finite."""
 
-    return total(code, repeat(code, chunks, [spread(0.0)], multiply)[0])
+    def multiply(step: Value, held: list[Value]) -> list[Value]:
+        ours = load_first(code, _at(code, left, step, 64), code.sub(pairs, code.mul(step, number(LANES))))
+        return [multiply_pairs(code, held[0], code.bitcast(ours, PAIRS), load(code, _at(code, right, step, 64), PAIRS))]
+
+    return total(code, repeat(code, vectors_of(code, pairs), [spread(0.0)], multiply)[0])
 
 
 def _zero(code: Code, out: Value, vectors: Value) -> None:
@@ -240,10 +244,10 @@ def _history_softmax(
 
 
 def _candidate_softmax(
-    code: Code, scores: Value, out: Value, vectors: Value, bias: Value, query: Value, key: Value, chunks: Value,
+    code: Code, scores: Value, out: Value, vectors: Value, bias: Value, query: Value, key: Value, pairs: Value,
     own_bias: Value, aux: Value,
 ) -> None:  # fmt: skip
-    own = code.fadd(_dot(code, query, key, chunks), load(code, own_bias, FLOAT))
+    own = code.fadd(_dot(code, query, key, pairs), load(code, own_bias, FLOAT))
 
     def biased(step: Value, held: list[Value]) -> list[Value]:
         place = _at(code, scores, step, 64)
@@ -283,7 +287,7 @@ norm_affine = _emitted(4, _norm_affine)  # (row, vectors, weight, bias): in plac
 narrow = _emitted(3, _narrow)  # (row, vectors, out): float32 to bfloat16
 add_scaled = _emitted(3, _add_scaled, types.float32)  # (out, row, vectors, factor)
 add_scaled_bf16 = _emitted(3, _add_scaled_bf16, types.float32)
-dot = emitted(types.float32(types.intp, types.intp, types.intp), _dot)  # of bfloat16; (left, right, 32 numbers each)
+dot = emitted(types.float32(types.intp, types.intp, types.intp), _dot)  # of bfloat16; (left, right, pairs)
 zero = _emitted(2, _zero)  # (out, vectors)
 set_row = _emitted(3, _set)  # (out, row, vectors)
 history_softmax = _emitted(8, _history_softmax)

@@ -36,11 +36,13 @@ def _sizes(options: Mapping[str, Any], schema: FeatureSchema) -> str | None:
     width, heads = int(options.get("width", 64)), int(options.get("heads", 4))
     blocks = schema.num_sub_sequences
     sizes = {
-        "width / heads": width // heads,
+        "width": width,
         "width x ffn_ratio": width * int(options.get("ffn_ratio", 4)),
         "hidden": int(options.get("hidden", 128)),
         "width x blocks / 4": width * blocks // 4,
     }
+    if width // heads % 16:
+        return f"width / heads is {width // heads}, which is no multiple of 16"
     for name, size in sizes.items():
         if size % 32:
             return f"{name} is {size}, which is no multiple of 32"

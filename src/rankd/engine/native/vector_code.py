@@ -71,6 +71,11 @@ def spread(value: float) -> Value:
     return ir.Constant(FLOATS, [value] * LANES)
 
 
+def vectors_of(code: Code, lanes: Value) -> Value:
+    """How many vectors hold so many lanes."""
+    return code.lshr(code.add(lanes, number(LANES - 1)), number(4))
+
+
 def everywhere(code: Code, value: Value, kind: Any) -> Value:
     """A float or an int in all lanes."""
     undefined = ir.Constant(kind, ir.Undefined)
@@ -81,6 +86,15 @@ def everywhere(code: Code, value: Value, kind: Any) -> Value:
 def load(code: Code, address: Value, kind: Any, align: int = 1) -> Value:
     """A value of a kind at an address."""
     return code.load(code.inttoptr(address, kind.as_pointer()), align=align)
+
+
+def load_first(code: Code, address: Value, left: Value) -> Value:
+    """INTS: the first `left` of them (an int64, 1 or more) at an address, zeros in the other lanes, which are not read."""
+    lanes = ir.Constant(INTS, list(range(LANES)))
+    there = code.icmp_signed("<", lanes, everywhere(code, code.trunc(left, INT), INTS))
+    zeros = ir.Constant(INTS, [0] * LANES)
+    pointer = code.inttoptr(address, INTS.as_pointer())
+    return call(code, "llvm.masked.load.v16i32.p0", INTS, pointer, INT(4), there, zeros)
 
 
 def store(code: Code, value: Value, address: Value, align: int = 1) -> None:

@@ -124,12 +124,14 @@ def _rows(weights: Weights, table: str) -> int:
 def _sizes(weights: Weights, heads: int) -> Sizes:
     names = [name.split(".") for name in weights if name.startswith("blocks.")]
     first = "blocks.0.stack.0."
+    width = weights[first + "norm.weight"].shape[0]
     numeric = weights["tokens.numeric.0.weight"].shape[1] if "tokens.numeric.0.weight" in weights else 0
     return Sizes(
         blocks=1 + max(int(name[1]) for name in names),
         layers=1 + max(int(name[3]) for name in names),
-        width=weights[first + "norm.weight"].shape[0],
+        width=width,
         heads=heads,
+        head_room=(width // heads + 31) // 32 * 32,
         ffn=weights[first + "ffn.1.weight"].shape[0],
         gate=weights["fusion.gate.0.weight"].shape[0],
         hidden=weights["head.1.weight"].shape[0],

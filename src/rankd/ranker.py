@@ -191,8 +191,7 @@ class Ranker:
         if asked.deadline is not None:
             until = min(until, asked.deadline - COMPUTE_RESERVE * self.line.mean_seconds)
         try:
-            rows = self.features.rows_of(request.candidates)
-            return self.features.begin(request.user_id, rows, request.history is None, until)
+            return self.features.begin(request.user_id, request.candidates, request.history is None, until)
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"an id of the request cannot be written in UTF-8: {error}; send text") from error
 

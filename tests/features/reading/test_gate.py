@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
 from rankd.errors import StoreFailure
 from rankd.features.reading.gate import Alarm, Gate
+
+
+@dataclass
+class Called:
+    """What has to be called whatever else happens."""
+
+    call: Callable[[], None]
+
+    def over(self) -> bool:
+        return False
 
 
 @pytest.fixture
@@ -57,11 +69,29 @@ def test_an_alarm_calls_in_the_order_of_the_moments(alarm: Alarm) -> None:
     called: list[int] = []
     all_called = threading.Event()
     now = time.perf_counter()
-    alarm.at(now + 0.06, all_called.set)
+    alarm.at(now + 0.06, Called(all_called.set))
     for number in (3, 1, 2):
-        alarm.at(now + number / 100, lambda n=number: called.append(n))  # type: ignore[misc]
+        alarm.at(now + number / 100, Called(partial(called.append, number)))
     assert all_called.wait(10)
     assert called == [1, 2, 3]
+
+
+def test_an_alarm_forgets_what_is_over(alarm: Alarm) -> None:
+    looked = threading.Event()
+
+    class Over:
+        def call(self) -> None:
+            raise AssertionError("it was over")
+
+        def over(self) -> bool:
+            looked.set()
+            return True
+
+    alarm.at(time.perf_counter() + 3600, Over())
+    soon = threading.Event()
+    alarm.at(time.perf_counter() + 0.01, Called(soon.set))
+    assert soon.wait(10)
+    assert looked.wait(10)
 
 
 def test_many_gates_among_threads_open_once_each(alarm: Alarm) -> None:
@@ -78,6 +108,6 @@ def test_many_gates_among_threads_open_once_each(alarm: Alarm) -> None:
     for future in reversed(futures):
         future.set_result(1)
     last = threading.Event()
-    alarm.at(time.perf_counter() + 0.05, last.set)
+    alarm.at(time.perf_counter() + 0.05, Called(last.set))
     assert last.wait(10)
     assert opened == [1] * 500

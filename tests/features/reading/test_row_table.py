@@ -76,7 +76,7 @@ class Subject:
 
     def ask(self, *numbers: int) -> AskedRows:
         keys = np.asarray([hash_id(f"i{number}") if number else 0 for number in numbers], np.uint64)
-        asked = self.table.ask(keys, lambda i: f"i{numbers[i]}")
+        asked = self.table.ask(keys, [f"i{number}" for number in numbers])
         assert asked is not None
         return asked
 
@@ -122,10 +122,10 @@ def test_nothing_is_read_before_a_loading_is_found(mode: Mode) -> None:
     subject = Subject(mode)
     keys = np.asarray([hash_id("i1")], np.uint64)
     subject.table.look()
-    assert subject.table.ask(keys, lambda i: "i1") is None
+    assert subject.table.ask(keys, ["i1"]) is None
     subject.store.inner.put([(meta_key("m", "items"), encode_meta(TableMeta()))]).result()
     subject.table.look()
-    assert subject.table.ask(keys, lambda i: "i1") is None
+    assert subject.table.ask(keys, ["i1"]) is None
     subject.follow(1, range(1, 3))
     assert subject.ask(1).loaded.generation == 1
     assert subject.table.figures().generation == 1
@@ -544,7 +544,7 @@ def test_requests_of_many_threads_while_loadings_change(mode: Mode, budget: int)
         while not over.is_set():
             numbers = random.sample(range(1, 200), 30)
             keys = np.asarray([hash_id(f"i{number}") for number in numbers], np.uint64)
-            asked = subject.table.ask(keys, lambda i, numbers=numbers: f"i{numbers[i]}")  # type: ignore[misc]
+            asked = subject.table.ask(keys, [f"i{number}" for number in numbers])
             if asked is None:
                 continue  # the cache for another schema is being made
             for flight in asked.flights:

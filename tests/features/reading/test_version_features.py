@@ -66,8 +66,7 @@ class Subject:
 
     def begin(self, user: str = "", items: tuple[str, ...] = (), seconds: float = FOREVER) -> Fetch:
         """Ask for the three items, of the first user."""
-        rows = self.rows_of(*(items or self.items))
-        return self.features.begin(user or self.users[0], rows, True, time.perf_counter() + seconds)
+        return self.features.begin(user or self.users[0], items or self.items, True, time.perf_counter() + seconds)
 
     def fill(self, fetch: Fetch) -> tuple[Float32Array, Int32Array]:
         """The numeric columns and the categories of the candidates, in a bucket with more room than they need."""
@@ -265,7 +264,7 @@ def test_two_versions_share_rows_and_histories(subject: Subject) -> None:
     assert one.times.tolist() == two.times.tolist() == [5]
     subject.begin()
     reads = subject.store.calls["get"]
-    other.begin(subject.users[0], subject.rows_of(*subject.items), False, None)
+    other.begin(subject.users[0], subject.items, False, None)
     assert subject.store.calls["get"] == reads
     kept = subject.shared.figures().histories.kept_bytes
     other.close()

@@ -53,8 +53,10 @@ def _pack_16_keys(code: Code, rows: Value, offset: Value, out: Value, pairs: Val
 
 
 def _pack_2_values(code: Code, rows: Value, offset: Value, out: Value, pairs: Value, panel_bytes: Value) -> None:
-    """Two neighbouring rows of 2 `pairs` values, interleaved, into their place of each panel of 32 columns; zeros fill up
-    the last one."""
+    """Two neighbouring rows of 2 `pairs` values, interleaved, into their place of each panel of 32 columns.
+
+    Zeros fill up the last one.
+    """
     kind = ir.VectorType(ir.IntType(16), 2 * LANES)
     order = [lane // 2 + 2 * LANES * (lane % 2) for lane in range(4 * LANES)]
     starts = [code.add(load(code, code.add(rows, number(8 * row)), INT64), offset) for row in range(2)]

@@ -89,7 +89,8 @@ def load(code: Code, address: Value, kind: Any, align: int = 1) -> Value:
 
 
 def load_first(code: Code, address: Value, left: Value) -> Value:
-    """INTS: the first `left` of them (an int64, 1 or more) at an address, zeros in the other lanes, which are not read."""
+    """INTS: the first `left` of them (an int64, 1 or more) at an address; zeros in the other lanes, which it does not
+    read."""
     lanes = ir.Constant(INTS, list(range(LANES)))
     there = code.icmp_signed("<", lanes, everywhere(code, code.trunc(left, INT), INTS))
     zeros = ir.Constant(INTS, [0] * LANES)

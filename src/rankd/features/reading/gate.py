@@ -11,24 +11,40 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
+
+
+class Due(Protocol):
+    """What an alarm calls."""
+
+    def call(self) -> None:
+        """Its moment has come."""
+        ...
+
+    def over(self) -> bool:
+        """Whether it needs no call any more."""
+        ...
 
 
 class Alarm:
-    """One thread that calls what is due. `start()` is implied by the first `at`; `close()` calls nothing more."""
+    """One thread that calls what is due. `start()` is implied by the first `at`; `close()` calls nothing more.
+
+    What is over before its moment is dropped without a call when the thread looks next, so that it does not wake for
+    each of thousands of requests that were answered in time.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._due: list[tuple[float, int, Due]] = []
         self._numbers = count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def at(self, moment: float, call: Callable[[], None]) -> None:
+    def at(self, moment: float, due: Due) -> None:
         """Call at a moment of the clock, in seconds; what is called has to be quick."""
         with self._changed:
-            heapq.heappush(self._due, (moment, next(self._numbers), call))
+            heapq.heappush(self._due, (moment, next(self._numbers), due))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="rankd-alarm", daemon=True)
                 self._thread.start()
@@ -47,11 +63,14 @@ class Alarm:
         while True:
             with self._changed:
                 while not self._closed and (not self._due or self._due[0][0] > self._clock()):
-                    self._changed.wait(max(self._due[0][0] - self._clock(), 0.0) if self._due else None)
+                    if self._due and self._due[0][2].over():
+                        heapq.heappop(self._due)
+                    else:
+                        self._changed.wait(max(self._due[0][0] - self._clock(), 0.0) if self._due else None)
                 if self._closed:
                     return
-                _, _, call = heapq.heappop(self._due)
-            call()
+                _, _, due = heapq.heappop(self._due)
+            due.call()
 
 
 class Gate:
@@ -66,22 +85,27 @@ class Gate:
         self._open = False
         self._lock = threading.Lock()
         if not futures:
-            self._pass()
+            self.call()
             return
         for future in futures:
             future.add_done_callback(self._came)
         if until is not None and not self._open:
-            alarm.at(until, self._pass)
+            alarm.at(until, self)
 
     def _came(self, _: Future[Any]) -> None:
         with self._lock:
             self._left -= 1
             left = self._left
         if left == 0:
-            self._pass()
+            self.call()
 
-    def _pass(self) -> None:
+    def call(self) -> None:
+        """Open."""
         with self._lock:
             first, self._open = not self._open, True
         if first:
             self._then()
+
+    def over(self) -> bool:
+        """Whether it is open."""
+        return self._open

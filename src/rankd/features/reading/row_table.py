@@ -61,11 +61,11 @@ class Flight:
 
 @dataclass(slots=True)
 class AskedRows:
-    """What a request asked of a table: its keys, what they are the keys of, and the flights that it waits for."""
+    """What a request asked of a table: its keys, the ids behind them, and the flights that it waits for."""
 
     loaded: Loaded
     keys: Array
-    identity_of: Callable[[int], str]
+    ids: Sequence[str]
     flights: list[Flight] = field(default_factory=list)
 
 
@@ -112,26 +112,24 @@ class RowTable:
             log.info("table '%s' of '%s': loading %d, %d rows", self.table, self._namespace, meta.generation, meta.rows)
         self._meta = value
 
-    def ask(self, keys: Array, identity_of: Callable[[int], str]) -> AskedRows | None:
-        """Look keys (n,) uint64 up, and have what is missing fetched; 0 is no key. None while nothing is loaded.
-
-        `identity_of(i)` is the id behind key i; it is called for what is fetched alone.
-        """
+    def ask(self, keys: Array, ids: Sequence[str]) -> AskedRows | None:
+        """Look keys (n,) uint64 of n ids up, and have what is missing fetched; 0 is no key. None while nothing is
+        loaded."""
         loaded = self.loaded
         if loaded is None:
             return None
-        asked = AskedRows(loaded, keys, identity_of)
+        asked = AskedRows(loaded, keys, ids)
         if loaded.cache is None:
             wanted = np.flatnonzero(keys)
             if wanted.size:
-                asked.flights = [self._take_off(loaded, keys[wanted], [identity_of(i) for i in wanted.tolist()])]
+                asked.flights = [self._take_off(loaded, keys[wanted], _chosen(ids, wanted))]
             return asked
         status = np.empty(keys.shape[0], np.uint8)
         loaded.cache.probe(keys, _now_ms(), status)
         wanted = np.flatnonzero(_NEEDED[status])
         if not wanted.size:
             return asked
-        named = {int(keys[i]): identity_of(i) for i in wanted.tolist()}
+        named = dict(zip(keys[wanted].tolist(), _chosen(ids, wanted), strict=True))
         if self.config.mode is Mode.ASYNC:
             self._fetch_behind(loaded, named)
         else:
@@ -174,7 +172,8 @@ class RowTable:
         left = missing[~np.isin(asked.keys[missing], np.concatenate(brought))] if brought else missing
         if not left.size:
             return []
-        flights = self._fetch(asked.loaded, {int(asked.keys[i]): asked.identity_of(i) for i in left.tolist()})
+        named = dict(zip(asked.keys[left].tolist(), _chosen(asked.ids, left), strict=True))
+        flights = self._fetch(asked.loaded, named)
         seconds = None if until is None else max(until - time.perf_counter(), 0.0)
         wait([flight.landed for flight in flights], seconds)
         return flights
@@ -307,6 +306,10 @@ class RowTable:
             if loaded.cache is not None and self.loaded is loaded:  # else these rows are of the loading before
                 loaded.cache.insert(flight.keys, flight.rows, flight.present, _now_ms(), ttl, absent)
             self._fetched_keys += len(values)
+
+
+def _chosen(ids: Sequence[str], places: Array) -> list[str]:
+    return [ids[i] for i in places.tolist()]
 
 
 def _as_rows(values: Sequence[bytes | None], schema: RowSchema) -> tuple[Array, Array]:

@@ -121,15 +121,14 @@ class VersionFeatures:
         self._rows_of_keys.find(hash_ids(item_ids), rows, UNKNOWN_ROW)
         return rows
 
-    def begin(self, user_id: str, candidates: Int32Array, with_history: bool, until: float | None) -> Fetch:
-        """Ask for everything that a request needs: rows of candidates (C,) int32, of its user, and the history."""
+    def begin(self, user_id: str, item_ids: Sequence[str], with_history: bool, until: float | None) -> Fetch:
+        """Ask for everything that a request needs: rows of its candidates, of its user, and the history."""
+        candidates = self.rows_of(item_ids)
         fetch, shared = Fetch(user_id, candidates, until), self.shared
         if self.schema.item_numeric or self.schema.item_categorical:
-            fetch.items = shared.items.ask(
-                self._item_keys[candidates], lambda i: self.catalogue.item_id(int(candidates[i]))
-            )
+            fetch.items = shared.items.ask(self._item_keys[candidates], item_ids)
         if self.schema.user_numeric or self.schema.user_categorical:
-            fetch.users = shared.users.ask(np.asarray([hash_id(user_id)], np.uint64), lambda _: user_id)
+            fetch.users = shared.users.ask(np.asarray([hash_id(user_id)], np.uint64), (user_id,))
         if with_history:  # last: it wakes the store's thread, and from then two threads want the interpreter
             fetch.history = shared.histories.ask(user_id)
         return fetch

@@ -13,6 +13,7 @@ from rankd import Client, Event, RankRequest
 from rankd.engine.backend import EngineConfig
 from rankd.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, RankdError, Unavailable
 from rankd.features.reading.version_features import Fetch
+from rankd.schedule.schedule_config import ScheduleConfig
 from rankd.serve.lifecycle import Server
 from rankd.serve.settings import ServeConfig
 from rankd.types import UserHistory
@@ -20,7 +21,10 @@ from rankd.types import UserHistory
 
 @pytest.fixture(scope="module")
 def server(demo_models: Path) -> Iterator[Server]:
-    with Server(demo_models, ServeConfig(port=0, engine=EngineConfig(executors=1), max_waiting=0)) as running:
+    with Server(
+        demo_models,
+        ServeConfig(port=0, engine=EngineConfig(executors=1), schedule=ScheduleConfig(max_waiting_candidates=1)),
+    ) as running:
         yield running
 
 

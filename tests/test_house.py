@@ -21,6 +21,7 @@ FLOORS = [
     ["models"],
     ["engine"],
     ["states", "schedule"],
+    ["request_path"],
     ["ranker"],
     ["serve", "client"],
     ["train"],

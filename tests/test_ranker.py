@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,6 +26,7 @@ from rankd.features.stores.event_records import RawEvent, pack_events
 from rankd.features.stores.store_keys import history_key
 from rankd.models.protocol import create_model
 from rankd.ranker import COMPUTE_RESERVE
+from rankd.schedule.costs import ROW_MS
 from rankd.schedule.packing import Packing, measure
 from rankd.states.state_config import StateConfig
 from rankd.train.recipe import ModelChoice
@@ -148,23 +150,24 @@ def test_requests_that_share_a_call_are_answered_as_alone(ranker: Ranker) -> Non
     requests = [RankRequest(user, items[n : n + 10 + n % 5], top_k=5) for n, user in enumerate(users)]
     alone = [ranker.rank(request) for request in requests]
     calls: list[int] = []
-    prepared = ranker._prepared
-    gate = threading.Event()
+    score, gate = ranker.path.score, threading.Event()
 
-    def slow(*arguments: object) -> object:
+    def slow(*arguments: Any) -> Any:
         gate.wait(10)
-        return prepared(*arguments)  # type: ignore[arg-type]
+        return score(*arguments)
 
-    ranker._prepared = slow  # type: ignore[method-assign, assignment]
+    ranker.path.score = slow  # type: ignore[method-assign, assignment]
     futures = [ranker.submit(request) for request in requests]
-    late = ranker.submit(RankRequest(users[0], items[:5], timeout_ms=0.001))
+    late = ranker.submit(RankRequest(users[0], items[:5], timeout_ms=100.0))
+    with pytest.raises(DeadlineExceeded):
+        late.result()
     gate.set()
     for future, one in zip(futures, alone, strict=True):
         answer = future.result()
         calls.append(len(answer.candidates))
         assert answer.candidates == one.candidates
         np.testing.assert_allclose(answer.scores, one.scores, atol=1e-4)
-    assert late.exception() is not None
+    assert ranker.schedule_figures().counts.late == 1
 
 
 def test_a_bad_event_in_a_request_is_answered_alone(ranker: Ranker) -> None:
@@ -260,8 +263,10 @@ class OverStore:
 
     def impatient(self, request: RankRequest) -> RankRequest:
         """The request with a deadline of which all but .1 s is kept for computing, however slow this machine is."""
-        self.ranker.line._mean_seconds = 10.0
-        return replace(request, timeout_ms=COMPUTE_RESERVE * 10_000.0 + 100.0)
+        rules = self.ranker.schedule.rules
+        rules.costs._row.ms = 10_000.0 / len(request.candidates)
+        work_ms = rules.work_ms(len(request.candidates), 0.0)
+        return replace(request, timeout_ms=COMPUTE_RESERVE * work_ms + 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +288,7 @@ def over_store(demo_models: Path, demo_ranker: Ranker, tmp_path_factory: pytest.
 def over(over_store: OverStore) -> Iterator[OverStore]:
     yield over_store
     over_store.store.release_all()
+    over_store.ranker.schedule.rules.costs._row.ms = ROW_MS
 
 
 def test_rows_of_a_remote_store_are_what_is_ranked(over: OverStore) -> None:
@@ -319,11 +325,10 @@ def test_a_request_whose_history_never_comes_is_answered_with_the_artifacts(over
 
 def test_a_deadline_that_passes_while_the_store_is_waited_for(over: OverStore) -> None:
     over.store.holds = {"get", "history"}
-    over.ranker.line._mean_seconds = 0.0
-    late = over.ranker.submit(RankRequest(over.users[22], over.items[340:360], timeout_ms=1.0))
+    late = over.ranker.submit(RankRequest(over.users[22], over.items[340:360], timeout_ms=500.0))
     with pytest.raises(DeadlineExceeded):
         late.result(20)
-    eventually(lambda: over.ranker.line.waiting == 0, "it has left the line")
+    eventually(lambda: over.ranker.schedule.unfinished == 0, "it has left the line")
 
 
 def test_a_history_is_encoded_while_rows_are_on_their_way(over: OverStore) -> None:

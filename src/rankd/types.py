@@ -42,8 +42,9 @@ class RankRequest:
     """A user and the candidates to be ordered for that user.
 
     `history` replaces the stored one when it is given (an empty tuple: no history at all). `context` overrides
-    stored user features by name. `time` is the moment of the request in seconds since 1970-01-01 UTC; None means
-    the model's own default (the wall clock, or the end of its log). `timeout_ms` counts from the call.
+    stored user features by name. `priority` is "interactive" or "batch"; batch requests let interactive ones pass.
+    `time` is the moment of the request in seconds since 1970-01-01 UTC; None means the model's own default (the wall
+    clock, or the end of its log). `timeout_ms` counts from the call.
     """
 
     user_id: str
@@ -56,6 +57,7 @@ class RankRequest:
     top_k: int | None = None
     timeout_ms: float | None = None
     request_id: str = ""
+    priority: str = "interactive"
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,8 @@ def test_a_request_is_not_lost_between_two_versions(
     repository.unload("films", "10")
     found = iter([leaving, staying])  # what `get` answers when the unloading falls between it and `submit`
     monkeypatch.setattr(repository, "get", lambda *_: next(found))
-    scores = asyncio.run(rank_with(repository, RankRequest("u", staying.catalogue.ids.items[:3], model="films")))
+    request = RankRequest("u", staying.catalogue.ids.items[:3], model="films")
+    scores = asyncio.run(rank_with(repository, request, _still_there))
     assert scores.version == "9"
 
 
@@ -228,3 +229,9 @@ def test_an_empty_folder_and_a_mixed_up_configuration(tmp_path: Path, root: Path
         ModelRepository(tmp_path / "nothing", CONFIG).start()
     with pytest.raises(ConfigError, match="name one in models"):
         ModelRepository(root, ServeConfig(histories="x.parquet")).start()
+
+
+async def _still_there() -> dict[str, str]:
+    """The client waits for its answer."""
+    await asyncio.sleep(60)
+    return {"type": "http.disconnect"}

@@ -210,3 +210,30 @@ def features(
         click.echo(report.line())
     else:
         print_report(report)
+
+
+@bench.command()
+@workload_option("mixed")
+@click.option("--simulate", is_flag=True, required=True, help="In made-up time, with what calls take on this machine.")
+@click.option("--seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="Of arrivals, a run.")
+@click.option("--bound-ms", type=click.FloatRange(1), default=100.0, show_default=True, help="The p99 to keep.")
+@click.option("--states/--no-states", default=True, show_default=True, help="Whether users' states are kept.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
+def schedule(name: str, simulate: bool, seconds: float, bound_ms: float, states: bool, as_json: bool) -> None:
+    """What cutting, packing and ordering requests is worth, beside first come, first served.
+
+    The workload's model is built and its calls are measured on this machine; then arrivals are simulated faster than
+    real time: the highest rate of each schedule whose p99 stays under the bound, latencies below it, and what happens
+    at twice rankd's.
+    """
+    from rankd.bench.report import print_report
+    from rankd.bench.simulated_schedule import SimulationOptions, run_simulated
+    from rankd.bench.workload import load_workload
+    from rankd.cli.progress import progress_bar
+
+    with progress_bar("schedule") as advance:
+        report = run_simulated(load_workload(name), SimulationOptions(seconds, bound_ms, states), advance)
+    if as_json:
+        click.echo(report.line())
+    else:
+        print_report(report)

@@ -24,6 +24,7 @@ PRECISIONS = click.Choice(["auto", "fp32", "bf16"])
 @click.argument("models", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--host", help="The address to listen on; 127.0.0.1 by default.")
 @click.option("--port", type=int, help="The port; 8000 by default, 0 takes a free one.")
+@click.option("--grpc-port", type=int, help="The port of gRPC; the one above --port by default, 0 takes a free one.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file; flags and RANKD_* variables go over it.")
 @click.option("--model", "names", multiple=True, help="Load only this model; may be given several times.")
 @click.option("--target", help="openvino, native, onnxruntime or reference; auto takes the fastest one measured here.")
@@ -39,7 +40,7 @@ PRECISIONS = click.Choice(["auto", "fp32", "bf16"])
 @click.option("--histories", type=click.Path(), help="Parquet: histories in place of the artifact's (one model only).")
 @click.option("--items", type=click.Path(), help="Parquet: item features over the artifact's (one model only).")
 def serve(models: Path, config: Path | None, names: tuple[str, ...], **flags: Any) -> None:
-    """Serve a folder of models over HTTP.
+    """Serve a folder of models over HTTP and gRPC.
 
     MODELS holds <model>/<version>/; the newest version of each is loaded. The server is ready when every shape is warm,
     and drains on SIGTERM.

@@ -59,6 +59,15 @@ def score_ms(executor: Executor, shapes: Shapes, bucket: int, users: int) -> flo
     return best_ms(lambda: executor.score(states, candidates))
 
 
+def encode_ms(executor: Executor, shapes: Shapes) -> float:
+    """Milliseconds of encoding a history that fills the largest room, the best of a few; 0 for a model without
+    state."""
+    if not shapes.manifest.split:
+        return 0.0
+    whole = _full_history(shapes, shapes.rooms[-1])
+    return best_ms(lambda: executor.encode(whole))
+
+
 def most_new_tokens(executor: Executor, shapes: Shapes) -> dict[int, int]:
     """For each room, how many new tokens a block are cheaper to append than the whole is to encode; 0: none."""
     most = dict.fromkeys(shapes.rooms, 0)

@@ -18,6 +18,7 @@ from rankd.features.stores.event_records import RawEvent
 from rankd.features.tables import UserFeatures, encode_values, normalise
 from rankd.types import Event, RankRequest, UserHistory
 
+PRIORITIES = ("interactive", "batch")
 MAX_TIME = 2**40  # seconds; the year 36812
 
 
@@ -25,7 +26,7 @@ def check_request(request: RankRequest, schema: FeatureSchema) -> None:
     """Refuse what cannot be ranked.
 
     Raises:
-        InvalidRequest: an empty user id, no or too many candidates, a bad top_k, timeout_ms or time.
+        InvalidRequest: an empty user id, no or too many candidates, a bad top_k, timeout_ms, priority or time.
     """
     if not request.user_id:
         raise InvalidRequest("user_id is empty; give the user's id, or any name for a user without history")
@@ -40,6 +41,8 @@ def check_request(request: RankRequest, schema: FeatureSchema) -> None:
         raise InvalidRequest(f"top_k is {request.top_k}; it has to be 1 or more, or left out")
     if request.timeout_ms is not None and not (math.isfinite(request.timeout_ms) and request.timeout_ms > 0):
         raise InvalidRequest(f"timeout_ms is {request.timeout_ms}; it has to be above 0, or left out")
+    if request.priority not in PRIORITIES:
+        raise InvalidRequest(f"priority is '{request.priority}'; it is one of: {', '.join(PRIORITIES)}")
     if request.time is not None:
         _check_time(request.time)
 

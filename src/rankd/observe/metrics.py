@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 import rankd
 from rankd.observe.feature_metrics import FeatureCollector
+from rankd.observe.schedule_metrics import ScheduleCollector
 from rankd.observe.state_metrics import StateCollector
 from rankd.types import Scores
 
@@ -57,12 +58,13 @@ class ServerMetrics:
             "rankd_unknown_candidates", "Candidates that the model has never heard of.", model, registry=self.registry
         )
         self._events = Counter("rankd_events", "Events appended to histories.", ("model",), registry=self.registry)
-        self.waiting = Gauge("rankd_unfinished_requests", "Accepted, not yet answered.", model, registry=self.registry)
         self.ready = Gauge(
             "rankd_model_ready", "1 where a model version takes requests.", model, registry=self.registry
         )
         self.states = StateCollector()
         self.registry.register(self.states)
+        self.schedules = ScheduleCollector()
+        self.registry.register(self.schedules)
         self.features = FeatureCollector()
         self.registry.register(self.features)
         self._degraded = Counter(

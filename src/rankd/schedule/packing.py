@@ -1,4 +1,4 @@
-"""How many users one call should serve: measured once at warm-up, then a table.
+"""How many users one call should serve, and what calls take: measured once at warm-up, then a table.
 
 A call for few candidates reads all weights for little work; a call for several users reads them once. What that
 is worth depends on the machine, the model and the number of candidates, so it is measured: the milliseconds of scoring
@@ -18,8 +18,10 @@ SIZES = (1, 2, 4, 8)
 class Packing:
     """The number of users a call may serve, by candidate bucket."""
 
-    def __init__(self, most: Mapping[int, int] | None = None) -> None:
+    def __init__(self, most: Mapping[int, int] | None = None, call_ms: Mapping[tuple[int, int], float] | None = None):
         self._most = dict(most or {})
+        self.call_ms = dict(call_ms or {})
+        """Of what was measured, by (bucket, users)."""
 
     def most(self, bucket: int) -> int:
         """Users in one call of a candidate bucket, at most."""
@@ -36,13 +38,15 @@ class Packing:
 
 def measure(bucket_ms: Callable[[int, int], float], buckets: tuple[int, ...]) -> Packing:
     """Find how many users pay. `bucket_ms(bucket, users)` measures one call in milliseconds."""
-    most = {}
+    most, call_ms = {}, {}
     for bucket in buckets:
         best, cost = 1, bucket_ms(bucket, 1)
+        call_ms[bucket, 1] = cost
         for size in SIZES[1:]:
-            each = bucket_ms(bucket, size) / size
+            call_ms[bucket, size] = bucket_ms(bucket, size)
+            each = call_ms[bucket, size] / size
             if each > (1.0 - GAIN) * cost:
                 break
             best, cost = size, each
         most[bucket] = best
-    return Packing(most)
+    return Packing(most, call_ms)

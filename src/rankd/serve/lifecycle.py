@@ -20,6 +20,7 @@ import uvicorn
 from rankd.errors import ConfigError
 from rankd.features.reading.shared_features import FeatureService
 from rankd.serve.app import create_app
+from rankd.serve.grpc_server import GrpcServer
 from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig, without_secrets
 
@@ -37,6 +38,7 @@ class Server:
         self.repository = ModelRepository(root, config, features)
         self._config = config
         self._socket: socket.socket | None = None
+        self._grpc: GrpcServer | None = None
         self._url = ""
         self._uvicorn = self._make_uvicorn()  # before anybody can call `stop`
         self._thread: threading.Thread | None = None
@@ -48,15 +50,34 @@ class Server:
             raise ConfigError("the server is not started")
         return self._url
 
-    def listen(self) -> None:
-        """Bind the address.
+    @property
+    def grpc_address(self) -> str:
+        """Where gRPC listens, host:port.
 
         Raises:
-            ConfigError: it is taken, or not ours.
+            ConfigError: the server is not started, or without gRPC.
         """
-        self._socket = _bind(self._config.host, self._config.port)
+        if self._grpc is None:
+            raise ConfigError("the server is not started, or without gRPC")
+        return f"{self._url.removeprefix('http://').rpartition(':')[0]}:{self._grpc.port}"
+
+    def listen(self) -> None:
+        """Bind the addresses.
+
+        Raises:
+            ConfigError: one of them is taken, or not ours.
+        """
+        config = self._config
+        self._socket = _bind(config.host, config.port)
         host, port = self._socket.getsockname()[:2]
         self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        if config.grpc:
+            above = config.port + 1 if config.port else 0
+            try:
+                self._grpc = GrpcServer(self.repository, config, above if config.grpc_port < 0 else config.grpc_port)
+            except ConfigError:
+                self._socket.close()
+                raise
 
     def start(self) -> None:
         """Listen, serve on a thread, and load the models; returns when requests are taken.
@@ -76,6 +97,8 @@ class Server:
     def serve(self) -> None:
         """Run the event loop until `stop`; uvicorn takes SIGTERM and SIGINT if this is the main thread."""
         assert self._socket is not None  # noqa: S101 - `listen` came before
+        if self._grpc is not None:
+            self._grpc.start()
         with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
             runner.run(self._uvicorn.serve(sockets=[self._socket]))
 
@@ -89,6 +112,8 @@ class Server:
         self.stop()
         if self._thread is not None:
             self._thread.join()
+        if self._grpc is not None:
+            self._grpc.close(self._config.drain_seconds)
         self.repository.close()
         if self._socket is not None:
             self._socket.close()
@@ -139,16 +164,16 @@ def run_server(root: Path, config: ServeConfig, features: FeatureService | None 
     # uvicorn takes signals only while its loop runs; before and after that they have to drain too, not kill.
     before = {one: signal.signal(one, lambda *_: server.stop()) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _serve_and_load(server)
+        _serve_and_load(server, config)
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
     log.info("drained and closed")
 
 
-def _serve_and_load(server: Server) -> None:
+def _serve_and_load(server: Server, config: ServeConfig) -> None:
     server.listen()
-    log.info("listening on %s", server.url)
+    log.info("listening on %s%s", server.url, f", gRPC on {server.grpc_address}" if config.grpc else "")
     failures: list[Exception] = []
     loader = threading.Thread(target=_load, args=(server, failures), name="rankd-loader", daemon=True)
     loader.start()

@@ -32,10 +32,9 @@ def routes(repository: ModelRepository) -> list[Route]:
         return Response('{"ready":true}', media_type="application/json")
 
     async def metrics(request: Request) -> Response:
-        repository.metrics.waiting.clear()  # versions that were unloaded have no line any more
-        for name, version, ranker in repository.rankers():
-            repository.metrics.waiting.labels(name, version).set(ranker.line.waiting)
-        repository.metrics.states.show({(n, v): ranker.state_counts() for n, v, ranker in repository.rankers()})
+        rankers = {(name, version): ranker for name, version, ranker in repository.rankers()}
+        repository.metrics.schedules.show({key: ranker.schedule_figures() for key, ranker in rankers.items()})
+        repository.metrics.states.show({key: ranker.state_counts() for key, ranker in rankers.items()})
         repository.metrics.features.show(repository.feature_figures())
         return Response(repository.metrics.text(), media_type="text/plain; version=0.0.4")
 

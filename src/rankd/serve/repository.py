@@ -23,6 +23,7 @@ from rankd.features.requests import raw_events
 from rankd.observe.feature_metrics import FeatureFigures
 from rankd.observe.metrics import ServerMetrics
 from rankd.ranker import Ranker
+from rankd.serve.memory import keep_loaded, let_go
 from rankd.serve.settings import ServeConfig
 from rankd.types import Event
 
@@ -181,6 +182,7 @@ class ModelRepository:
                 self._set(name, version, ModelState.UNAVAILABLE, str(error) or type(error).__name__)
                 raise
             self._set(name, version, ModelState.READY)
+            keep_loaded()
             backend = ranker.backend
             log.info("model %s version %s is ready on %s in %s", name, version, backend.target, backend.precision.value)
             return ranker
@@ -205,6 +207,8 @@ class ModelRepository:
             for one, ranker in leaving.items():
                 ranker.close()
                 self._set(name, one, ModelState.UNAVAILABLE, "unloaded")
+            leaving.clear()
+            let_go()
 
     def index(self) -> list[ModelStatus]:
         """Every version on disk or in memory."""
@@ -242,7 +246,7 @@ class ModelRepository:
         """A warm ranker of a folder, which nobody else knows yet."""
         folder, config = self.root / name / version, self.config
         ranker = Ranker.load(
-            folder, config.engine, config.histories, config.items, config.max_waiting, config.states, self.features
+            folder, config.engine, config.histories, config.items, config.states, self.features, config.schedule
         )
         own = (ranker.manifest.name, ranker.manifest.version)
         if own != (name, version):

@@ -11,27 +11,31 @@ from msgspec.structs import replace
 from rankd.engine.backend import EngineConfig
 from rankd.features.feature_config import FeatureConfig
 from rankd.features.stores.store_config import redacted
+from rankd.schedule.schedule_config import ScheduleConfig
 from rankd.states.state_config import StateConfig
 
 
 class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Read from a TOML file, RANKD_* variables and flags (`config.read_config`).
 
-    `models` empty loads all of the folder. `max_waiting` is how many requests a model lets wait. On SIGTERM accepted
-    requests have `drain_seconds`. `histories` and `items` are Parquet files that take the place of an artifact's own.
+    Port 0 takes a free one; `grpc_port` -1 is the one above `port`, or a free one
+    where that is 0. `models` empty loads all of the folder. On SIGTERM accepted requests have `drain_seconds`.
+    `histories` and `items` are Parquet files that take the place of an artifact's own.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
+    grpc_port: Annotated[int, msgspec.Meta(ge=-1, le=65535)] = -1
+    grpc: bool = True
     models: tuple[str, ...] = ()
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1024)] = 8 << 20
-    max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 1000
     drain_seconds: Annotated[float, msgspec.Meta(gt=0)] = 20.0
     histories: str = ""
     items: str = ""
     engine: EngineConfig = EngineConfig()
     states: StateConfig = StateConfig()
     features: FeatureConfig = FeatureConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
 
 
 def durable(config: ServeConfig, models: Path) -> ServeConfig:

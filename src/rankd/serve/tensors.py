@@ -131,7 +131,7 @@ def decode_infer(body: bytes, header_length: str | None) -> tuple[InferHeader, d
             )
         if one.data is not None:
             raise InvalidRequest(f"input '{one.name}' has both data and binary_data_size; give one of them")
-        inputs[one.name] = _from_binary(one, body[position : position + size])
+        inputs[one.name] = tensor_of(one, body[position : position + size])
         position += size
     if position != len(body):
         raise InvalidRequest(f"{len(body) - position} bytes after the last input belong to none")
@@ -149,7 +149,7 @@ def encode_outputs(
     outputs, chunks = [], []
     raw = set(binary)
     for name, values in tensors.items():
-        datatype, shape = _type_of(values)
+        datatype, shape = type_of(values)
         if name in raw:
             chunk = pack_bytes(values) if datatype == "BYTES" else np.ascontiguousarray(values).tobytes()
             chunks.append(chunk)
@@ -192,13 +192,18 @@ def unpack_bytes(data: bytes) -> list[str]:
         raise InvalidRequest(f"a BYTES element is not UTF-8: {error}") from error
 
 
-def _from_binary(header: InputHeader, data: bytes) -> InputTensor:
+def tensor_of(header: InputHeader, data: bytes) -> InputTensor:
+    """An input from its raw data.
+
+    Raises:
+        InvalidRequest: the data does not fit its type and shape.
+    """
     if header.datatype == "BYTES":
-        return _checked(header, unpack_bytes(data))
+        return tensor_of_values(header, unpack_bytes(data))
     dtype = _dtype(header)
     if len(data) % dtype.itemsize:
         raise InvalidRequest(f"input '{header.name}': {len(data)} bytes are no whole number of {header.datatype}")
-    return _checked(header, np.frombuffer(data, dtype))
+    return tensor_of_values(header, np.frombuffer(data, dtype))
 
 
 def _from_json(header: InputHeader) -> InputTensor:
@@ -208,13 +213,13 @@ def _from_json(header: InputHeader) -> InputTensor:
     if header.datatype == "BYTES":
         if not all(isinstance(value, str) for value in flat):
             raise InvalidRequest(f"input '{header.name}': BYTES data has to be texts")
-        return _checked(header, flat)
+        return tensor_of_values(header, flat)
     dtype = _dtype(header)
     kinds = (bool,) if dtype.kind == "b" else (int, float) if dtype.kind == "f" else (int,)
     if not all(type(value) in kinds for value in flat):
         raise InvalidRequest(f"input '{header.name}': data of {header.datatype} has to be {kinds[0].__name__}s")
     try:
-        return _checked(header, np.asarray(flat, dtype))
+        return tensor_of_values(header, np.asarray(flat, dtype))
     except OverflowError as error:
         raise InvalidRequest(f"input '{header.name}': a value does not fit {header.datatype}") from error
 
@@ -229,7 +234,12 @@ def _flatten(data: list[Any], name: str, depth: int = 0) -> Iterable[Any]:
             yield value
 
 
-def _checked(header: InputHeader, values: list[str] | Array) -> InputTensor:
+def tensor_of_values(header: InputHeader, values: list[str] | Array) -> InputTensor:
+    """An input from its flat values.
+
+    Raises:
+        InvalidRequest: they are not as many as its shape says, or not finite.
+    """
     if math.prod(header.shape) != len(values):
         raise InvalidRequest(f"input '{header.name}' has shape {header.shape} and {len(values)} elements")
     if isinstance(values, np.ndarray) and values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -245,7 +255,8 @@ def _dtype(header: InputHeader) -> np.dtype[Any]:
     return DTYPES[header.datatype]
 
 
-def _type_of(values: Array | Sequence[str]) -> tuple[str, tuple[int, ...]]:
+def type_of(values: Array | Sequence[str]) -> tuple[str, tuple[int, ...]]:
+    """Datatype and shape of an output."""
     if not isinstance(values, np.ndarray):
         return "BYTES", (len(values),)
     return next(name for name, dtype in DTYPES.items() if dtype == values.dtype), values.shape

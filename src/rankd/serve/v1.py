@@ -9,9 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rankd.errors import RankdError, Unavailable
+from rankd.errors import Overloaded, RankdError, Unavailable
 from rankd.ranker import Ranker
 from rankd.serve.bodies import check_json, read_body
+from rankd.serve.booking import book_failure
+from rankd.serve.disconnects import Receive, cancelled_if_gone
 from rankd.serve.repository import ModelRepository, ModelState, ModelStatus
 from rankd.serve.settings import ServeConfig
 from rankd.serve.wire import EventsAnswer, ModelAnswer, decode_events, decode_rank, encode, encode_scores
@@ -23,35 +25,31 @@ def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None
     return Response(body, status, headers, media_type="application/json")
 
 
-async def rank_with(repository: ModelRepository, request: RankRequest) -> Scores:
-    """Rank on the executors' threads without holding up the event loop, and book how it ended."""
+async def rank_with(repository: ModelRepository, request: RankRequest, receive: Receive) -> Scores:
+    """Rank on the executors' threads without holding up the event loop, and book how it ended. `receive` is the ASGI
+    request's: a client that goes away cancels it."""
     started = time.perf_counter()
     ranker: Ranker | None = None
     try:
         ranker = repository.get(request.model, request.version)
         try:
             future = ranker.submit(request)
+        except Overloaded:
+            raise
         except Unavailable:  # it may have been unloaded since `get`, and another version be ready
             replacement = repository.get(request.model, request.version)
             if replacement is ranker:
                 raise
             ranker = replacement
             future = ranker.submit(request)
-        scores = await asyncio.wrap_future(future)
+        with cancelled_if_gone(receive, future):
+            scores = await asyncio.wrap_future(future)
     except (Exception, asyncio.CancelledError) as error:
         book_failure(repository, ranker, error, started)
         raise
     # Booked on the loop's next turn, when the answer is on its way.
     asyncio.get_running_loop().call_soon(repository.metrics.succeeded, scores)
     return scores
-
-
-def book_failure(repository: ModelRepository, ranker: Ranker | None, error: BaseException, started: float) -> None:
-    """Count a failure; without a ranker it has no model, for a label is never of the caller's making."""
-    labels = (ranker.manifest.name, ranker.manifest.version) if ranker is not None else ("", "")
-    ours = isinstance(error, RankdError | asyncio.CancelledError)
-    outcome = type(error).__name__ if ours else "InternalError"
-    repository.metrics.failed(*labels, outcome, time.perf_counter() - started)
 
 
 def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
@@ -65,7 +63,7 @@ def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
         except RankdError as error:
             book_failure(repository, None, error, started)
             raise
-        scores = await rank_with(repository, decoded)
+        scores = await rank_with(repository, decoded, request.receive)
         return json_response(encode_scores(scores), headers={"x-request-id": scores.request_id})
 
     async def events(request: Request) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -48,6 +48,7 @@ class RankBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOP_K)] | float | None = None
     timeout_ms: Annotated[float, Meta(gt=0, le=3_600_000)] | None = None
     request_id: Annotated[str, Meta(max_length=128, pattern=r"^[\x21-\x7e]*$")] = ""
+    priority: Literal["interactive", "batch"] = "interactive"
 
 
 class RankAnswer(msgspec.Struct, frozen=True):
@@ -188,6 +189,7 @@ def decode_rank(body: bytes) -> RankRequest:
         top_k=_whole(raw.top_k, "top_k", 1, MAX_TOP_K),
         timeout_ms=raw.timeout_ms,
         request_id=raw.request_id or uuid.uuid4().hex,
+        priority=raw.priority,
     )
 
 
@@ -242,6 +244,7 @@ def encode_request(request: RankRequest) -> bytes:
             top_k=request.top_k,
             timeout_ms=request.timeout_ms,
             request_id=request.request_id,
+            priority=request.priority,  # type: ignore[arg-type]  # the server says what is wrong with another one
         )
     )
 

@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rankd.engine.backend import Executor
 from rankd.engine.state_arrays import APPEND_BUCKETS, copy_tokens, write_additions
@@ -30,7 +30,7 @@ from rankd.observe.state_metrics import SpillCounts, StateCounts
 from rankd.states.arena import Arena, Slab
 from rankd.states.eviction import make_order
 from rankd.states.fingerprints import of_history, of_tokens
-from rankd.states.lending import HeldState, Origin, Tokens
+from rankd.states.lending import HeldState, Origin, Tokens, of_its_own
 from rankd.states.spill import SpilledHeader, SpillTier, id_bytes
 from rankd.states.state_config import MIB, StateConfig
 from rankd.states.storage import StateLayout
@@ -50,6 +50,13 @@ class _Entry:
     state: UserState | None = None  # over the slab's own memory, where nothing has to be converted
     readers: int = 0
     retired: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """The right to compute a user's state; `called` are told when it is done."""
+
+    called: list[Callable[[], None]] = field(default_factory=list)
 
 
 class StateCache:
@@ -79,7 +86,7 @@ class StateCache:
         self._order = make_order(config.policy)
         self._entries: dict[str, _Entry] = {}
         self._users_of_chunk: defaultdict[int, set[str]] = defaultdict(set)
-        self._computing: set[str] = set()
+        self._computing: dict[str, Claim] = {}
         self._changed = threading.Condition()  # guards everything above
         self._origins = dict.fromkeys(Origin, 0)
         self._evicted = self._waited = self._unkept = 0
@@ -103,12 +110,14 @@ class StateCache:
             EngineFailure: it could not be computed; what was kept before is as it was, or gone.
         """
         mark = of_history(history)
-        entry, origin = self._claim(user, mark, deadline), Origin.CACHED
-        if entry is None:
+        found, origin = self._claim(user, mark, deadline), Origin.CACHED
+        if isinstance(found, _Entry):
+            entry = found
+        else:
             try:
-                made, origin = self._make(user, mark, tokens(), executor)
+                made, origin = self._make(user, mark, tokens(), executor, found)
             finally:
-                self._end_claim(user)
+                self._end_claim(user, found)
             if isinstance(made, UserState):
                 yield HeldState(made, origin)
                 return
@@ -121,6 +130,28 @@ class StateCache:
     def has(self, user: str) -> bool:
         """Whether a state of the user is in memory, of whatever history."""
         return user in self._entries
+
+    def when_free(self, user: str, then: Callable[[], None]) -> bool:
+        """Whether somebody computes the user's state right now, so that `held` would wait; then `then` is called when
+        they have done it."""
+        with self._changed:
+            claim = self._computing.get(user)
+            if claim is None:
+                return False
+            claim.called.append(then)
+            return True
+
+    def abandon(self, user: str) -> None:
+        """Whoever computes the user's state hangs: nobody waits for it any more, and what it makes is nobody's."""
+        with self._changed:
+            entry = self._entries.pop(user, None)
+            if entry is not None:  # its slab stays taken: the one that hangs may write there yet
+                self._users_of_chunk[entry.slab.chunk].discard(user)
+                self._order.remove(user)
+                entry.retired, entry.readers = True, entry.readers + 1
+            claim = self._computing.get(user)
+        if claim is not None:
+            self._end_claim(user, claim)
 
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:
         """How many new tokens a block are worth appending to a state, by its room; more are encoded anew."""
@@ -148,8 +179,8 @@ class StateCache:
         for entry in list(self._entries.values()):
             self._write_out(entry)
 
-    def _claim(self, user: str, mark: bytes, deadline: float | None) -> _Entry | None:
-        """The entry, held, if it is of this history; None gives this thread the right to compute the user's state."""
+    def _claim(self, user: str, mark: bytes, deadline: float | None) -> _Entry | Claim:
+        """The entry, held, if it is of this history; else this thread alone may compute the user's state."""
         with self._changed:
             self._waited += user in self._computing
             while user in self._computing:
@@ -163,15 +194,21 @@ class StateCache:
                 self._order.touch(user)
                 self._origins[Origin.CACHED] += 1
                 return entry
-            self._computing.add(user)
-            return None
+            self._computing[user] = claim = Claim()
+            return claim
 
-    def _end_claim(self, user: str) -> None:
+    def _end_claim(self, user: str, claim: Claim) -> None:
         with self._changed:
-            self._computing.discard(user)
+            if self._computing.get(user) is claim:
+                del self._computing[user]
+            called, claim.called = claim.called, []
             self._changed.notify_all()
+        for then in called:
+            then()
 
-    def _make(self, user: str, mark: bytes, tokens: Tokens, executor: Executor) -> tuple[_Entry | UserState, Origin]:
+    def _make(
+        self, user: str, mark: bytes, tokens: Tokens, executor: Executor, claim: Claim
+    ) -> tuple[_Entry | UserState, Origin]:
         """A held entry for this history, or a state that could not be kept because everything is in use."""
         lengths = tuple(tokens["history_length"][0].tolist())
         entry, origin = self._entries.get(user), Origin.CACHED
@@ -191,13 +228,16 @@ class StateCache:
                 self._unkept += 1
                 return made, origin
             made.history_mark, made.readers = mark, made.readers + 1
-            self._keep(made)
+            if self._computing.get(user) is claim:
+                self._keep(made)
+            else:  # given up as hanging, and somebody else may have made another one
+                made.retired = True
         return made, origin
 
     def _encoded(self, user: str, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> _Entry | UserState:
         entry = self._new_entry(user, _room_of(tokens))
         if entry is None:
-            return UserState(executor.encode(tokens), lengths)
+            return UserState(of_its_own(executor.encode(tokens), tokens), lengths)
         try:
             stored = self._stored(entry)
             if self.layout.direct:

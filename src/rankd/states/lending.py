@@ -12,6 +12,8 @@ from enum import Enum
 from itertools import count
 from typing import Protocol
 
+import numpy as np
+
 from rankd.engine.backend import Executor
 from rankd.observe.state_metrics import StateCounts
 from rankd.types import Array, UserHistory, UserState
@@ -54,6 +56,15 @@ class States(Protocol):
         """Whether a state of the user is in memory, of whatever history."""
         ...
 
+    def when_free(self, user: str, then: Callable[[], None]) -> bool:
+        """Whether somebody computes the user's state right now, so that `held` would wait; then `then` is called when
+        they have done it."""
+        ...
+
+    def abandon(self, user: str) -> None:
+        """Whoever computes the user's state hangs: nobody waits for it any more, and what it makes is nobody's."""
+        ...
+
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:
         """How many new tokens a block are worth appending to a state, by its room; more are encoded anew."""
         ...
@@ -65,6 +76,16 @@ class States(Protocol):
     def close(self) -> None:
         """Nothing is asked for after this."""
         ...
+
+
+def of_its_own(made: Mapping[str, Array], tokens: Tokens) -> dict[str, Array]:
+    """A state whose arrays are none of the executor's inputs, which its next call overwrites: some engines hand parts
+    of a history through, and the state of a model that has none is its history."""
+    inputs = tokens.values()
+    return {
+        name: array.copy() if any(np.may_share_memory(array, one) for one in inputs) else array
+        for name, array in made.items()
+    }
 
 
 class NoStates:
@@ -85,13 +106,20 @@ class NoStates:
     ) -> Iterator[HeldState]:
         """The state, computed now."""
         made = tokens()
-        state = UserState(executor.encode(made), tuple(made["history_length"][0].tolist()))
+        state = UserState(of_its_own(executor.encode(made), made), tuple(made["history_length"][0].tolist()))
         self._number = next(self._encoded) + 1
         yield HeldState(state, Origin.ENCODED)
 
     def has(self, user: str) -> bool:
         """Never."""
         return False
+
+    def when_free(self, user: str, then: Callable[[], None]) -> bool:
+        """Never: everybody computes for himself."""
+        return False
+
+    def abandon(self, user: str) -> None:
+        """Nobody waits."""
 
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:
         """There is nothing to extend."""

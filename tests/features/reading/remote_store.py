@@ -147,6 +147,10 @@ class RemoteStore:
         """Append, and have it told."""
         return self._ask("append", [key], lambda: self.append_elsewhere(key, records, most))
 
+    def append_many(self, appends: Sequence[Pair], most: int) -> list[Future[bytes]]:
+        """One after the other."""
+        return [self.append(key, records, most) for key, records in appends]
+
     def append_elsewhere(self, key: bytes, records: bytes, most: int = 1000) -> Future[bytes]:
         """Another server appends."""
         with self._order:

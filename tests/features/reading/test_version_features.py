@@ -295,19 +295,21 @@ def test_a_history_that_has_to_be_encoded_does_not_wait_for_rows(subject: Subjec
     assert score.times == 0
     subject.store.release()
     assert (encode.times, score.times) == (1, 1)
-    subject.features.wait_for_rows(fetch)
+    assert subject.features.when_rows(fetch) is None
     assert subject.degraded(fetch) == set()
 
 
 def test_rows_that_come_while_they_are_waited_for_are_used(subject: Subject) -> None:
     subject.store.holds = {"get"}
     fetch = subject.begin()
-    waiting = threading.Thread(target=subject.features.wait_for_rows, args=(fetch,))
-    waiting.start()
+    when, came = subject.features.when_rows(fetch), threading.Event()
+    assert when is not None
+    when(came.set)
+    assert not came.is_set()
     while subject.store.waiting:
         subject.store.release()
-    waiting.join(FOREVER)
-    assert not waiting.is_alive()
+    assert came.wait(FOREVER)
+    assert subject.features.when_rows(fetch) is None
     assert subject.degraded(fetch) == set()
 
 
@@ -320,9 +322,9 @@ def test_a_store_that_never_answers_is_not_waited_for_longer_than_until(subject:
         assert opened.event.wait(FOREVER / 2)
         assert fetch.until is not None
         assert time.perf_counter() >= fetch.until
-    subject.features.wait_for_rows(fetch)
+    assert subject.features.when_rows(fetch) is None
     assert subject.degraded(fetch) == {"items_default", "user_default", "history_default"}
-    subject.features.wait_for_rows(subject.begin(seconds=-1.0))
+    assert subject.features.when_rows(subject.begin(seconds=-1.0)) is None
     assert time.perf_counter() - began < FOREVER / 2
     subject.store.release_all()
     assert subject.degraded(fetch) == set()  # what came late is used if it is there by then

@@ -134,13 +134,14 @@ def _append(
     """Write what is new of some users, all of them at once."""
     keys = [history_key(namespace, user.user_id) for user in users]
     asked = [store.history(key) for key in keys]
-    appending = []
+    appending: list[tuple[bytes, Array]] = []
     for key, user, future in zip(keys, users, asked, strict=True):
         read = patience.answer(future, partial(store.history, key))
         new = _new_events(user.records, read, counts)
         if len(new):
-            appending.append((store.append(key, new.tobytes(), keep), key, new))
-    for answer, key, new in appending:
+            appending.append((key, new))
+    answers = store.append_many([(key, new.tobytes()) for key, new in appending], keep)
+    for answer, (key, new) in zip(answers, appending, strict=True):
         patience.answer(answer, partial(store.append, key, new.tobytes(), keep))
         counts.added += len(new)
 

@@ -68,6 +68,13 @@ class AskedRows:
     ids: Sequence[str]
     flights: list[Flight] = field(default_factory=list)
 
+    def part(self, first: int, count: int) -> AskedRows:
+        """The same of some of the keys alone."""
+        last = first + count
+        if first == 0 and last == self.keys.shape[0]:
+            return self
+        return AskedRows(self.loaded, self.keys[first:last], self.ids[first:last], self.flights)
+
 
 class RowTable:
     """A table of one namespace. Thread-safe. Nothing is read before `look` has found a loading of it."""

@@ -138,11 +138,16 @@ class VersionFeatures:
         futures: list[Future[Any]] = [*fetch.history_futures, *(fetch.row_futures if rows_too else ())]
         Gate(futures, fetch.until, self.shared.alarm, then)
 
-    def wait_for_rows(self, fetch: Fetch) -> None:
-        """Return when the rows came, or at `fetch.until`."""
+    def when_rows(self, fetch: Fetch) -> Callable[[Callable[[], None]], None] | None:
+        """None if the rows are there, or are waited for no longer; else what calls when that is so."""
         futures = [future for future in fetch.row_futures if not future.done()]
-        if futures:
-            wait(futures, None if fetch.until is None else max(fetch.until - time.perf_counter(), 0.0))
+        if not futures or (fetch.until is not None and fetch.until <= time.perf_counter()):
+            return None
+
+        def when(then: Callable[[], None]) -> None:
+            Gate(futures, fetch.until, self.shared.alarm, then)
+
+        return when
 
     def history(self, fetch: Fetch) -> UserHistory | None:
         """The user's history as it is known now, oldest first; None for a user never seen."""
@@ -176,16 +181,17 @@ class VersionFeatures:
         fetch.counts[USERS] = self._read(self.shared.users, asked, numeric, categories, fetch.until)
         return UserFeatures(categories[0], numeric[0])
 
-    def fill_items(self, fetch: Fetch, into: Mapping[str, Array]) -> None:
-        """Write the store's rows of the candidates over the artifact's in the inputs of `score`: the first columns of
-        `candidate_numeric` (1, C, F), and `candidate_categories` (1, C, G)."""
+    def fill_items(self, fetch: Fetch, into: Mapping[str, Array], first: int = 0, count: int | None = None) -> None:
+        """Write the store's rows of the candidates first..first + count - 1 (all of them) over the artifact's in the
+        inputs of `score`: the first columns of `candidate_numeric` (1, C, F), and `candidate_categories` (1, C, G)."""
         if fetch.items is not None:
-            count = fetch.candidates.shape[0]
+            count = fetch.candidates.shape[0] if count is None else count
             numeric = into.get("candidate_numeric", np.empty((1, count, 0), np.float32))
             categories = into.get("candidate_categories", np.empty((1, count, 0), np.int32))
-            fetch.counts[ITEMS] = self._read(
-                self.shared.items, fetch.items, numeric[0, :count], categories[0, :count], fetch.until
-            )
+            asked = fetch.items.part(first, count)
+            counts = self._read(self.shared.items, asked, numeric[0, :count], categories[0, :count], fetch.until)
+            with self._lock:  # parts of a request are filled by several executors
+                fetch.counts[ITEMS] = fetch.counts.get(ITEMS, RowCounts()) + counts
 
     def degraded(self, fetch: Fetch) -> tuple[str, ...]:
         """What an answer had to do without, in the words of this file's docstring."""

@@ -83,6 +83,10 @@ class FeatureStore(Protocol):
         """
         ...
 
+    def append_many(self, appends: Sequence[Pair], most: int) -> list[Future[bytes]]:
+        """As `append` for several keys, each by itself, and with one sync of the disk where there is one."""
+        ...
+
     def keys(self, prefix: bytes) -> Iterator[list[bytes]]:
         """All keys that begin with a prefix, in batches; blocks. Keys written meanwhile may be missing.
 

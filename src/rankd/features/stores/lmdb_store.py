@@ -114,18 +114,35 @@ class LmdbStore:
     def append(self, key: bytes, records: bytes, most: int) -> Future[bytes]:
         """Add event records to a history; on the disk when it is done."""
 
-        def change(environment: lmdb.Environment) -> bytes:
-            with environment.begin(write=True) as transaction:
-                old = transaction.get(key)
-                if old is not None and not is_history(old):
-                    raise StoreFailure(f"the value at {key!r} is not a history record", Trouble.BROKEN)
-                new = appended(old, records, most)
-                if new != old and counts_of(new) != (0, 0):
-                    transaction.put(key, new)
-                    self._count_written(len(new))
-            return new[:HEADER_BYTES]
+        (future,) = self.append_many([(key, records)], most)
+        return future
 
-        return self._answer(change)
+    def append_many(self, appends: Sequence[Pair], most: int) -> list[Future[bytes]]:
+        """Add event records to several histories in one transaction; a value that is no history spoils its own
+        alone."""
+
+        def change(environment: lmdb.Environment) -> list[Future[bytes]]:
+            with environment.begin(write=True) as transaction:
+                return [self._append(transaction, key, records, most) for key, records in appends]
+
+        done = self._answer(change)
+        failure = done.exception()
+        if isinstance(failure, StoreFailure):
+            return [refused(failure) for _ in appends]
+        return done.result()
+
+    def _append(self, transaction: lmdb.Transaction, key: bytes, records: bytes, most: int) -> Future[bytes]:
+        old = transaction.get(key)
+        if old is not None and not is_history(old):
+            with self._idle:
+                self._failures[Trouble.BROKEN.value] += 1
+            return refused(StoreFailure(f"the value at {key!r} is not a history record", Trouble.BROKEN))
+        before = None if old is None else bytes(old)
+        new = appended(before, records, most)
+        if new != before and counts_of(new) != (0, 0):
+            transaction.put(key, new)
+            self._count_written(len(new))
+        return answered(new[:HEADER_BYTES])
 
     def keys(self, prefix: bytes) -> Iterator[list[bytes]]:
         """All keys that begin with a prefix, in order; each batch is of its own moment, so that no reader stays."""

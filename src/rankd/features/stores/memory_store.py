@@ -86,6 +86,10 @@ class MemoryStore:
                 self._write(key, new)
         return answered(new[:HEADER_BYTES])
 
+    def append_many(self, appends: Sequence[Pair], most: int) -> list[Future[bytes]]:
+        """Add event records to several histories."""
+        return [self.append(key, records, most) for key, records in appends]
+
     def keys(self, prefix: bytes) -> Iterator[list[bytes]]:
         """All keys that begin with a prefix, as they are when the first batch is asked for."""
         with self._lock:

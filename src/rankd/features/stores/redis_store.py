@@ -119,6 +119,10 @@ class RedisStore:
 
         return self._within(self._write_s, change)
 
+    def append_many(self, appends: Sequence[Pair], most: int) -> list[Future[bytes]]:
+        """Add event records to several histories; they travel together."""
+        return [self.append(key, records, most) for key, records in appends]
+
     def keys(self, prefix: bytes) -> Iterator[list[bytes]]:
         """All keys that begin with a prefix; one may come twice while Redis resizes its table."""
         pattern = _GLOB.sub(rb"\\\1", prefix) + b"*"

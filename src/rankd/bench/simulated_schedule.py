@@ -1,0 +1,234 @@
+"""`rankd bench schedule --simulate`: policies against each other in made-up time, with what calls take on this machine.
+
+In: a workload. Out: a Report. The workload's model is built and its calls are measured; then the same arrivals go
+through three schedules over the same executors:
+
+    fcfs padded     one queue, each request one call, padded to the largest bucket: implicit shapes
+    fcfs            the same, padded to the smallest bucket that holds it
+    rankd           `schedule.policy`: cut, packed, ordered
+
+Each one's highest rate is that whose p99 stays under `bound_ms`; then rankd is offered twice its own, with deadlines.
+It also times decisions over a thousand waiting requests.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from rankd.bench.report import Report, Row, commit, machine, percentile
+from rankd.bench.synthetic_model import build_model
+from rankd.bench.workload import Workload, draw, largest, zipf_ranks
+from rankd.engine.backend import Precision
+from rankd.engine.targets import why_not
+from rankd.ranker import Ranker
+from rankd.schedule.admission import Limits
+from rankd.schedule.ledger import Ledger
+from rankd.schedule.policy import Rules
+from rankd.schedule.schedule_config import ScheduleConfig, make_rules
+from rankd.schedule.served import Asked
+from rankd.schedule.simulation import Arrival, simulate
+
+SMALLEST = 16
+NO_LIMITS = Limits(candidates=10**9, work_ms=1e9)
+SHARES = (0.3, 0.5, 0.7, 0.85, 0.95)
+"""Of the highest rate: where latencies are reported."""
+STEPS = 9
+SHORT_ROWS = 64
+WAITING = 1000
+DECISIONS = 2000
+Simulate = Callable[[Sequence[Arrival]], tuple[list[float], float]]
+"""Latencies in ms in the order of arrivals, and padded rows over real ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationOptions:
+    """`seconds` of arrivals in each simulated run; the p99 that a highest rate has to keep; states in memory or not."""
+
+    seconds: float = 60.0
+    bound_ms: float = 100.0
+    states: bool = True
+
+
+def run_simulated(workload: Workload, options: SimulationOptions, advance: Callable[[int, int, str], None]) -> Report:
+    """Run the suite.
+
+    Raises:
+        MissingExtra: torch is not installed.
+    """
+    surroundings = machine()
+    advance(0, 3, "model and costs")
+    rules, encode_ms, about = _measured(workload)
+    advance(1, 3, "simulation")
+    schedules: dict[str, Simulate] = {
+        "fcfs padded": lambda arrivals: _fcfs(arrivals, rules, lambda rows: rules.cutter.buckets[-1]),
+        "fcfs": lambda arrivals: _fcfs(arrivals, rules, rules.cutter.bucket_for),
+        "rankd": lambda arrivals: _rankd(arrivals, rules),
+    }
+    results: list[Row] = []
+    highest = {name: _highest(one, workload, rules, encode_ms, options) for name, one in schedules.items()}
+    for name, one in schedules.items():
+        for share in SHARES:
+            rate = share * highest["rankd"]
+            arrivals = _arrivals(workload, rules, encode_ms, options, rate)
+            results.append({"contestant": name, "share": share, "rate": rate} | _figures(arrivals, one, options))
+    goodput, refused = _goodput(workload, rules, encode_ms, options, highest["rankd"])
+    advance(2, 3, "decisions")
+    decisions = _decision_us(rules)
+    advance(3, 3, "done")
+    at_70 = {row["contestant"]: row for row in results if row["share"] == 0.7}
+    peers = [name for name in schedules if name != "rankd"]
+    ratios = {
+        "throughput_gain_simulated": highest["rankd"] / max(highest[name] for name in peers),
+        "throughput_gain_padded_simulated": highest["rankd"] / highest["fcfs padded"],
+        "latency_gain_short_simulated": min(at_70[name]["short_p99_ms"] for name in peers)
+        / at_70["rankd"]["short_p99_ms"],
+        "padding_waste": at_70["rankd"]["padding"],
+        "goodput_at_2x_simulated": goodput,
+        "refused_at_2x_simulated": refused,
+        "scheduler_us_p50": percentile(decisions, 0.5),
+        "scheduler_us": percentile(decisions, 0.99),
+    }
+    for name, rate in highest.items():
+        results.append({"contestant": name, "share": 1.0, "rate": rate, "highest": True})
+    return Report("schedule", about, surroundings, commit(), {}, results, ratios)
+
+
+def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
+    """Rules with the costs of the workload's model on this machine, and what encoding a full history takes."""
+    most = largest(workload.candidates)
+    buckets = [SMALLEST * 2**power for power in range(12) if SMALLEST * 2**power < most] + [most]
+    finer = msgspec.structs.replace(
+        workload, buckets=msgspec.structs.replace(workload.buckets, candidates=tuple(buckets))
+    )
+    precision = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
+    with TemporaryDirectory(prefix="rankd-bench-") as folder:
+        path = build_model(finer, Path(folder), ("openvino",), precision)
+        with Ranker.load(path) as ranker:
+            warmed = ranker.schedule.rules.costs.warmed
+            packing, executors = ranker.path.packing, ranker.backend.num_executors
+            about: dict[str, Any] = {
+                "name": workload.name,
+                "use": workload.use,
+                "target": ranker.backend.target,
+                "precision": ranker.backend.precision.value,
+                "executors": executors,
+                "buckets": buckets,
+                "score_ms": {f"{bucket} x {users}": ms for (bucket, users), ms in warmed.score_ms.items()},
+                "encode_ms": warmed.encode_ms,
+            }
+    return make_rules(ScheduleConfig(), buckets, warmed, packing.most, executors), warmed.encode_ms, about
+
+
+def _arrivals(
+    workload: Workload, rules: Rules, encode_ms: float, options: SimulationOptions, rate: float
+) -> list[Arrival]:
+    """Poisson arrivals of the workload; a user's first visit encodes the history, later ones find the state."""
+    random = np.random.default_rng(workload.seed)
+    count = max(int(rate * options.seconds), 10)
+    times = np.cumsum(random.exponential(1 / rate, count))
+    sizes, users = draw(workload.candidates, random, count), zipf_ranks(workload.users, random, count)
+    warm = set(zipf_ranks(workload.users, random, 20 * workload.users.count).tolist()) if options.states else set()
+    made = []
+    for at, rows, user in zip(times.tolist(), sizes.tolist(), users.tolist(), strict=True):
+        resident = user in warm
+        prepare_ms = rules.costs.prepare(True) + (0.0 if resident else encode_ms)
+        made.append(Arrival(at, rows, prepare_ms, resident))
+    return made
+
+
+def _fcfs(arrivals: Sequence[Arrival], rules: Rules, bucket_of: Callable[[int], int]) -> tuple[list[float], float]:
+    """First come, first served: a request is one call of one executor."""
+    free = [0.0] * rules.num_executors
+    latencies, real, padded = [], 0, 0
+    for arrival in arrivals:
+        bucket = bucket_of(arrival.rows)
+        service_ms = arrival.prepare_ms + rules.costs.rows(arrival.rows) + rules.costs.score(bucket)
+        end = max(heapq.heappop(free), arrival.at) + service_ms / 1e3
+        heapq.heappush(free, end)
+        latencies.append((end - arrival.at) * 1e3)
+        real, padded = real + arrival.rows, padded + bucket - arrival.rows
+    return latencies, padded / real
+
+
+def _rankd(arrivals: Sequence[Arrival], rules: Rules) -> tuple[list[float], float]:
+    simulated = simulate(arrivals, rules, NO_LIMITS)
+    return [one.latency_ms for one in simulated.outcomes], simulated.padded_rows / max(simulated.rows, 1)
+
+
+def _highest(
+    schedule: Simulate, workload: Workload, rules: Rules, encode_ms: float, options: SimulationOptions
+) -> float:
+    """The highest rate whose p99 stays under the bound, by bisection between nothing and what no schedule can do."""
+    sizes = draw(workload.candidates, np.random.default_rng(workload.seed), 10_000)
+    mean_ms = float(np.mean([rules.work_ms(int(rows), 0.0) for rows in sizes.tolist()]))
+    low, high = 0.0, 1.1e3 * rules.num_executors / mean_ms
+    for _ in range(STEPS):
+        rate = (low + high) / 2
+        latencies, _ = schedule(_arrivals(workload, rules, encode_ms, options, rate))
+        if percentile(latencies, 0.99) <= options.bound_ms:
+            low = rate
+        else:
+            high = rate
+    return float(max(low, high / 2**STEPS))
+
+
+def _figures(arrivals: Sequence[Arrival], schedule: Simulate, options: SimulationOptions) -> Row:
+    latencies, padding = schedule(arrivals)
+    short = [ms for ms, arrival in zip(latencies, arrivals, strict=True) if arrival.rows <= SHORT_ROWS] or latencies
+    return {
+        "p50_ms": percentile(latencies, 0.5),
+        "p99_ms": percentile(latencies, 0.99),
+        "short_p99_ms": percentile(short, 0.99),
+        "padding": padding,
+        "in_time": sum(ms <= options.bound_ms for ms in latencies) / len(latencies),
+    }
+
+
+def _goodput(
+    workload: Workload, rules: Rules, encode_ms: float, options: SimulationOptions, highest: float
+) -> tuple[float, float]:
+    """Offered twice the highest rate with deadlines: the share of that rate answered in time, and of all refused."""
+    plain = _arrivals(workload, rules, encode_ms, options, 2 * highest)
+    arrivals = [replace(one, timeout_ms=options.bound_ms) for one in plain]
+    outcomes = simulate(arrivals, rules, NO_LIMITS).outcomes
+    good = sum(one.how == "scored" for one in outcomes) / (arrivals[-1].at * highest)
+    return good, sum(one.how == "refused" for one in outcomes) / len(outcomes)
+
+
+def _decision_us(rules: Rules) -> list[float]:
+    """Microseconds of admission and decisions of a request, while a thousand others wait."""
+    random, ledger = np.random.default_rng(0), Ledger[int](rules, NO_LIMITS)
+    most, now = rules.cutter.most_rows, 0.0
+
+    def accept() -> None:
+        rows, patience = int(random.integers(1, most + 1)), float(random.uniform(50, 1000))
+        asked = Asked(rows, bool(random.random() < 0.7), now + patience if random.random() < 0.5 else None)
+        ledger.comes(ledger.accept(0, asked, now))
+
+    for _ in range(WAITING):
+        accept()
+    taken = []
+    for _ in range(DECISIONS):
+        now += 0.001
+        started = time.perf_counter()
+        accept()
+        while True:  # until one request is done
+            work = ledger.next(1, now)
+            assert work is not None  # noqa: S101 - a thousand wait
+            for job in work.unprepared:
+                ledger.prepared(job)
+            ended = ledger.done(work) if work.parts else []
+            ledger.leave(work.jobs)
+            if ended:
+                break
+        taken.append((time.perf_counter() - started) * 1e6)
+    return taken

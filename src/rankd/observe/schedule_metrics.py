@@ -1,0 +1,99 @@
+"""What a schedule counts, and the metrics of it: who came, how they ended, what waits, how good predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class CostErrors:
+    """Means over the latest calls: |actual - predicted| / actual of scoring and of preparing, and what one call of the
+    engine takes against its time at warm-up (`slowdown`)."""
+
+    score: float = 0.0
+    prepare: float = 0.0
+    slowdown: float = 1.0
+
+
+@dataclass(slots=True)
+class ScheduleCounts:
+    """Since the start: requests by how they came and ended, candidate rows that were scored and those that padded
+    their calls, calls, executors that were lost, requests run again because of that, and what decisions took."""
+
+    accepted: int = 0
+    refused: int = 0
+    finished: int = 0
+    failed: int = 0
+    late: int = 0
+    cancelled: int = 0
+    calls: int = 0
+    rows: int = 0
+    padded_rows: int = 0
+    lost_executors: int = 0
+    run_again: int = 0
+    decisions: int = 0
+    decision_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleFigures:
+    """A snapshot: counts, what waits (requests, candidates, predicted milliseconds), and how wrong predictions are."""
+
+    counts: ScheduleCounts = field(default_factory=ScheduleCounts)
+    unfinished: int = 0
+    waiting_rows: int = 0
+    waiting_ms: float = 0.0
+    errors: CostErrors = field(default_factory=CostErrors)
+
+
+COUNTERS: tuple[tuple[str, str, Callable[[ScheduleFigures], float]], ...] = (
+    ("rankd_schedule_calls", "Calls of the engine that scored candidates.", lambda f: f.counts.calls),
+    ("rankd_schedule_rows", "Candidates scored.", lambda f: f.counts.rows),
+    ("rankd_schedule_padded_rows", "Rows that filled calls up to their bucket.", lambda f: f.counts.padded_rows),
+    ("rankd_executors_lost", "Executors that failed or hung and were replaced.", lambda f: f.counts.lost_executors),
+    ("rankd_schedule_run_again", "Requests run again after that.", lambda f: f.counts.run_again),
+    ("rankd_schedule_decisions", "Decisions of what an executor does next.", lambda f: f.counts.decisions),
+    ("rankd_schedule_decision_seconds", "Time that decisions took.", lambda f: f.counts.decision_seconds),
+)
+GAUGES: tuple[tuple[str, str, Callable[[ScheduleFigures], float]], ...] = (
+    ("rankd_unfinished_requests", "Accepted, not yet answered.", lambda f: f.unfinished),
+    ("rankd_waiting_candidates", "Candidates that no executor has been given yet.", lambda f: f.waiting_rows),
+    ("rankd_waiting_milliseconds", "Predicted work that is not done.", lambda f: f.waiting_ms),
+    ("rankd_score_prediction_error", "Mean |actual - predicted| / actual of calls.", lambda f: f.errors.score),
+    ("rankd_prepare_prediction_error", "The same of histories and states.", lambda f: f.errors.prepare),
+    ("rankd_engine_slowdown", "What calls take against their time at warm-up.", lambda f: f.errors.slowdown),
+)
+OUTCOMES = ("refused", "finished", "failed", "late", "cancelled")
+
+
+class ScheduleCollector(Collector):
+    """Metrics of all model versions, as they were last shown."""
+
+    def __init__(self) -> None:
+        self._shown: Mapping[Key, ScheduleFigures] = {}
+
+    def show(self, figures: Mapping[Key, ScheduleFigures]) -> None:
+        """The figures of the versions that are ready now."""
+        self._shown = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """All figures of all versions."""
+        labels = ("model", "version")
+        ended = CounterMetricFamily("rankd_schedule", "Requests by how they ended.", labels=(*labels, "outcome"))
+        for key, figures in self._shown.items():
+            for outcome in OUTCOMES:
+                ended.add_metric((*key, outcome), getattr(figures.counts, outcome))
+        yield ended
+        for kind, table in ((CounterMetricFamily, COUNTERS), (GaugeMetricFamily, GAUGES)):
+            for name, text, figure in table:
+                family = kind(name, text, labels=labels)
+                for key, figures in self._shown.items():
+                    family.add_metric(key, figure(figures))
+                yield family

@@ -1,0 +1,230 @@
+"""THE request path: what is done with a request between its admission and its answer, in the order of this file.
+
+    prepare    its history; the state of it, kept, extended or encoded; the rows of its candidates; its user's features
+    assemble   a part of its candidates, with their features, into an executor's input buffers
+    score      some parts, of one user or of several, in one call of the engine
+    finish     all parts: unknown items get their score, and top_k is picked
+
+`schedule/` says when, on which executor, and in how many parts; `ranker.py` takes requests in. What a request waits for
+(the feature store, another request that computes the same user's state) is never waited for on an executor: `prepare`
+says what it is, and is called again when it is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from rankd.artifact import Manifest
+from rankd.engine.backend import Executor
+from rankd.errors import DeadlineExceeded
+from rankd.features.assembly import fill_history, fill_item_columns, fill_request_columns, until
+from rankd.features.catalogue import Catalogue
+from rankd.features.reading.stored_events import empty_history
+from rankd.features.reading.version_features import Fetch, VersionFeatures
+from rankd.features.requests import history_of_events, request_time, user_features_with
+from rankd.features.schema import UNKNOWN_ROW
+from rankd.features.staging import InputBuffers
+from rankd.features.tables import UserFeatures
+from rankd.observe.clocks import StageClock
+from rankd.schedule.packing import Packing
+from rankd.schedule.served import Part, When
+from rankd.states.lending import HeldState, NoStates, States
+from rankd.types import Float32Array, RankRequest, Scores, UserHistory
+
+
+@dataclass(slots=True, eq=False)
+class RankItem:
+    """A request on its way: the clock that was started when it came, and what was found for it so far. `lent` gives
+    back what it holds; `logits` (C, K) fill up part by part."""
+
+    request: RankRequest
+    clock: StageClock
+    logits: Float32Array
+    deadline: float | None = None
+    fetch: Fetch | None = None
+    history: UserHistory | None = None
+    now: int = 0
+    unknown_user: bool = False
+    held: HeldState | None = None
+    user: UserFeatures | None = None
+    lent: ExitStack = field(default_factory=ExitStack)
+
+
+class RequestPath:
+    """What executors do with the requests of one model version; `schedule.served.Served` says what is called when.
+
+    `begin` asks for the features of a request, if that was not done when it came.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        catalogue: Catalogue,
+        features: VersionFeatures,
+        states: States,
+        begin: Callable[[RankItem], Fetch],
+    ) -> None:
+        self.manifest, self.schema, self.catalogue = manifest, manifest.schema, catalogue
+        self.features, self.states, self._begin = features, states, begin
+        self.packing = Packing()
+        self._staging: dict[Executor, InputBuffers] = {}
+        self._weights = np.asarray([task.rank_weight for task in self.schema.tasks], np.float32)
+
+    def use_packing(self, packing: Packing, executors: Sequence[Executor]) -> None:
+        """Say how many users share a call, and make room for the inputs of some executors, of no others."""
+        self.packing = packing
+        self._staging = {}
+        for executor in executors:
+            self.make_room(executor)
+
+    def make_room(self, executor: Executor) -> None:
+        """Input buffers for one more executor."""
+        most = {bucket: self.packing.most(bucket) for bucket in self.schema.candidate_buckets}
+        self._staging[executor] = InputBuffers(self.schema, most)
+
+    def prepare(self, item: RankItem, executor: Executor, alone: bool) -> When | None:
+        """Find a request's history, state, rows and user features; a When if one of them is not there yet.
+
+        Raises:
+            InvalidRequest, DeadlineExceeded: of this request.
+            EngineFailure: the engine failed.
+        """
+        request, features = item.request, self.features
+        if item.history is None:
+            item.clock.lap("queue")
+            item.fetch = item.fetch or self._begin(item)
+            item.history = self._history(item)
+            item.clock.lap("features")
+        _check_deadline(item)
+        if item.held is None or alone:
+            if not alone and (free := self._somebody_computes(request.user_id)) is not None:
+                return free
+            item.clock.lap("queue")
+            states = NoStates() if alone else self.states
+            tokens = partial(fill_history, self.schema, features.items, item.history, self._staging[executor])
+            held = states.held(request.user_id, item.history, tokens, executor, item.deadline)
+            item.held = item.lent.enter_context(held)
+            item.clock.lap("encode")
+        assert item.fetch is not None  # noqa: S101 - it came with the history
+        if (rows := features.when_rows(item.fetch)) is not None:
+            return rows
+        item.user = user_features_with(request.context, features.user(item.fetch), self.schema, self.catalogue)
+        item.clock.lap("features")
+        _check_deadline(item)
+        return None
+
+    def assemble(self, part: Part[RankItem], bucket: int, place: int, executor: Executor) -> None:
+        """Write a part's candidates and their features into `place` of the executor's buffers.
+
+        Raises:
+            DeadlineExceeded: the request's time is over.
+        """
+        item = part.item
+        assert item.fetch is not None  # noqa: S101 - the schedule prepares before it assembles
+        assert item.history is not None  # noqa: S101
+        assert item.user is not None  # noqa: S101
+        if part.first == 0:
+            item.clock.lap("queue")
+        _check_deadline(item)
+        into = self._staging[executor].candidates(bucket).row(place)
+        rows = item.fetch.candidates[part.first : part.first + part.count]
+        items = self.features.items
+        fill_item_columns(self.schema, items, rows, into)
+        self.features.fill_items(item.fetch, into, part.first, part.count)
+        fill_request_columns(self.schema, items, item.history, rows, item.user, item.now, into)
+        if part.first == 0:
+            item.clock.lap("features")
+
+    def score(self, parts: Sequence[Part[RankItem]], bucket: int, executor: Executor) -> list[Float32Array]:
+        """Logits (count, K) of each part, in calls of as many users as were warmed."""
+        inputs, logits = self._staging[executor].candidates(bucket), list[Float32Array]()
+        while len(logits) < len(parts):
+            size = self.packing.fits(bucket, len(parts) - len(logits))
+            states = [_held(part.item).state for part in parts[len(logits) : len(logits) + size]]
+            logits.extend(executor.score(states, inputs.call(len(logits), size)))
+        return [one[: part.count] for part, one in zip(parts, logits, strict=True)]
+
+    def take(self, part: Part[RankItem], logits: Float32Array) -> None:
+        """Put a part's logits to the others."""
+        part.item.logits[part.first : part.first + part.count] = logits
+
+    def finish(self, item: RankItem) -> Scores:
+        """The answer, now that all parts are there."""
+        assert item.fetch is not None  # noqa: S101 - it was prepared
+        request, scores, rows = item.request, item.logits, item.fetch.candidates
+        item.clock.lap("score")
+        scores[rows == UNKNOWN_ROW] = self.schema.missing_item_score
+        order = self._order(scores, request.top_k)
+        answer = Scores(
+            model=self.manifest.name,
+            version=self.manifest.version,
+            candidates=request.candidates if order is None else tuple(request.candidates[i] for i in order),
+            tasks=self.schema.task_names,
+            scores=scores if order is None else scores[order],
+            unknown=tuple(request.candidates[i] for i in np.flatnonzero(rows == UNKNOWN_ROW)),
+            unknown_user=item.unknown_user,
+            degraded=self.features.degraded(item.fetch),
+            rows=item.fetch.counts,
+            state=_held(item).origin.value,
+            request_id=request.request_id,
+        )
+        item.clock.lap("order")
+        return replace(answer, timings_ms=item.clock.timings_ms())
+
+    def abandon(self, item: RankItem) -> None:
+        """The executor that prepares a request hangs: nobody waits for the state that it was making."""
+        self.states.abandon(item.request.user_id)
+
+    def drop(self, item: RankItem) -> None:
+        """Give the state back."""
+        item.lent.close()
+
+    def _history(self, item: RankItem) -> UserHistory:
+        """The events up to the moment of the request, which is found on the way."""
+        request, schema = item.request, self.schema
+        assert item.fetch is not None  # noqa: S101 - the caller asked
+        stored = self.features.history(item.fetch) if request.history is None else None
+        given = None if request.history is None else history_of_events(request.history, schema, self.catalogue)[0]
+        history = given if given is not None else stored if stored is not None else empty_history(schema)
+        item.unknown_user = stored is None and given is None
+        item.now = request_time(request, schema, history)
+        return until(history, item.now)
+
+    def _somebody_computes(self, user: str) -> When | None:
+        """What calls when the user's state is free, if it is not."""
+        if not self.states.when_free(user, _nothing):
+            return None
+
+        def when(then: Callable[[], None]) -> None:
+            if not self.states.when_free(user, then):
+                then()
+
+        return when
+
+    def _order(self, scores: Float32Array, top_k: int | None) -> list[int] | None:
+        """Indices of the best top_k rows, best first, equals in the order they came; None keeps all as they are."""
+        if top_k is None:
+            return None
+        order: list[int] = np.argsort(-(scores @ self._weights), kind="stable")[:top_k].tolist()
+        return order
+
+
+def _nothing() -> None:
+    """To ask whether one would wait."""
+
+
+def _held(item: RankItem) -> HeldState:
+    assert item.held is not None  # noqa: S101 - the schedule prepares before it scores
+    return item.held
+
+
+def _check_deadline(item: RankItem) -> None:
+    if item.deadline is not None and time.perf_counter() >= item.deadline:
+        spent = ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in item.clock.timings_ms().items())
+        raise DeadlineExceeded(f"timeout_ms passed on the way: {spent}")

@@ -1,0 +1,94 @@
+"""Which requests are taken: a limit on candidates and on predicted work that wait, and on promises that cannot be kept.
+
+In: `Waiting` and what a request would cost. Out: nothing, or Overloaded with the time after which to try again, or
+DeadlineExceeded where that would not help: its time is too short even if nobody else were there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankd.errors import DeadlineExceeded, Overloaded
+from rankd.schedule.waiting import Waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of what a model lets wait: candidates, and milliseconds of predicted work an executor. `margin` is added to each
+    prediction, as a part of it, before it is held against a deadline."""
+
+    candidates: int
+    work_ms: float
+    margin: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request that wants to come in at `now`, at this `place` in the order: its candidates, its work, how soon it
+    can be done alone, and its deadline (seconds, NEVER if there is none)."""
+
+    now: float
+    place: float
+    rows: int
+    work_ms: float
+    alone_ms: float
+    deadline: float
+
+
+def check(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish) -> None:
+    """Do nothing if a request may come in.
+
+    Raises:
+        Overloaded: too much waits, or it cannot be done by its deadline behind those that come before it, or one that
+            was let in could not be done by its own.
+        DeadlineExceeded: it could not be in time if it were alone.
+    """
+    left_ms = max(wish.deadline - wish.now, 0.0) * 1e3
+    if wish.alone_ms > left_ms:
+        raise DeadlineExceeded(
+            f"this request takes {wish.alone_ms:.1f} ms even if it is alone, and its time is over in {left_ms:.1f} ms: "
+            "allow more time, or ask for fewer candidates"
+        )
+    if waiting.count:
+        _check_limits(waiting, limits, num_executors, wish)
+        _check_deadlines(waiting, limits, num_executors, wish, left_ms)
+
+
+def _check_limits(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish) -> None:
+    queued_ms, rows = waiting.total_ms() / num_executors, waiting.total_rows()
+    if queued_ms <= limits.work_ms and rows + wish.rows <= limits.candidates:
+        return
+    share = (rows + wish.rows - limits.candidates) / max(rows, 1)
+    after_s = max(queued_ms - limits.work_ms, share * queued_ms, wish.alone_ms) / 1e3
+    raise Overloaded(
+        f"{waiting.count} requests with {rows} candidates, {queued_ms:.0f} ms of work, are waiting; allowed are "
+        f"{limits.candidates} candidates and {limits.work_ms:g} ms: try again in {after_s:.2f} s",
+        retry_after_s=after_s,
+    )
+
+
+def _check_deadlines(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish, left_ms: float) -> None:
+    count, factor = waiting.count, (1 + limits.margin) / num_executors
+    order = waiting.place[: waiting.size].argsort(kind="stable")[:count]
+    done_ms = waiting.left_ms[order].cumsum() * factor
+    ahead = int(waiting.place[order].searchsorted(wish.place, side="right"))
+    needed_ms = (float(done_ms[ahead - 1]) if ahead else 0.0) + wish.alone_ms * (1 + limits.margin)
+    if needed_ms > left_ms:
+        after_s = (needed_ms - left_ms) / 1e3
+        raise Overloaded(
+            f"this request would be answered in {needed_ms:.0f} ms, and its time is over in {left_ms:.0f} ms: "
+            f"try again in {after_s:.2f} s, or allow more time",
+            retry_after_s=after_s,
+        )
+    if ahead == count:
+        return
+    spare_ms = (waiting.deadline[order[ahead:]] - wish.now) * 1e3 - done_ms[ahead:]
+    kept = spare_ms[spare_ms >= 0.0]  # who is late already is not helped by refusing others
+    own_ms = wish.work_ms * factor
+    if kept.size and kept.min() < own_ms:
+        after_s = float(own_ms - kept.min()) / 1e3
+        raise Overloaded(
+            f"{waiting.count} requests are waiting, and with this one some of them would be late: try again in "
+            f"{after_s:.2f} s",
+            retry_after_s=after_s,
+        )

@@ -1,0 +1,256 @@
+"""The book of the schedule: every request from its acceptance to its end, and who works on which of its candidates.
+
+In: what happened (accepted, ready, prepared, scored, failed, cancelled), with the time. Out: what an executor does
+next, and who has ended. It has no threads, no clock and no lock of its own: `scheduler.py` calls it under its lock, and
+`simulation.py` with made-up time.
+
+    accept -> comes -> next: prepare -> prepared -> next: a part -> done ... -> the last part done: it has ended
+                                    \\-> waits -> comes -> next: prepare ...
+
+A request ends once: by its last part, by `end` (failed, cancelled, out of time), or by the second executor that is lost
+over it. What is being computed for one that has ended is let run, and thrown away. When nobody works on it any more it
+is due to be dropped: `leave` says so once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from rankd.schedule import admission, policy
+from rankd.schedule.admission import Limits, Wish
+from rankd.schedule.policy import Rules
+from rankd.schedule.served import Asked, Part
+from rankd.schedule.waiting import NEVER, Waiting
+
+Item = TypeVar("Item")
+MOST_LOSSES = 2
+"""A request that so many executors were lost over fails; the first of them may have been no fault of its."""
+
+
+@dataclass(slots=True, eq=False)
+class Job(Generic[Item]):
+    """A request. `given` of its candidates were handed out, `done` are scored; `workers` calls are under way for it.
+    `again` are (first, count) of parts that have to be handed out once more, in calls by themselves."""
+
+    item: Item
+    asked: Asked
+    slot: int
+    accepted: float
+    given: int = 0
+    done: int = 0
+    workers: int = 0
+    losses: int = 0
+    over: bool = False
+    dropped: bool = False
+    again: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Work(Generic[Item]):
+    """A call that an executor was given: `jobs`, and for each the part that is scored (none: prepare alone), padded to
+    `bucket`. `unprepared` are those to prepare first."""
+
+    jobs: list[Job[Item]]
+    parts: list[Part[Item]]
+    bucket: int
+    unprepared: list[Job[Item]]
+    started: float
+    predicted_ms: float
+
+
+class Ledger(Generic[Item]):
+    """Not thread-safe."""
+
+    def __init__(self, rules: Rules, limits: Limits) -> None:
+        self.rules, self.limits = rules, limits
+        self.waiting = Waiting()
+        self._jobs: dict[int, Job[Item]] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything that was accepted has ended."""
+        return not self.waiting.count
+
+    def check(self, asked: Asked, now: float) -> tuple[float, float, float]:
+        """(place, latest, work_ms) of a request that may come in now.
+
+        Raises:
+            Overloaded, DeadlineExceeded: see `admission.check`.
+        """
+        rules = self.rules
+        prepare_ms = rules.costs.prepare(asked.resident)
+        work_ms, alone_ms = rules.work_ms(asked.rows, prepare_ms), rules.shortest_ms(asked.rows, prepare_ms)
+        deadline = NEVER if asked.deadline is None else asked.deadline
+        latest = deadline - alone_ms / 1e3
+        place = policy.place(now, work_ms, asked.priority, latest, rules)
+        wish = Wish(now, place, asked.rows, work_ms, alone_ms, deadline)
+        admission.check(self.waiting, self.limits, rules.num_executors, wish)
+        return place, latest, work_ms
+
+    def accept(self, item: Item, asked: Asked, now: float) -> Job[Item]:
+        """Take a request in; it cannot run before `comes`.
+
+        Raises:
+            Overloaded, DeadlineExceeded: as `check`.
+        """
+        place, latest, work_ms = self.check(asked, now)
+        deadline = NEVER if asked.deadline is None else asked.deadline
+        slot = self.waiting.add(place, deadline, latest, work_ms, asked.rows, asked.resident)
+        job = self._jobs[slot] = Job(item, asked, slot, now)
+        return job
+
+    def comes(self, job: Job[Item]) -> None:
+        """What a request waited for is there: executors may have it."""
+        if not job.over:
+            self.waiting.turn[job.slot] = self.waiting.place[job.slot]
+            self._set_tail(job)
+
+    def next(self, idle: int, now: float) -> Work[Item] | None:
+        """What one of `idle` executors does now; None: nothing can be run."""
+        waiting = self.waiting
+        call = policy.decide(waiting, idle, now, self.rules)
+        if call is None:
+            return None
+        jobs = [self._jobs[slot] for slot in call.slots]
+        unprepared = [job for job in jobs if not waiting.prepared[job.slot]]
+        costs = self.rules.costs
+        predicted_ms = sum(costs.prepare(bool(waiting.resident[job.slot])) for job in unprepared)
+        predicted_ms += costs.score(call.bucket, len(jobs)) if call.bucket else 0.0
+        parts = []
+        for job in jobs:
+            job.workers += 1
+            if call.bucket:
+                parts.append(self._next_part(job, call.bucket))
+        for job in unprepared:  # nobody else can do anything for it until it is
+            waiting.turn[job.slot] = NEVER
+        return Work(jobs, parts, call.bucket, unprepared, now, predicted_ms)
+
+    def prepared(self, job: Job[Item]) -> None:
+        """The state of a request is there: the rest of its candidates may be handed out."""
+        if job.over:
+            return
+        self.waiting.prepared[job.slot] = True
+        self._set_left(job)
+        if self.waiting.rows[job.slot]:
+            self.comes(job)
+
+    def waits(self, work: Work[Item], job: Job[Item]) -> None:
+        """A request that was to be prepared has to wait for something first: it leaves its call, until it `comes`."""
+        place = work.jobs.index(job)
+        work.jobs.pop(place)
+        work.unprepared.remove(job)
+        if work.parts:
+            part = work.parts.pop(place)
+            self._give_back(job, part)
+
+    def done(self, work: Work[Item]) -> list[Job[Item]]:
+        """The parts of a call are scored: the requests that this was the last of, which have ended with it."""
+        ended = []
+        for job, part in zip(work.jobs, work.parts, strict=True):
+            if job.over:
+                continue
+            job.done += part.count
+            if job.done == job.asked.rows:
+                self.end(job)
+                ended.append(job)
+            else:
+                self._set_left(job)
+        return ended
+
+    def lost(self, work: Work[Item]) -> list[Job[Item]]:
+        """An executor was lost over a call: what it had is handed out once more. Those that this was once too often for
+        have ended; they are returned."""
+        ended = []
+        for number, job in enumerate(work.jobs):
+            job.losses += 1
+            if job.over:
+                continue
+            if job.losses >= MOST_LOSSES:
+                self.end(job)
+                ended.append(job)
+                continue
+            if work.parts:
+                self._give_back(job, work.parts[number])
+            self.comes(job)
+        return ended
+
+    def late(self, now: float) -> list[Job[Item]]:
+        """Requests that are out of time, or can no longer be in time; they have ended."""
+        waiting = self.waiting
+        size = waiting.size
+        passed = (waiting.deadline[:size] <= now).nonzero()[0].tolist()
+        ended = [self._jobs[slot] for slot in {*passed, *policy.hopeless(waiting, now)}]
+        for job in ended:
+            self.end(job)
+        return ended
+
+    def next_deadline(self) -> float:
+        """The earliest moment at which `late` has something to end; NEVER if there is none."""
+        size = self.waiting.size
+        return float(self.waiting.deadline[:size].min()) if size else NEVER
+
+    def end(self, job: Job[Item]) -> bool:
+        """A request has ended, however; whether it had not before."""
+        if job.over:
+            return False
+        job.over = True
+        del self._jobs[job.slot]
+        self.waiting.remove(job.slot)
+        return True
+
+    def leave(self, jobs: Sequence[Job[Item]]) -> list[Job[Item]]:
+        """A call is over: of its requests those that have ended and that nobody works on any more."""
+        for job in jobs:
+            job.workers -= 1
+        return [job for job in jobs if self.droppable(job)]
+
+    def droppable(self, job: Job[Item]) -> bool:
+        """Whether what is held for a request can be given back; true once."""
+        free = job.over and not job.workers and not job.dropped
+        job.dropped |= free
+        return free
+
+    def everybody(self) -> list[Job[Item]]:
+        """All that have not ended."""
+        return list(self._jobs.values())
+
+    def _next_part(self, job: Job[Item], bucket: int) -> Part[Item]:
+        waiting, slot = self.waiting, job.slot
+        if job.again:
+            first, whole = job.again.pop()
+            count = min(whole, bucket)
+            if whole > count:
+                job.again.append((first + count, whole - count))
+        else:
+            first, count = job.given, min(bucket, job.asked.rows - job.given)
+            job.given += count
+        waiting.rows[slot] -= count
+        if waiting.rows[slot]:
+            self._set_tail(job)
+        else:
+            waiting.turn[slot] = NEVER
+            waiting.tail[slot] = 0
+        return Part(job.item, first, count)
+
+    def _give_back(self, job: Job[Item], part: Part[Item]) -> None:
+        if part.first + part.count == job.given:
+            job.given = part.first
+        else:
+            job.again.append((part.first, part.count))
+        self.waiting.rows[job.slot] += part.count
+
+    def _set_left(self, job: Job[Item]) -> None:
+        """What is left of a prepared request, and when it has to begin."""
+        waiting, slot, left = self.waiting, job.slot, job.asked.rows - job.done
+        waiting.left_ms[slot] = self.rules.work_ms(left, 0.0)
+        waiting.latest[slot] = waiting.deadline[slot] - self.rules.shortest_ms(left, 0.0) / 1e3
+
+    def _set_tail(self, job: Job[Item]) -> None:
+        """A part that may share a call with those of other users: all that is left, of one that is no trouble."""
+        waiting, slot, cutter = self.waiting, job.slot, self.rules.cutter
+        rows = int(waiting.rows[slot])
+        ready = bool(waiting.prepared[slot] or waiting.resident[slot]) and not job.losses and not job.again
+        bucket = cutter.first(rows, cutter.buckets[-1]) if rows else 0
+        waiting.tail[slot] = bucket if ready and rows <= bucket else 0

@@ -1,0 +1,146 @@
+"""What an idle executor does next: a pure function of what waits, how many executors are idle, and the time.
+
+In: `Waiting`, `Rules`. Out: a `Call`. The real schedule (`scheduler.py`) and the simulated one (`simulation.py`) ask
+the same functions.
+
+- *Order.* A request's place is fixed when it comes: its arrival plus a patience that grows with its work, so that short
+  ones pass long ones, but never one that came more than `fairness_ms` before them. A deadline moves it forward.
+- *Cuts.* A call takes at most `quantum_ms`, so that who comes next waits no longer than that: long requests go in
+  pieces. If nobody else waits, the pieces are spread over the idle executors.
+- *Deadlines.* Of the sizes that a call may have it takes the largest that makes nobody else late.
+- *Calls for several users*, where that was measured to pay: pieces of the same bucket join, in order.
+- *States first.* A history that has to be encoded is a call by itself, so that the other executors work meanwhile and
+  its candidates can then be spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from rankd.schedule.costs import CostModel
+from rankd.schedule.cutting import Cutter
+from rankd.schedule.waiting import NEVER, Waiting
+
+WORTH = 0.8
+"""Pieces are spread over idle executors if that ends in this part of the time or less."""
+
+
+class Priority(Enum):
+    """Interactive requests pass batch ones, which wait `batch_ms` longer at most."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the policy goes by. `largest` is the bucket of the quantum; `most_users(bucket)` is how many users a call
+    of a bucket may serve."""
+
+    cutter: Cutter
+    costs: CostModel
+    most_users: Callable[[int], int]
+    num_executors: int
+    largest: int
+    stretch: float
+    fairness_ms: float
+    batch_ms: float
+
+    def work_ms(self, rows: int, prepare_ms: float) -> float:
+        """All that a request takes, in pieces."""
+        return prepare_ms + self.costs.rows(rows) + self.cutter.cost_ms(rows, self.largest)
+
+    def shortest_ms(self, rows: int, prepare_ms: float) -> float:
+        """How soon it can be done if all executors work for it."""
+        share = -(-rows // self.num_executors)
+        return prepare_ms + self.work_ms(share, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of an executor. `bucket` 0: prepare the request in `slots`, no more. Else score, for each of `slots`, as
+    many candidates as are left, at most `bucket`; who is not prepared is prepared first."""
+
+    slots: tuple[int, ...]
+    bucket: int
+
+
+def place(arrival: float, work_ms: float, priority: Priority, latest: float, rules: Rules) -> float:
+    """A request's place in the order, in seconds: never before its arrival.
+
+    >>> arrival 10.0 s, 5 ms of work, stretch 4 -> 10.020; 100 ms of work, fairness 200 ms -> 10.200
+    """
+    patience_ms = min(rules.stretch * work_ms, rules.fairness_ms)
+    if priority is Priority.BATCH:
+        patience_ms += rules.batch_ms
+    return max(min(arrival + patience_ms / 1e3, latest), arrival)
+
+
+def hopeless(waiting: Waiting, now: float) -> list[int]:
+    """Those that cannot be in time any more, whatever is done, and that nobody works on."""
+    size = waiting.size
+    late = (waiting.latest[:size] < now) & (waiting.turn[:size] < NEVER)
+    return [int(slot) for slot in np.flatnonzero(late)]
+
+
+def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None:
+    """The next call of one of `idle` executors; None if nothing can be run."""
+    turns = waiting.turn[: waiting.size]
+    if not turns.size:
+        return None
+    first = int(turns.argmin())
+    if turns[first] == NEVER:
+        return None
+    rows = int(waiting.rows[first])
+    others = int(np.count_nonzero(turns < NEVER)) - 1
+    largest = _largest(waiting, first, idle, others, now, rules)
+    bucket = rules.cutter.first(rows, largest)
+    if not (waiting.prepared[first] or waiting.resident[first]):
+        alone = idle > 1 or rows > bucket or others > 0
+        return Call((first,), 0 if alone else bucket)
+    most = rules.most_users(bucket)
+    if rows > bucket or most == 1 or not others:
+        return Call((first,), bucket)
+    return Call((first, *_joining(waiting, first, bucket, most - 1)), bucket)
+
+
+def _largest(waiting: Waiting, first: int, idle: int, others: int, now: float, rules: Rules) -> int:
+    """The largest bucket that a call for `first` may have."""
+    cutter, rows, largest = rules.cutter, int(waiting.rows[first]), rules.largest
+    if others < idle - 1 and rows > cutter.buckets[0]:
+        helpers = idle - others
+        share = cutter.bucket_for(-(-rows // helpers))
+        if share < largest or rows > share:
+            together = cutter.cost_ms(-(-rows // helpers), share)
+            if together <= WORTH * cutter.cost_ms(rows, largest):
+                return min(share, largest)
+    if others and idle == 1:
+        return _in_time(waiting, first, largest, now, rules)
+    return largest
+
+
+def _in_time(waiting: Waiting, first: int, largest: int, now: float, rules: Rules) -> int:
+    """The largest bucket up to `largest` whose call makes the fewest others late."""
+    size = waiting.size
+    latest = waiting.latest[:size]
+    exposed = latest[(latest < NEVER) & (waiting.turn[:size] < NEVER)]
+    if not exposed.size:
+        return largest
+    ends = {bucket: now + rules.costs.score(bucket) / 1e3 for bucket in rules.cutter.buckets if bucket <= largest}
+    own = waiting.latest[first]
+    late = {bucket: int(np.count_nonzero(exposed < end)) - (own < end) for bucket, end in ends.items()}
+    return min(ends, key=lambda bucket: (late[bucket], -bucket))
+
+
+def _joining(waiting: Waiting, first: int, bucket: int, most: int) -> list[int]:
+    """Up to `most` others whose rest is one piece of this bucket, in their order."""
+    turns = waiting.turn[: waiting.size]
+    fitting = np.flatnonzero((waiting.tail[: waiting.size] == bucket) & (turns < NEVER))
+    fitting = fitting[fitting != first]
+    if fitting.size > most:
+        fitting = fitting[np.argpartition(turns[fitting], most - 1)[:most]]
+    return [int(slot) for slot in fitting[np.argsort(turns[fitting], kind="stable")]]

@@ -1,0 +1,91 @@
+"""The requests that a model has accepted and not answered, as columns: a slot each, so that a decision over a thousand
+of them is a few vector operations.
+
+In: what is known of a request. Out: the columns that `policy.py` and `admission.py` read. Times are seconds of the
+schedule's clock, work is in milliseconds. Not thread-safe: the scheduler's lock guards it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from rankd.types import Array
+
+NEVER = math.inf
+FIRST_CAPACITY = 64
+
+
+class Waiting:
+    """Columns over slots 0..size - 1; a free slot has `turn` and `place` NEVER and nothing left.
+
+    turn      the place in the order, of those that an executor may be given now; NEVER for all others (not ready, or
+              all that is left of them is being run)
+    place     the place in the order, whether it can run now or not: the smallest comes first (`policy.place`)
+    deadline  when the answer has to be there; NEVER if nobody says
+    latest    when the rest has to begin to be in time
+    left_ms   predicted work that is not finished
+    rows      candidates that no executor has been given yet
+    tail      the bucket of the rest if that is one piece whose user is prepared, else 0: such pieces may share a call
+    prepared  the state is there
+    resident  (before it is prepared) it is in memory, so that preparing it is quick
+    """
+
+    def __init__(self, capacity: int = FIRST_CAPACITY) -> None:
+        self.size = 0
+        self.count = 0
+        self._free: list[int] = []
+        self.turn = np.full(capacity, NEVER)
+        self.place = np.full(capacity, NEVER)
+        self.deadline = np.full(capacity, NEVER)
+        self.latest = np.full(capacity, NEVER)
+        self.left_ms = np.zeros(capacity)
+        self.rows = np.zeros(capacity, np.int64)
+        self.tail = np.zeros(capacity, np.int64)
+        self.prepared = np.zeros(capacity, bool)
+        self.resident = np.zeros(capacity, bool)
+
+    def add(self, place: float, deadline: float, latest: float, left_ms: float, rows: int, resident: bool) -> int:
+        """A slot for a request that cannot run yet."""
+        slot = self._take()
+        self.place[slot], self.deadline[slot], self.latest[slot] = place, deadline, latest
+        self.left_ms[slot], self.rows[slot], self.resident[slot] = left_ms, rows, resident
+        self.count += 1
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Free a slot."""
+        self.turn[slot] = self.place[slot] = self.deadline[slot] = self.latest[slot] = NEVER
+        self.left_ms[slot] = 0.0
+        self.rows[slot] = self.tail[slot] = 0
+        self.prepared[slot] = self.resident[slot] = False
+        self._free.append(slot)
+        self.count -= 1
+
+    def total_rows(self) -> int:
+        """Candidates that wait."""
+        return int(self.rows[: self.size].sum())
+
+    def total_ms(self) -> float:
+        """Predicted work of all."""
+        return float(self.left_ms[: self.size].sum())
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self.size == self.turn.shape[0]:
+            self._grow()
+        self.size += 1
+        return self.size - 1
+
+    def _grow(self) -> None:
+        for name in ("turn", "place", "deadline", "latest"):
+            setattr(self, name, _longer(getattr(self, name), NEVER))
+        for name in ("left_ms", "rows", "tail", "prepared", "resident"):
+            setattr(self, name, _longer(getattr(self, name), 0))
+
+
+def _longer(column: Array, value: float) -> Array:
+    """Twice as long."""
+    return np.concatenate([column, np.full(column.shape, value, column.dtype)])

@@ -1,0 +1,194 @@
+"""The gRPC server: the Open Inference Protocol and rankd's own service, on the same path as HTTP.
+
+In: messages. Out: messages, or a status with the error's code and words; an overloaded server also says when to come
+back (`retry-after-ms` in the trailing metadata). The deadline of an RPC is a request's `timeout_ms`, whichever is
+earlier; an RPC that is cancelled leaves the schedule at once. A thread serves an RPC from its first byte to its last:
+`CALLS` at once, more are refused with RESOURCE_EXHAUSTED.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import grpc
+
+from rankd.errors import ConfigError, Overloaded, RankdError, Unavailable
+from rankd.ranker import Ranker
+from rankd.serve import grpc_inference, grpc_ranking
+from rankd.serve.booking import book_failure
+from rankd.serve.grpc_inference import Information
+from rankd.serve.messages import message, methods
+from rankd.serve.repository import ModelRepository
+from rankd.serve.settings import ServeConfig
+from rankd.types import RankRequest, Scores
+
+log = logging.getLogger("rankd")
+CALLS = 128
+Handler = Callable[[Any, grpc.ServicerContext], Any]
+
+
+class GrpcServer:
+    """A server over a repository, which is started and closed by whoever runs it. `port` is where it listens."""
+
+    def __init__(self, repository: ModelRepository, config: ServeConfig, port: int) -> None:
+        """Bind the address.
+
+        Raises:
+            ConfigError: it is taken, or not ours.
+        """
+        self._repository = repository
+        self._threads = ThreadPoolExecutor(CALLS, "rankd-grpc")
+        options = [
+            ("grpc.max_receive_message_length", config.max_body_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+        ]
+        self._server = grpc.server(self._threads, options=options, maximum_concurrent_rpcs=CALLS)
+        self._server.add_generic_rpc_handlers((self._inference(), self._ranking()))
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        try:
+            self.port = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            self._threads.shutdown()
+            raise ConfigError(
+                f"cannot listen on {host}:{port} for gRPC: {error}; choose another with grpc_port, 0 takes a free one"
+            ) from error
+
+    def start(self) -> None:
+        """Answer."""
+        self._server.start()
+
+    def close(self, grace_s: float) -> None:
+        """Take no more, give those that are being answered so long, and end."""
+        self._server.stop(grace_s).wait()
+        self._threads.shutdown()
+
+    def _inference(self) -> Any:
+        information = Information(self._repository)
+        handlers: dict[str, Handler] = {"ModelInfer": self._infer, "ModelStreamInfer": self._stream}
+        for name in methods(grpc_inference.SERVICE):
+            if name not in handlers:
+                handlers[name] = partial(_answered, getattr(information, _snake(name)), name)
+        return _generic(grpc_inference.SERVICE, handlers)
+
+    def _ranking(self) -> Any:
+        append = partial(grpc_ranking.append_events, self._repository)
+        events = partial(_answered, append, "AppendEvents", service=grpc_ranking.SERVICE)
+        return _generic(grpc_ranking.SERVICE, {"Rank": self._rank, "AppendEvents": events})
+
+    def _infer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        return _guarded(lambda: self._infer_one(request, context), context)
+
+    def _infer_one(self, request: Any, context: grpc.ServicerContext) -> Any:
+        header, decoded = self._decoded(grpc_inference.decode_infer, request)
+        return grpc_inference.encode_infer(self._rank_with(decoded, context), header)
+
+    def _stream(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        """One after the other; an error is an answer, and the stream goes on."""
+        answer = message("inference.ModelStreamInferResponse")
+        for request in requests:
+            try:
+                yield answer(infer_response=self._infer_one(request, context))
+            except RankdError as error:
+                yield answer(error_message=str(error))
+            except CancelledError:
+                return
+
+    def _rank(self, request: Any, context: grpc.ServicerContext) -> Any:
+        def rank() -> Any:
+            decoded = self._decoded(grpc_ranking.decode_rank, request)
+            return grpc_ranking.encode_scores(self._rank_with(decoded, context))
+
+        return _guarded(rank, context)
+
+    def _decoded(self, decode: Callable[[Any], Any], request: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return decode(request)
+        except RankdError as error:
+            book_failure(self._repository, None, error, started)
+            raise
+
+    def _rank_with(self, request: RankRequest, context: grpc.ServicerContext) -> Scores:
+        """Rank within what is left of the RPC's time, and book how it ended."""
+        started, repository = time.perf_counter(), self._repository
+        left_s = context.time_remaining()
+        if left_s is not None:
+            least = min(left_s * 1e3, request.timeout_ms or left_s * 1e3)
+            request = replace(request, timeout_ms=max(least, 1e-3))
+        ranker: Ranker | None = None
+        try:
+            ranker = repository.get(request.model, request.version)
+            try:
+                future = ranker.submit(request)
+            except Overloaded:
+                raise
+            except Unavailable:  # it may have been unloaded since `get`, and another version be ready
+                replacement = repository.get(request.model, request.version)
+                if replacement is ranker:
+                    raise
+                ranker = replacement
+                future = ranker.submit(request)
+            scores = _waited(future, context)
+        except (Exception, CancelledError) as error:
+            book_failure(repository, ranker, error, started)
+            raise
+        repository.metrics.succeeded(scores)
+        return scores
+
+
+def _waited(future: Future[Scores], context: grpc.ServicerContext) -> Scores:
+    """The scores; an RPC that ends before they are there cancels them."""
+
+    def gone() -> None:
+        future.cancel()
+
+    if not context.add_callback(gone):
+        gone()
+    return future.result()
+
+
+def _answered(
+    ask: Callable[[Any], dict[str, Any]],
+    method: str,
+    request: Any,
+    context: grpc.ServicerContext,
+    service: str = grpc_inference.SERVICE,
+) -> Any:
+    """A method that gives the fields of its response."""
+    return _guarded(lambda: methods(service)[method][1](**ask(request)), context)
+
+
+def _guarded(answer: Callable[[], Any], context: grpc.ServicerContext) -> Any:
+    """An answer, or the status that its error becomes."""
+    try:
+        return answer()
+    except RankdError as error:
+        if isinstance(error, Overloaded):
+            context.set_trailing_metadata((("retry-after-ms", str(int(error.retry_after_s * 1e3) + 1)),))
+        context.abort(getattr(grpc.StatusCode, error.grpc_code), str(error))
+    except CancelledError:
+        context.abort(grpc.StatusCode.CANCELLED, "the request was cancelled")
+    except Exception:
+        log.exception("an RPC failed")
+        context.abort(grpc.StatusCode.INTERNAL, "the server failed on this request; its log says why")
+
+
+def _generic(service: str, handlers: dict[str, Handler]) -> Any:
+    made = {}
+    for name, (asked, given, streams) in methods(service).items():
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        made[name] = make(handlers[name], asked.FromString, given.SerializeToString)
+    return grpc.method_handlers_generic_handler(service, made)
+
+
+def _snake(name: str) -> str:
+    """ModelReady -> model_ready."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

@@ -1,0 +1,1 @@
+"""The gRPC protocols as .proto files, and `descriptors.binpb`, what protoc makes of them."""

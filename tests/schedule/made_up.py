@@ -1,0 +1,29 @@
+"""Rules, costs and requests of schedules that are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rankd.schedule.admission import Limits
+from rankd.schedule.costs import CostModel, Warmed
+from rankd.schedule.cutting import Cutter
+from rankd.schedule.policy import Rules
+
+BUCKETS = (16, 64, 256)
+CALL_MS = {(16, 1): 1.0, (16, 2): 1.2, (16, 4): 1.6, (64, 1): 3.0, (256, 1): 11.0}
+ROOMY = Limits(candidates=10**9, work_ms=1e9)
+
+
+def rules_of(
+    num_executors: int = 2,
+    largest: int = 64,
+    stretch: float = 4.0,
+    fairness_ms: float = 100.0,
+    batch_ms: float = 1000.0,
+    most_users: Callable[[int], int] = lambda bucket: 4 if bucket == 16 else 1,
+    most_rows: int = 1024,
+) -> Rules:
+    """Rules over three buckets; users share calls of the smallest one."""
+    costs = CostModel(Warmed(CALL_MS, encode_ms=5.0))
+    cutter = Cutter(BUCKETS, costs.score, most_rows)
+    return Rules(cutter, costs, most_users, num_executors, largest, stretch, fairness_ms, batch_ms)

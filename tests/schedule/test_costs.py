@@ -1,0 +1,45 @@
+"""Predictions start where warm-up was, follow what calls take, and say how wrong they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from rankd.schedule.costs import FARTHEST, STEP, CostModel, Warmed
+
+WARMED = Warmed({(16, 1): 1.0, (16, 2): 1.5, (64, 1): 4.0}, encode_ms=10.0)
+
+
+def test_predictions_are_those_of_warm_up_at_first() -> None:
+    costs = CostModel(WARMED)
+    assert (costs.score(16), costs.score(16, 2), costs.score(64)) == (1.0, 1.5, 4.0)
+    assert costs.score(64, 3) == 12.0  # not warmed: one user after the other
+    assert costs.prepare(resident=True) < 1.0
+    assert costs.prepare(resident=False) == pytest.approx(costs.prepare(resident=True) + 10.0)
+
+
+def test_predictions_follow_a_machine_that_became_slower() -> None:
+    costs = CostModel(WARMED)
+    for _ in range(200):
+        costs.saw_score(16, 1, 16, 0.1, 3.0)
+    assert costs.score(16) == pytest.approx(3.0, rel=0.05)
+    assert costs.score(64) == pytest.approx(12.0, rel=0.2)  # never seen, but it is the same machine
+    assert costs.errors().slowdown == pytest.approx(3.0, rel=0.2)
+    assert costs.errors().score < 0.05
+    assert costs.rows(16) == pytest.approx(0.1, rel=0.05)
+
+
+def test_one_wild_call_moves_little() -> None:
+    costs = CostModel(WARMED)
+    costs.saw_score(64, 1, 64, 0.1, 4000.0)
+    assert costs.score(64) <= 4.0 * (1 + STEP * (FARTHEST - 1)) + 1e-9
+    assert costs.errors().score > 0.05
+
+
+def test_preparations_of_both_kinds_are_kept_apart() -> None:
+    costs = CostModel(WARMED)
+    for _ in range(100):
+        costs.saw_prepare(True, 0.5)
+        costs.saw_prepare(False, 30.0)
+    assert costs.prepare(True) == pytest.approx(0.5, rel=0.05)
+    assert costs.prepare(False) == pytest.approx(30.0, rel=0.05)
+    assert costs.errors().prepare < 0.05

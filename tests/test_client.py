@@ -53,7 +53,8 @@ def test_a_full_line_says_when_to_come_back(server: Server, monkeypatch: pytest.
 
     monkeypatch.setattr(ranker.features, "history", slow_history)
     ranker.submit(RankRequest("slow", ("a",)))
-    begun.wait(10)
+    assert begun.wait(10)
+    ranker.submit(RankRequest("waits", ("a",)))
     with Client(server.url) as client:
         with pytest.raises(Overloaded) as refused:
             client.rank(RankRequest("u", ("a",)))

@@ -164,7 +164,7 @@ def test_a_request_that_two_executors_fail_over_fails_and_harms_nobody_else() ->
         with pytest.raises(EngineFailure, match="this one always"):
             futures[0].result(PATIENCE)
         assert right(good, futures[1])
-    assert [(100, 0, 5), (200, 0, 5)] in [parts for _, parts in work.calls]  # they shared a call at first
+    assert any({(100, 0, 5), (200, 0, 5)} <= set(parts) for _, parts in work.calls)  # they shared a call at first
     assert schedule.figures().counts.lost_executors == 2
     assert (bad.dropped, good.dropped) == (1, 1)
 

@@ -243,8 +243,10 @@ def test_an_overloaded_server_says_when_to_come_back(demo_models: Path, monkeypa
         begun, gate = slow(server, monkeypatch)
         rank = method(channel, "rankd.v1.Ranking", "Rank")
         try:
-            blocked = rank.future(kind(user_id="slow", candidates=["a", "b", "c"]))
+            blocked = rank.future(kind(user_id="slow", candidates=["a"]))
             assert begun.wait(20)
+            waits = rank.future(kind(user_id="v", candidates=["a", "b", "c"]))
+            eventually(lambda: server.repository.get().schedule.unfinished == 2, "it waits")
             started = time.perf_counter()
             with pytest.raises(grpc.RpcError) as raised:
                 rank(kind(user_id="u", candidates=["a"]))
@@ -254,7 +256,7 @@ def test_an_overloaded_server_says_when_to_come_back(demo_models: Path, monkeypa
         assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         metadata: Any = raised.value.trailing_metadata()
         assert int(dict(metadata)["retry-after-ms"]) >= 1
-        assert len(blocked.result(20).candidates) == 3
+        assert (len(blocked.result(20).candidates), len(waits.result(20).candidates)) == (1, 3)
 
 
 def test_closing_finishes_what_was_accepted(demo_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ REFUSED = [
     ({**RANK, "model": "dmo"}, 404, "Did you mean 'demo'"),
     ({**RANK, "model": "../demo"}, 404, "no model"),
     ({**RANK, "version": "9"}, 404, "has no version '9'"),
-    ({**RANK, "timeout_ms": 1e-6}, 504, "time was over"),
+    ({**RANK, "timeout_ms": 1e-6}, 504, "even if it is alone"),
 ]
 
 

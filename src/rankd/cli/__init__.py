@@ -21,7 +21,7 @@ COMMANDS = {
 }
 HELP = {
     "demo": "Serve a small trained model, send it requests, show what comes back.",
-    "serve": "Serve a folder of models over HTTP.",
+    "serve": "Serve a folder of models over HTTP and gRPC.",
     "rank": "Rank candidates for a user, with a model on disk or a server.",
     "train": "Train a ranker on an interaction log.",
     "eval": "Evaluate a trained ranker against baselines on held-out time.",

@@ -19,12 +19,13 @@ from functools import lru_cache
 class Cutter:
     """The cheapest cuts. `call_ms(bucket)` is what a call of a bucket takes with everything around it.
 
-    Costs are read once: they are proportions, which a slower machine hardly changes.
+    Costs are read once: they are proportions, which a slower machine hardly changes. A bucket that was measured to take
+    longer than a larger one counts as that: it was noise.
     """
 
     def __init__(self, buckets: Sequence[int], call_ms: Callable[[int], float], most_rows: int) -> None:
         self.buckets = tuple(sorted(buckets))
-        self._call_ms = {bucket: call_ms(bucket) for bucket in self.buckets}
+        self._call_ms = {bucket: min(call_ms(b) for b in self.buckets if b >= bucket) for bucket in self.buckets}
         self.most_rows = most_rows
         self._first = {largest: self._table(largest) for largest in self.buckets}
         self.pieces = lru_cache(maxsize=4096)(self._pieces)

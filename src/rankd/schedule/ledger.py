@@ -102,8 +102,8 @@ class Ledger(Generic[Item]):
         return job
 
     def comes(self, job: Job[Item]) -> None:
-        """What a request waited for is there: executors may have it."""
-        if not job.over:
+        """What a request waited for is there: executors may have what is left of it."""
+        if not job.over and self.waiting.rows[job.slot]:
             self.waiting.turn[job.slot] = self.waiting.place[job.slot]
             self._set_tail(job)
 
@@ -133,8 +133,7 @@ class Ledger(Generic[Item]):
             return
         self.waiting.prepared[job.slot] = True
         self._set_left(job)
-        if self.waiting.rows[job.slot]:
-            self.comes(job)
+        self.comes(job)
 
     def waits(self, work: Work[Item], job: Job[Item]) -> None:
         """A request that was to be prepared has to wait for something first: it leaves its call, until it `comes`."""
@@ -143,7 +142,8 @@ class Ledger(Generic[Item]):
         work.unprepared.remove(job)
         if work.parts:
             part = work.parts.pop(place)
-            self._give_back(job, part)
+            if not job.over:
+                self._give_back(job, part)
 
     def done(self, work: Work[Item]) -> list[Job[Item]]:
         """The parts of a call are scored: the requests that this was the last of, which have ended with it."""

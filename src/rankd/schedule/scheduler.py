@@ -1,14 +1,12 @@
 """The schedule of one model: a thread for each executor that works on what the policy says, and one that watches them.
 
 In: items with what they need (`served.Asked`). Out: a Future each. `submit` admits or refuses at once. Then a request
-is prepared, its candidates are scored in one call or several, on one executor or several, and it is finished;
-everything that was accepted ends exactly once: a result, an error, or cancelled (`ledger.py` keeps the book). A
-request that is cancelled or whose time is over leaves at once; what is being computed for it is thrown away when it
-comes.
+is prepared, its candidates are scored in one call or several, on one executor or several, and it is finished: it ends
+exactly once (`ledger.py` keeps the book). One that is cancelled or out of time leaves at once; what is being computed
+for it is thrown away when it comes.
 
 An executor that raises what is no error of a request, or that takes much longer than it should, is lost: another one
-takes its place, and what it was working on is run once more. The thread of one that hangs cannot be ended; it is left
-alone, and what it brings, if ever, is thrown away.
+takes its place, and what it had is run once more. The thread of one that hangs cannot be ended; it is left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from rankd.errors import DeadlineExceeded, EngineFailure, RankdError, Unavailable
@@ -26,6 +24,7 @@ from rankd.observe.schedule_metrics import ScheduleCounts, ScheduleFigures
 from rankd.schedule.admission import Limits
 from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Rules
+from rankd.schedule.seats import Seat
 from rankd.schedule.served import Asked, Part, Served, When
 from rankd.schedule.waiting import NEVER
 
@@ -35,20 +34,6 @@ Result = TypeVar("Result")
 Executor = TypeVar("Executor")
 Answer = TypeVar("Answer")
 JOIN_SECONDS = 0.2
-PREDICTED_TIMES = 20.0
-"""A call hangs when it takes so many times what was predicted, and `hang_seconds` at least."""
-
-
-@dataclass(slots=True, eq=False)
-class _Seat(Generic[Item, Executor]):
-    """An executor, its thread, and what it works on."""
-
-    number: int
-    executor: Executor
-    thread: threading.Thread | None = None
-    work: Work[Item] | None = None
-    since: float = NEVER
-    lost: bool = False
 
 
 class Scheduler(Generic[Item, Result, Executor]):
@@ -75,7 +60,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         self._ledger: Ledger[Item] = Ledger(rules, limits)
         self._futures: dict[Job[Item], Future[Result]] = {}
         self._counts = ScheduleCounts()
-        self._seats = [_Seat[Item, Executor](number, executor) for number, executor in enumerate(executors)]
+        self._seats = [Seat[Item, Executor](number, executor) for number, executor in enumerate(executors)]
         self._idle, self._closed, self._ended = 0, True, False
         self._lock = threading.Lock()  # guards everything above
         self._changed, self._watched = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -124,7 +109,6 @@ class Scheduler(Generic[Item, Result, Executor]):
             Overloaded, DeadlineExceeded: see `admission.check`.
         """
         with self._lock:
-            self._check_open()
             self._admitted(lambda: self._ledger.check(asked, self._clock()))
 
     def submit(self, item: Item, asked: Asked, when: When | None = None) -> Future[Result]:
@@ -135,7 +119,6 @@ class Scheduler(Generic[Item, Result, Executor]):
         """
         future: Future[Result] = Future()
         with self._lock:
-            self._check_open()
             job = self._admitted(lambda: self._ledger.accept(item, asked, self._clock()))
             self._counts.accepted += 1
             self._futures[job] = future
@@ -148,11 +131,9 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._call_when(when, job)
         return future
 
-    def _check_open(self) -> None:
+    def _admitted(self, ask: Callable[[], Answer]) -> Answer:
         if self._closed:
             raise Unavailable("this model is not taking requests: it is loading or being unloaded; try again soon")
-
-    def _admitted(self, ask: Callable[[], Answer]) -> Answer:
         try:
             return ask()
         except RankdError:
@@ -175,12 +156,12 @@ class Scheduler(Generic[Item, Result, Executor]):
         # On a close every thread waits for the last of those that were accepted.
         self._changed.notify_all() if self._closed else self._changed.notify()
 
-    def _start(self, seat: _Seat[Item, Executor]) -> None:
+    def _start(self, seat: Seat[Item, Executor]) -> None:
         name = f"{self._name}-executor-{seat.number}"
         seat.thread = threading.Thread(target=self._sit, args=(seat,), name=name, daemon=True)
         seat.thread.start()
 
-    def _sit(self, seat: _Seat[Item, Executor]) -> None:
+    def _sit(self, seat: Seat[Item, Executor]) -> None:
         self._on_start(seat.number)
         while (work := self._next(seat)) is not None:
             try:
@@ -189,7 +170,7 @@ class Scheduler(Generic[Item, Result, Executor]):
                 self._fault(work, seat, error)
             self._leave(work, seat)
 
-    def _next(self, seat: _Seat[Item, Executor]) -> Work[Item] | None:
+    def _next(self, seat: Seat[Item, Executor]) -> Work[Item] | None:
         """What this executor does now; None when the schedule is closed and all is done, or the seat is given up."""
         while True:
             with self._lock:
@@ -200,7 +181,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             if ended or seat.work is not None:
                 return seat.work
 
-    def _wait_for_work(self, seat: _Seat[Item, Executor]) -> tuple[list[Job[Item]], bool]:
+    def _wait_for_work(self, seat: Seat[Item, Executor]) -> tuple[list[Job[Item]], bool]:
         """Under the lock: give the seat work, as soon as there is some. Requests that are late, and whether the seat's
         time is over."""
         while not seat.lost:
@@ -221,7 +202,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._changed.wait()
         return [], True
 
-    def _run(self, work: Work[Item], seat: _Seat[Item, Executor]) -> None:
+    def _run(self, work: Work[Item], seat: Seat[Item, Executor]) -> None:
         """A call: prepare who is not prepared, assemble, score.
 
         Raises:
@@ -232,7 +213,7 @@ class Scheduler(Generic[Item, Result, Executor]):
                 self._prepare(job, work, seat)
         if not work.bucket:
             return
-        if _given_up(seat):
+        if seat.given_up():
             return
         started, parts = self._clock(), list[Part[Item]]()
         for job, part in zip(work.jobs, work.parts, strict=True):
@@ -252,7 +233,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         logits = self._served.score(parts, work.bucket, seat.executor)
         scored = self._clock()
         with self._lock:
-            if _given_up(seat):
+            if seat.given_up():
                 return
             rows = sum(part.count for part in parts)
             for part, one in zip(parts, logits, strict=True):
@@ -266,7 +247,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         for job in ended:
             self._finish(job)
 
-    def _prepare(self, job: Job[Item], work: Work[Item], seat: _Seat[Item, Executor]) -> None:
+    def _prepare(self, job: Job[Item], work: Work[Item], seat: Seat[Item, Executor]) -> None:
         started = self._clock()
         try:
             when = self._served.prepare(job.item, seat.executor, job.losses > 0)
@@ -276,7 +257,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._end(job, error)
             return
         with self._lock:
-            if _given_up(seat):
+            if seat.given_up():
                 return
             if when is None:
                 self._ledger.prepared(job)
@@ -305,13 +286,18 @@ class Scheduler(Generic[Item, Result, Executor]):
 
     def _end(self, job: Job[Item], error: Exception) -> None:
         """A request has failed, if it had not ended before."""
+        if (future := self._taken_out(job)) is not None:
+            _fail(future, error)
+            self._count("late" if isinstance(error, DeadlineExceeded) else "failed")
+
+    def _taken_out(self, job: Job[Item]) -> Future[Result] | None:
+        """End a request; its Future, if it had not ended before."""
         with self._lock:
             first = self._ledger.end(job)
             free = [job] if self._ledger.droppable(job) else []
-        if first:
-            _fail(self._futures.pop(job), error)
-            self._count("late" if isinstance(error, DeadlineExceeded) else "failed")
+            future = self._futures.pop(job) if first else None
         self._drop(free)
+        return future
 
     def _end_late(self, jobs: Sequence[Job[Item]]) -> None:
         for job in jobs:
@@ -327,16 +313,11 @@ class Scheduler(Generic[Item, Result, Executor]):
         self._drop(free)
 
     def _cancelled(self, job: Job[Item], future: Future[Result]) -> None:
-        with self._lock:
-            first = self._ledger.end(job)
-            free = [job] if self._ledger.droppable(job) else []
-        if first:
-            self._futures.pop(job)
+        if self._taken_out(job) is not None:
             future.set_running_or_notify_cancel()
             self._count("cancelled")
-        self._drop(free)
 
-    def _leave(self, work: Work[Item], seat: _Seat[Item, Executor]) -> None:
+    def _leave(self, work: Work[Item], seat: Seat[Item, Executor]) -> None:
         with self._lock:
             seat.work, seat.since = None, NEVER
             free = self._ledger.leave(work.jobs)
@@ -352,11 +333,11 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             setattr(self._counts, what, getattr(self._counts, what) + 1)
 
-    def _fault(self, work: Work[Item], seat: _Seat[Item, Executor], error: Exception) -> None:
+    def _fault(self, work: Work[Item], seat: Seat[Item, Executor], error: Exception) -> None:
         """The executor raised: another one in its place, on the same thread."""
         log.error("executor %d of '%s' failed and is replaced", seat.number, self._name, exc_info=error)
         with self._lock:
-            if _given_up(seat):
+            if seat.given_up():
                 return
         try:
             seat.executor = self._new_executor()
@@ -372,8 +353,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._counts.run_again += len(work.jobs) - len(ended)
             self._changed.notify_all()
         for job in ended:
-            failure = error if isinstance(error, RankdError) else EngineFailure(f"the engine failed twice: {error!r}")
-            _fail(self._futures.pop(job), failure)
+            _fail(self._futures.pop(job), error)
             self._count("failed")
 
     def _watch(self) -> None:
@@ -384,7 +364,7 @@ class Scheduler(Generic[Item, Result, Executor]):
                     return
                 now = self._clock()
                 late = self._ledger.late(now)
-                hung = [seat for seat in self._seats if self._hangs(seat, now)]
+                hung = [seat for seat in self._seats if seat.hangs(now, self._hang_seconds)]
                 for seat in hung:
                     seat.lost = True
             self._end_late(late)
@@ -396,20 +376,14 @@ class Scheduler(Generic[Item, Result, Executor]):
                 if not self._ended and left > 0:
                     self._watched.wait(left)
 
-    def _hangs(self, seat: _Seat[Item, Executor], now: float) -> bool:
-        if seat.work is None:
-            return False
-        limit = max(self._hang_seconds, PREDICTED_TIMES * seat.work.predicted_ms / 1e3)
-        return now - seat.since > limit
-
-    def _replace(self, seat: _Seat[Item, Executor]) -> None:
+    def _replace(self, seat: Seat[Item, Executor]) -> None:
         """Put another executor on a thread of its own into the place of one that hangs."""
         work = seat.work
         assert work is not None  # noqa: S101 - it hangs in it
         log.error("executor %d of '%s' hangs and is replaced", seat.number, self._name)
         for job in work.unprepared:
             self._served.abandon(job.item)
-        other = _Seat[Item, Executor](seat.number, seat.executor)
+        other = Seat[Item, Executor](seat.number, seat.executor)
         try:
             other.executor = self._new_executor()
         except Exception:  # then there is one executor less, for the old one is in use
@@ -424,8 +398,3 @@ class Scheduler(Generic[Item, Result, Executor]):
 def _fail(future: Future[Result], error: Exception) -> None:
     if future.set_running_or_notify_cancel():
         future.set_exception(error)
-
-
-def _given_up(seat: _Seat[Item, Executor]) -> bool:
-    """Whether another executor has this seat now; it may become so at any moment."""
-    return seat.lost

@@ -173,7 +173,9 @@ def run_server(root: Path, config: ServeConfig, features: FeatureService | None 
 
 def _serve_and_load(server: Server, config: ServeConfig) -> None:
     server.listen()
-    log.info("listening on %s%s", server.url, f", gRPC on {server.grpc_address}" if config.grpc else "")
+    if config.grpc:
+        log.info("gRPC on %s", server.grpc_address)
+    log.info("listening on %s", server.url)
     failures: list[Exception] = []
     loader = threading.Thread(target=_load, args=(server, failures), name="rankd-loader", daemon=True)
     loader.start()

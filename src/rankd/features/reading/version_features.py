@@ -191,7 +191,8 @@ class VersionFeatures:
             asked = fetch.items.part(first, count)
             counts = self._read(self.shared.items, asked, numeric[0, :count], categories[0, :count], fetch.until)
             with self._lock:  # parts of a request are filled by several executors
-                fetch.counts[ITEMS] = fetch.counts.get(ITEMS, RowCounts()) + counts
+                known = fetch.counts.get(ITEMS, RowCounts()) if count < fetch.candidates.shape[0] else RowCounts()
+                fetch.counts[ITEMS] = known + counts
 
     def degraded(self, fetch: Fetch) -> tuple[str, ...]:
         """What an answer had to do without, in the words of this file's docstring."""

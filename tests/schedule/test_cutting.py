@@ -55,4 +55,5 @@ def test_no_cut_is_cheaper(costs: dict[int, float], rows: int) -> None:
 def test_buckets_by_rows_and_by_time() -> None:
     cutter = cutter_of(COSTS)
     assert [cutter.bucket_for(rows) for rows in (1, 16, 17, 256, 300)] == [16, 16, 64, 256, 256]
-    assert [cutter.within(ms) for ms in (0.1, 1.4, 5.0, 13.2, 99.0)] == [16, 16, 64, 256, 256]
+    assert [cutter.quantum(ms, 9.9) for ms in (0.1, 1.4, 5.0, 13.2, 99.0)] == [16, 16, 64, 256, 256]
+    assert [cutter.quantum(1.0, overhead) for overhead in (0.0, 0.05, 0.13, 0.8)] == [256, 256, 64, 16]

@@ -154,10 +154,11 @@ def test_a_request_that_two_executors_fail_over_fails_and_harms_nobody_else() ->
     def fail() -> None:
         raise EngineFailure("this one always")
 
-    gate = threading.Event()
-    block, bad, good = Item(0, 5, on_prepare=lambda: _wait(gate)), Item(100, 5, on_score=fail), Item(200, 5)
+    gate, begun = threading.Event(), threading.Event()
+    block, bad, good = Item(0, 5, on_prepare=lambda: _wait(gate, begun)), Item(100, 5, on_score=fail), Item(200, 5)
     with started(executors=1) as (schedule, work):
         blocked = schedule.submit(block, asked(block))
+        assert begun.wait(PATIENCE)
         futures = [schedule.submit(item, asked(item, resident=True)) for item in (bad, good)]
         gate.set()
         assert right(block, blocked)

@@ -105,7 +105,8 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
 def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
     """Rules with the costs of the workload's model on this machine, and what encoding a full history takes."""
     most = largest(workload.candidates)
-    buckets = [SMALLEST * 2**power for power in range(12) if SMALLEST * 2**power < most] + [most]
+    steps = sorted({SMALLEST * 2**octave * quarter // 4 for octave in range(12) for quarter in (4, 5, 6, 7)})
+    buckets = [step for step in steps if step < most] + [most]
     finer = msgspec.structs.replace(
         workload, buckets=msgspec.structs.replace(workload.buckets, candidates=tuple(buckets))
     )

@@ -69,7 +69,7 @@ def _check_limits(waiting: Waiting, limits: Limits, num_executors: int, wish: Wi
 
 def _check_deadlines(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish, left_ms: float) -> None:
     count, factor = waiting.count, (1 + limits.margin) / num_executors
-    order = waiting.place[: waiting.size].argsort(kind="stable")[:count]
+    order = waiting.place[: waiting.size].argsort()[:count]
     done_ms = waiting.left_ms[order].cumsum() * factor
     ahead = int(waiting.place[order].searchsorted(wish.place, side="right"))
     needed_ms = (float(done_ms[ahead - 1]) if ahead else 0.0) + wish.alone_ms * (1 + limits.margin)

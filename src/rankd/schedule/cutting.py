@@ -52,10 +52,13 @@ class Cutter:
         """The smallest bucket that holds so many rows, or the largest there is."""
         return next((bucket for bucket in self.buckets if bucket >= rows), self.buckets[-1])
 
-    def within(self, limit_ms: float) -> int:
-        """The largest bucket whose call takes at most so long, or the smallest there is."""
-        fitting = [bucket for bucket in self.buckets if self._call_ms[bucket] <= limit_ms]
-        return fitting[-1] if fitting else self.buckets[0]
+    def quantum(self, limit_ms: float, overhead: float) -> int:
+        """The largest bucket whose call takes at most so long; but no smaller than the smallest one in which a row
+        costs at most `overhead` more, as a part, than in the best bucket: cutting finer would waste the machine."""
+        each = {bucket: self._call_ms[bucket] / bucket for bucket in self.buckets}
+        bound = (1 + overhead) * min(each.values())
+        worth = next(bucket for bucket in self.buckets if each[bucket] <= bound)
+        return max([bucket for bucket in self.buckets if self._call_ms[bucket] <= limit_ms] + [worth])
 
     def _table(self, largest: int) -> list[int]:
         """For every number of rows, the largest bucket of its cheapest cut (least padding among equals)."""

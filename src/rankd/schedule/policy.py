@@ -103,7 +103,7 @@ def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None
         alone = idle > 1 or rows > bucket or others > 0
         return Call((first,), 0 if alone else bucket)
     most = rules.most_users(bucket)
-    if rows > bucket or most == 1 or not others:
+    if waiting.tail[first] != bucket or most == 1 or not others:
         return Call((first,), bucket)
     return Call((first, *_joining(waiting, first, bucket, most - 1)), bucket)
 
@@ -127,7 +127,7 @@ def _in_time(waiting: Waiting, first: int, largest: int, now: float, rules: Rule
     """The largest bucket up to `largest` whose call makes the fewest others late."""
     size = waiting.size
     latest = waiting.latest[:size]
-    exposed = latest[(latest < NEVER) & (waiting.turn[:size] < NEVER)]
+    exposed = latest[(latest < now + rules.costs.score(largest) / 1e3) & (waiting.turn[:size] < NEVER)]
     if not exposed.size:
         return largest
     ends = {bucket: now + rules.costs.score(bucket) / 1e3 for bucket in rules.cutter.buckets if bucket <= largest}

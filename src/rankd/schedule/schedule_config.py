@@ -22,17 +22,18 @@ class ScheduleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How requests share the executors.
 
     A model lets so many candidates wait (`max_waiting_candidates`), and so much predicted work for each executor
-    (`max_waiting_ms`). A call takes at most `quantum_ms`, if a bucket is that small: longer requests are cut. Of two
-    requests the one comes first whose arrival plus `stretch` times its work is earlier; no request lets another one
-    pass that comes more than `fairness_ms` after it (a batch one: `batch_ms` more). An executor hangs after
-    `hang_seconds`.
+    (`max_waiting_ms`). A call takes at most `quantum_ms`, longer requests are cut; but no finer than makes a candidate
+    cost `overhead` more, as a part. Of two requests the one comes first whose arrival plus `stretch` times its work is
+    earlier; no request lets another one pass that comes more than `fairness_ms` after it (a batch one: `batch_ms`
+    more). An executor hangs after `hang_seconds`.
     """
 
     max_waiting_candidates: Annotated[int, Meta(ge=1)] = 200_000
     max_waiting_ms: Positive = 2000.0
     quantum_ms: Positive = 10.0
+    overhead: Annotated[float, Meta(ge=0)] = 0.1
     stretch: Annotated[float, Meta(ge=0)] = 4.0
-    fairness_ms: Annotated[float, Meta(ge=0)] = 200.0
+    fairness_ms: Annotated[float, Meta(ge=0)] = 100.0
     batch_ms: Annotated[float, Meta(ge=0)] = 2000.0
     hang_seconds: Positive = 10.0
 
@@ -56,7 +57,7 @@ def make_rules(
         costs=costs,
         most_users=most_users,
         num_executors=num_executors,
-        largest=cutter.within(config.quantum_ms),
+        largest=cutter.quantum(config.quantum_ms, config.overhead),
         stretch=config.stretch,
         fairness_ms=config.fairness_ms,
         batch_ms=config.batch_ms,

@@ -27,7 +27,7 @@ class Waiting:
     latest    when the rest has to begin to be in time
     left_ms   predicted work that is not finished
     rows      candidates that no executor has been given yet
-    tail      the bucket of the rest if that is one piece whose user is prepared, else 0: such pieces may share a call
+    tail      the bucket of the rest if that may share a call: one piece, of a user who is prepared or resident; else 0
     prepared  the state is there
     resident  (before it is prepared) it is in memory, so that preparing it is quick
     """

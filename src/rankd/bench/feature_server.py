@@ -14,7 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rankd.bench.placement import Cpus, cpu_seconds, on_cpus, resident_bytes
 from rankd.bench.served_model import ServedModel
-from rankd.errors import Unavailable
 from rankd.features.feature_config import Mode
 from rankd.features.reading.shared_features import ITEMS, USERS
 
@@ -105,17 +104,6 @@ class FeatureServer(ServedModel):
     def __init__(self, setting: Setting, contestant: Contestant, cpus: Cpus | None) -> None:
         super().__init__(setting.root, contestant.command, setting.variables(contestant))
         self.contestant, self._cpus = contestant, cpus
-
-    @property
-    def pid(self) -> int:
-        """The process.
-
-        Raises:
-            Unavailable: it does not run.
-        """
-        if self._process is None:
-            raise Unavailable(f"the server of contestant '{self.contestant.name}' was not started")
-        return self._process.pid
 
     def figures(self) -> ServerFigures:
         """A snapshot.

@@ -102,6 +102,26 @@ class ServedModel:
             if sample.name == "rankd_states_total" and sample.labels["model"] == model
         }
 
+    def counter(self, name: str) -> float:
+        """A figure of /metrics, summed over its labels."""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.metrics_text())
+            for sample in family.samples
+            if sample.name == name
+        )
+
+    @property
+    def pid(self) -> int:
+        """The process.
+
+        Raises:
+            Unavailable: it does not run.
+        """
+        if self._process is None:
+            raise Unavailable(f"`{' '.join(self._command)}` was not started")
+        return self._process.pid
+
     def __enter__(self) -> Self:
         self.start()
         return self

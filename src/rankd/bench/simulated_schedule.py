@@ -79,12 +79,15 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
         for share in SHARES:
             rate = share * highest["rankd"]
             arrivals = _arrivals(workload, rules, encode_ms, options, rate)
-            results.append({"contestant": name, "share": share, "rate": rate} | _figures(arrivals, one, options))
+            results.append(
+                {"contestant": name, "table": f"at {share:.0%} of rankd's highest rate", "share": share, "rate": rate}
+                | _figures(arrivals, one, options)
+            )
     goodput, refused = _goodput(workload, rules, encode_ms, options, highest["rankd"])
     advance(2, 3, "decisions")
     decisions = _decision_us(rules)
     advance(3, 3, "done")
-    at_70 = {row["contestant"]: row for row in results if row["share"] == 0.7}
+    at_70 = {row["contestant"]: row for row in results if row.get("share") == 0.7}
     peers = [name for name in schedules if name != "rankd"]
     ratios = {
         "throughput_gain_simulated": highest["rankd"] / max(highest[name] for name in peers),
@@ -98,31 +101,39 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
         "scheduler_us": percentile(decisions, 0.99),
     }
     for name, rate in highest.items():
-        results.append({"contestant": name, "share": 1.0, "rate": rate, "highest": True})
+        results.append({"contestant": name, "table": "highest rates", "rate": rate})
     return Report("schedule", about, surroundings, commit(), {}, results, ratios)
+
+
+def fine_buckets(most: int) -> tuple[int, ...]:
+    """Four an octave from 16 on, and the most candidates: 16, 20, 24, 28, 32, 40, ..."""
+    steps = {SMALLEST * 2**octave * quarter // 4 for octave in range(12) for quarter in (4, 5, 6, 7)}
+    return (*sorted(step for step in steps if step < most), most)
 
 
 def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
     """Rules with the costs of the workload's model on this machine, and what encoding a full history takes."""
     most = largest(workload.candidates)
-    steps = sorted({SMALLEST * 2**octave * quarter // 4 for octave in range(12) for quarter in (4, 5, 6, 7)})
-    buckets = [step for step in steps if step < most] + [most]
-    finer = msgspec.structs.replace(
-        workload, buckets=msgspec.structs.replace(workload.buckets, candidates=tuple(buckets))
-    )
+    buckets = fine_buckets(most)
+    changed = msgspec.structs.replace(workload.buckets, candidates=buckets)
+    finer = msgspec.structs.replace(workload, buckets=changed)
     precision = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
     with TemporaryDirectory(prefix="rankd-bench-") as folder:
         path = build_model(finer, Path(folder), ("openvino",), precision)
         with Ranker.load(path) as ranker:
             warmed = ranker.schedule.rules.costs.warmed
+            flops = workload.flops()
             packing, executors = ranker.path.packing, ranker.backend.num_executors
             about: dict[str, Any] = {
                 "name": workload.name,
                 "use": workload.use,
-                "target": ranker.backend.target,
-                "precision": ranker.backend.precision.value,
-                "executors": executors,
-                "buckets": buckets,
+                "served": {
+                    "target": ranker.backend.target,
+                    "precision": ranker.backend.precision.value,
+                    "executors": executors,
+                },
+                "flops": {name: getattr(flops, name) for name in flops.__struct_fields__},
+                "runs": 1,
                 "score_ms": {f"{bucket} x {users}": ms for (bucket, users), ms in warmed.score_ms.items()},
                 "encode_ms": warmed.encode_ms,
             }

@@ -81,7 +81,8 @@ def _binary_request(request: RankRequest) -> bytes:
         for n, data in tensors.items()
     ]
     outputs = [{"name": "scores", "parameters": {"binary_data": True}}]
-    header = msgspec.json.encode({"inputs": inputs, "outputs": outputs})
+    parameters = {} if request.timeout_ms is None else {"timeout_ms": request.timeout_ms}
+    header = msgspec.json.encode({"inputs": inputs, "outputs": outputs, "parameters": parameters})
     headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(header))}
     return http_request(f"/v2/models/{request.model}/infer", header + b"".join(tensors.values()), headers)
 

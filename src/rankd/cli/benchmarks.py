@@ -214,25 +214,35 @@ def features(
 
 @bench.command()
 @workload_option("mixed")
-@click.option("--simulate", is_flag=True, required=True, help="In made-up time, with what calls take on this machine.")
-@click.option("--seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="Of arrivals, a run.")
+@click.option("--simulate", is_flag=True, help="In made-up time, with what calls take on this machine.")
+@click.option("--seconds", type=click.FloatRange(1), default=10.0, show_default=True, help="Of each measurement.")
+@click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Searches for the highest rates.")
 @click.option("--bound-ms", type=click.FloatRange(1), default=100.0, show_default=True, help="The p99 to keep.")
-@click.option("--states/--no-states", default=True, show_default=True, help="Whether users' states are kept.")
+@click.option(
+    "--overload-seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="At twice the highest rate."
+)
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
-def schedule(name: str, simulate: bool, seconds: float, bound_ms: float, states: bool, as_json: bool) -> None:
+def schedule(
+    name: str, simulate: bool, seconds: float, runs: int, bound_ms: float, overload_seconds: float, as_json: bool
+) -> None:
     """What cutting, packing and ordering requests is worth, beside first come, first served.
 
-    The workload's model is built and its calls are measured on this machine; then arrivals are simulated faster than
-    real time: the highest rate of each schedule whose p99 stays under the bound, latencies below it, and what happens
-    at twice rankd's.
+    Real servers and a load generator in processes of their own: the highest rate of each whose p99 stays under the
+    bound, latencies at 70% of rankd's, and what happens at twice it. With --simulate the same arrivals go through the
+    schedules in made-up time, in seconds.
     """
+    from rankd.bench.live_schedule import LiveOptions, run_live
     from rankd.bench.report import print_report
     from rankd.bench.simulated_schedule import SimulationOptions, run_simulated
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
 
+    workload = load_workload(name)
     with progress_bar("schedule") as advance:
-        report = run_simulated(load_workload(name), SimulationOptions(seconds, bound_ms, states), advance)
+        if simulate:
+            report = run_simulated(workload, SimulationOptions(6 * seconds, bound_ms), advance)
+        else:
+            report = run_live(workload, LiveOptions(seconds, runs, bound_ms, overload_seconds), advance)
     if as_json:
         click.echo(report.line())
     else:

@@ -49,6 +49,7 @@ class Rules:
     stretch: float
     fairness_ms: float
     batch_ms: float
+    spread: bool = True
 
     def work_ms(self, rows: int, prepare_ms: float) -> float:
         """All that a request takes, in pieces."""
@@ -111,7 +112,7 @@ def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None
 def _largest(waiting: Waiting, first: int, idle: int, others: int, now: float, rules: Rules) -> int:
     """The largest bucket that a call for `first` may have."""
     cutter, rows, largest = rules.cutter, int(waiting.rows[first]), rules.largest
-    if others < idle - 1 and rows > cutter.buckets[0]:
+    if rules.spread and others < idle - 1 and rows > cutter.buckets[0]:
         helpers = idle - others
         share = cutter.bucket_for(-(-rows // helpers))
         if share < largest or rows > share:

@@ -25,7 +25,8 @@ class ScheduleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     (`max_waiting_ms`). A call takes at most `quantum_ms`, longer requests are cut; but no finer than makes a candidate
     cost `overhead` more, as a part. Of two requests the one comes first whose arrival plus `stretch` times its work is
     earlier; no request lets another one pass that comes more than `fairness_ms` after it (a batch one: `batch_ms`
-    more). An executor hangs after `hang_seconds`.
+    more). With `spread` a request that is alone is shared by the idle executors. An executor hangs after
+    `hang_seconds`.
     """
 
     max_waiting_candidates: Annotated[int, Meta(ge=1)] = 200_000
@@ -35,6 +36,7 @@ class ScheduleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stretch: Annotated[float, Meta(ge=0)] = 4.0
     fairness_ms: Annotated[float, Meta(ge=0)] = 100.0
     batch_ms: Annotated[float, Meta(ge=0)] = 2000.0
+    spread: bool = True
     hang_seconds: Positive = 10.0
 
     def limits(self) -> Limits:
@@ -61,4 +63,5 @@ def make_rules(
         stretch=config.stretch,
         fairness_ms=config.fairness_ms,
         batch_ms=config.batch_ms,
+        spread=config.spread,
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rankd.artifact import Artifact
 from rankd.bench.delaying_proxy import DelayingProxy
-from rankd.bench.ended_in_order import ended_in_order, take_signals_again
+from rankd.bench.ended_in_order import ended_in_order
 from rankd.bench.feature_cells import Cell, Scene, Turns, find_rates, hit_rate, measure_round
 from rankd.bench.feature_report import Measured, WarmUp, about, ratios, results
 from rankd.bench.feature_rows import fill_store
@@ -62,7 +62,6 @@ def run_features(workload: Workload, options: FeatureOptions, advance: Advance) 
         redis = RedisProcess(Path(folder) / "redis")
         advance(0, steps, "model and parity")
         subject = prepare(workload, options, Path(folder))
-        take_signals_again()
         advance(1, steps, "filling the store")
         with on_cpus(place.others):
             running.enter_context(redis)

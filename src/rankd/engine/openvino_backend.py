@@ -27,6 +27,7 @@ import numpy as np
 
 from rankd.artifact import Artifact, Manifest
 from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
+from rankd.engine.signal_stack import kept_signal_stack
 from rankd.engine.state_arrays import SideBySide, empty_state
 from rankd.engine.thread_plan import Cpus, ThreadPlan, pin
 from rankd.errors import ArtifactError, EngineFailure
@@ -219,7 +220,8 @@ def compile_graph(
         for index, port in enumerate(graph.outputs):
             if output_name(port) in bf16_ports:
                 ports.output(index).tensor().set_element_type(ov.Type.bf16)
-        return CompiledGraph(core.compile_model(ports.build(), "CPU", options), handed_through)
+        with kept_signal_stack():
+            return CompiledGraph(core.compile_model(ports.build(), "CPU", options), handed_through)
     except RuntimeError as error:
         raise ArtifactError(f"{path}: OpenVINO cannot compile it here: {error}") from error
 

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 
 import pytest
 
-from rankd.bench.delaying_proxy import DelayingProxy
+from rankd.bench.feature_suite.delaying_proxy import DelayingProxy
 from rankd.errors import Unavailable
 
 DELAY_S = 0.05

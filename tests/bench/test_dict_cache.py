@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rankd.bench.dict_cache import DictCache
+from rankd.bench.feature_suite.dict_cache import DictCache
 from rankd.features.cache.row_cache import RowCache
 from rankd.features.rows.row_decoding import RowDecoder, RowStatus
 from rankd.features.rows.row_schema import ColumnKind, RowColumn, RowSchema

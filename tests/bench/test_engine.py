@@ -14,11 +14,19 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rankd.bench.engine as suite
-from rankd.bench.contestant_messages import CONTESTANTS, Packed, Work, pack, pack_features, unpack, unpack_features
-from rankd.bench.contestant_process import ContestantProcess, fast_path_library
-from rankd.bench.dense_model import DenseClimber
-from rankd.bench.engine import Trial, best_peer, choose, compete, prepare, ratios, work_flops
+import rankd.bench.engine_suite.engine as suite
+from rankd.bench.engine_suite.contestant_messages import (
+    CONTESTANTS,
+    Packed,
+    Work,
+    pack,
+    pack_features,
+    unpack,
+    unpack_features,
+)
+from rankd.bench.engine_suite.contestant_process import ContestantProcess, fast_path_library
+from rankd.bench.engine_suite.dense_model import DenseClimber
+from rankd.bench.engine_suite.engine import Trial, best_peer, choose, compete, prepare, ratios, work_flops
 from rankd.bench.flops import Flops
 from rankd.bench.report import Report, print_report
 from rankd.bench.synthetic_model import build_model, schema_of

@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rankd.bench.feature_cells import CellRound, hit_rate
-from rankd.bench.feature_report import better, cell_ratios
-from rankd.bench.feature_server import ASYNC, CONTESTANTS, DICT, NONE, SYNC, ServerFigures, Setting, figures_from
-from rankd.bench.redis_process import RedisProcess
+from rankd.bench.feature_suite.feature_cells import CellRound, hit_rate
+from rankd.bench.feature_suite.feature_report import better, cell_ratios
+from rankd.bench.feature_suite.feature_server import (
+    ASYNC,
+    CONTESTANTS,
+    DICT,
+    NONE,
+    SYNC,
+    ServerFigures,
+    Setting,
+    figures_from,
+)
+from rankd.bench.feature_suite.redis_process import RedisProcess
 from rankd.cli.benchmarks import bench
 from rankd.config import read_config
 from rankd.errors import ConfigError

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rankd.bench import states as suite
-from rankd.bench.states import Subject, replay, sample
+from rankd.bench.state_suite import states as suite
+from rankd.bench.state_suite.states import Subject, replay, sample
+from rankd.bench.state_suite.traces import log_trace, zipf_trace
 from rankd.bench.synthetic_model import build_model, catalogue_of
-from rankd.bench.traces import log_trace, zipf_trace
 from rankd.bench.workload import Workload, read_workload
 from rankd.cli.benchmarks import bench
 from rankd.engine.backend import Precision

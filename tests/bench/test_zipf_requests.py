@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankd.bench.feature_suite.zipf_requests import BLOCK, ZipfRequests, distinct_ranks, zipf_cumulative
 from rankd.bench.flops import ModelSizes
 from rankd.bench.wire_forms import Form, encode_request
 from rankd.bench.workload import Buckets, Fixed, Users, Workload
-from rankd.bench.zipf_requests import BLOCK, ZipfRequests, distinct_ranks, zipf_cumulative
 from rankd.errors import ConfigError
 
 WORKLOAD = Workload(

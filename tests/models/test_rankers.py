@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rankd.bench.dense_model import DenseClimber
+from rankd.bench.engine_suite.dense_model import DenseClimber
 from rankd.errors import ConfigError
 from rankd.features.assembly import appended_tokens, candidate_arrays, history_arrays
 from rankd.features.schema import FeatureSchema, Strategy, SubSequence

@@ -49,7 +49,7 @@ def serve(name: str, seconds: float, rate: float | None, runs: int, model: Path 
     connection (closed loop), then Poisson arrivals at --rate (open loop), latency from the scheduled time.
     """
     from rankd.bench.report import print_report
-    from rankd.bench.serving import ServeOptions, run_serve
+    from rankd.bench.serve_suite.serving import ServeOptions, run_serve
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
 
@@ -83,7 +83,7 @@ def engine(name: str, threads: tuple[int, ...], runs: int, contestants: tuple[st
     model, and rankd's engine: all of a request (cold), candidates over a kept state (warm), the state alone (encode),
     8 new events (extend). Each in a process of its own, a few calls in turn; -fast is MKL's best code on any processor.
     """
-    from rankd.bench.engine import EngineOptions, run_engine
+    from rankd.bench.engine_suite.engine import EngineOptions, run_engine
     from rankd.bench.report import print_report
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
@@ -133,7 +133,7 @@ def states(
     """
     from rankd.bench.picture import check_picture
     from rankd.bench.report import print_report
-    from rankd.bench.states import StatesOptions, draw_picture, run_states
+    from rankd.bench.state_suite.states import StatesOptions, draw_picture, run_states
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
     from rankd.states.state_config import Storage
@@ -195,8 +195,8 @@ def features(
     and async, each with a tenth of the rows. Latency at one rate for all, then each one's highest rate under the same
     p99; candidates follow a Zipf law.
     """
-    from rankd.bench.feature_subject import FeatureOptions
-    from rankd.bench.features import run_features
+    from rankd.bench.feature_suite.feature_subject import FeatureOptions
+    from rankd.bench.feature_suite.features import run_features
     from rankd.bench.report import print_report
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
@@ -231,9 +231,9 @@ def schedule(
     bound, latencies at 70% of rankd's, and what happens at twice it. With --simulate the same arrivals go through the
     schedules in made-up time, in seconds.
     """
-    from rankd.bench.live_schedule import LiveOptions, run_live
     from rankd.bench.report import print_report
-    from rankd.bench.simulated_schedule import SimulationOptions, run_simulated
+    from rankd.bench.schedule_suite.live_schedule import LiveOptions, run_live
+    from rankd.bench.schedule_suite.simulated_schedule import SimulationOptions, run_simulated
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
 

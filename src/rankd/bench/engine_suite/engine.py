@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from rankd.artifact import Artifact
-from rankd.bench.contestant_messages import (
+from rankd.bench.engine_suite.contestant_messages import (
     APPENDED,
     CONTESTANTS,
     Contestant,
@@ -30,12 +30,12 @@ from rankd.bench.contestant_messages import (
     pack_features,
     unpack_features,
 )
-from rankd.bench.contestant_process import ContestantProcess
+from rankd.bench.engine_suite.contestant_process import ContestantProcess
 from rankd.bench.flops import Flops, climber_flops
 from rankd.bench.parity import BOUNDS, max_difference, stored_features, torch_logits
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
-from rankd.bench.storage_error import storage_errors
+from rankd.bench.state_suite.storage_error import storage_errors
 from rankd.bench.synthetic_model import build_model, schema_of, users_for
 from rankd.bench.workload import Workload, draw_requests
 from rankd.engine.backend import Precision

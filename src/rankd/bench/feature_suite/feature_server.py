@@ -37,7 +37,7 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant("none", keeps=False),
-    Contestant("dict", command=("rankd.bench.dict_server",)),
+    Contestant("dict", command=("rankd.bench.feature_suite.dict_server",)),
     Contestant("sync"),
     Contestant("async", Mode.ASYNC),
 )

@@ -1,6 +1,6 @@
 """The contestant with a Python dict: a server like `rankd serve`, save that its rows are in a DictCache.
 
-RANKD_...=... python -m rankd.bench.dict_server MODELS
+RANKD_...=... python -m rankd.bench.feature_suite.dict_server MODELS
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from rankd.bench.dict_cache import DictCache
+from rankd.bench.feature_suite.dict_cache import DictCache
 from rankd.config import read_config
 from rankd.features.reading.shared_features import FeatureService, MakeCache
 from rankd.serve.lifecycle import run_server

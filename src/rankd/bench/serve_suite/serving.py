@@ -22,11 +22,11 @@ from typing import Any
 import msgspec
 
 from rankd.artifact import Artifact
-from rankd.bench.in_process import InProcessPlan, rank_in_process
 from rankd.bench.load import Connection, LoadPlan, LoadResult, generate, poisson_arrivals
 from rankd.bench.parity import against_torch, check_same, features_of, scores_in_process
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians, percentile, percentiles
+from rankd.bench.serve_suite.in_process import InProcessPlan, rank_in_process
 from rankd.bench.served_model import ServedModel
 from rankd.bench.synthetic_model import model_for, users_for
 from rankd.bench.wire_forms import Form, decode_scores, decode_timings, encode_request

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from rankd.bench.feature_cells import Cell, CellRound
-from rankd.bench.feature_rows import ROW_BYTES
-from rankd.bench.feature_server import ASYNC, CONTESTANTS, DICT, NONE, SYNC
-from rankd.bench.feature_subject import FeatureOptions, Subject
+from rankd.bench.feature_suite.feature_cells import Cell, CellRound
+from rankd.bench.feature_suite.feature_rows import ROW_BYTES
+from rankd.bench.feature_suite.feature_server import ASYNC, CONTESTANTS, DICT, NONE, SYNC
+from rankd.bench.feature_suite.feature_subject import FeatureOptions, Subject
 from rankd.bench.report import Row, medians
 
 OURS = (SYNC.name, ASYNC.name)

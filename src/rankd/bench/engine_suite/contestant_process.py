@@ -20,7 +20,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from rankd.bench.contestant_messages import (
+from rankd.bench.engine_suite.contestant_messages import (
     LENGTH_BYTES,
     Command,
     Contestant,
@@ -93,7 +93,7 @@ class ContestantProcess:
         if self._contestant.fast:
             environment["LD_PRELOAD"] = str(fast_path_library(self._scratch))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "rankd.bench.contestants"],
+            [sys.executable, "-m", "rankd.bench.engine_suite.contestants"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankd.bench.dict_cache import DictCache
-from rankd.bench.feature_rows import item_row_schema, packed_items
-from rankd.bench.zipf_requests import ZipfRequests
+from rankd.bench.feature_suite.dict_cache import DictCache
+from rankd.bench.feature_suite.feature_rows import item_row_schema, packed_items
+from rankd.bench.feature_suite.zipf_requests import ZipfRequests
 from rankd.errors import EngineFailure
 from rankd.features.cache.row_cache import RowCache
 from rankd.features.catalogue import Catalogue

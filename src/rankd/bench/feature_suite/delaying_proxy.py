@@ -1,6 +1,7 @@
 """The network between a server and its store: a process that hands bytes on, the answers a moment later.
 
-    python -m rankd.bench.delaying_proxy PORT     listens on a free port, connects each caller to PORT; see `main`
+    python -m rankd.bench.feature_suite.delaying_proxy PORT     listens on a free port, connects each caller to PORT;
+    see `main`
 
 The kernel's own delay (tc netem) needs rights and a module that machines often lack. What a caller sends goes on at
 once; what comes back leaves `delay` after it came, so that a round trip takes that much longer. Per connection bytes
@@ -204,7 +205,7 @@ class DelayingProxy:
         Raises:
             Unavailable: it ended.
         """
-        command = [sys.executable, "-m", "rankd.bench.delaying_proxy", str(self._to_port)]
+        command = [sys.executable, "-m", "rankd.bench.feature_suite.delaying_proxy", str(self._to_port)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
         try:
             self.port = int(self._answer())

@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
-from rankd.bench.delaying_proxy import DelayingProxy
-from rankd.bench.feature_server import NONE, FeatureServer, ServerFigures
+from rankd.bench.feature_suite.delaying_proxy import DelayingProxy
+from rankd.bench.feature_suite.feature_server import NONE, FeatureServer, ServerFigures
+from rankd.bench.feature_suite.redis_process import RedisProcess
+from rankd.bench.feature_suite.zipf_requests import ZipfRequests
 from rankd.bench.load import Connection, LoadPlan, LoadResult, generate, open_loop, poisson_arrivals
 from rankd.bench.placement import Placement, cpu_seconds, on_cpus
 from rankd.bench.rate_search import highest_rate
-from rankd.bench.redis_process import RedisProcess
 from rankd.bench.report import percentile, percentiles
-from rankd.bench.zipf_requests import ZipfRequests
 from rankd.errors import EngineFailure
 from rankd.features.feature_config import MIB
 

@@ -1,6 +1,6 @@
 """The contestant without a server: `Ranker.rank` from one thread, in a process of its own.
 
-python -m rankd.bench.in_process < InProcessPlan (msgpack) > InProcessResult (msgpack)
+python -m rankd.bench.serve_suite.in_process < InProcessPlan (msgpack) > InProcessResult (msgpack)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rank_in_process(plan: InProcessPlan) -> InProcessResult:
         EngineFailure: it did not end well.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "rankd.bench.in_process"],
+        [sys.executable, "-m", "rankd.bench.serve_suite.in_process"],
         input=msgspec.msgpack.encode(plan),
         capture_output=True,
         check=False,

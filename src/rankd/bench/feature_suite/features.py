@@ -19,21 +19,21 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rankd.artifact import Artifact
-from rankd.bench.delaying_proxy import DelayingProxy
 from rankd.bench.ended_in_order import ended_in_order
-from rankd.bench.feature_cells import Cell, Scene, Turns, find_rates, hit_rate, measure_round
-from rankd.bench.feature_report import Measured, WarmUp, about, ratios, results
-from rankd.bench.feature_rows import fill_store
-from rankd.bench.feature_server import ASYNC, CONTESTANTS, FeatureServer, ServerFigures, Setting
-from rankd.bench.feature_subject import FeatureOptions, Subject, prepare
+from rankd.bench.feature_suite.delaying_proxy import DelayingProxy
+from rankd.bench.feature_suite.feature_cells import Cell, Scene, Turns, find_rates, hit_rate, measure_round
+from rankd.bench.feature_suite.feature_report import Measured, WarmUp, about, ratios, results
+from rankd.bench.feature_suite.feature_rows import fill_store
+from rankd.bench.feature_suite.feature_server import ASYNC, CONTESTANTS, FeatureServer, ServerFigures, Setting
+from rankd.bench.feature_suite.feature_subject import FeatureOptions, Subject, prepare
+from rankd.bench.feature_suite.redis_process import HOST, RedisProcess, round_trip_ms
+from rankd.bench.feature_suite.zipf_requests import ZipfRequests
 from rankd.bench.parity import check_same
 from rankd.bench.placement import on_cpus, placement
-from rankd.bench.redis_process import HOST, RedisProcess, round_trip_ms
 from rankd.bench.report import Neighbours, Report, commit, machine
-from rankd.bench.serving import IN_PROCESS, Advance
+from rankd.bench.serve_suite.serving import IN_PROCESS, Advance
 from rankd.bench.wire_forms import Form, decode_scores, encode_request
 from rankd.bench.workload import Workload
-from rankd.bench.zipf_requests import ZipfRequests
 from rankd.errors import EngineFailure
 from rankd.features.feature_config import MIB
 

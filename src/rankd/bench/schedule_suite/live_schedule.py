@@ -27,8 +27,8 @@ from rankd.bench.parity import against_torch, max_difference, scores_in_process
 from rankd.bench.placement import resident_bytes
 from rankd.bench.rate_search import highest_rate
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
+from rankd.bench.schedule_suite.simulated_schedule import SHORT_ROWS, fine_buckets
 from rankd.bench.served_model import ServedModel
-from rankd.bench.simulated_schedule import SHORT_ROWS, fine_buckets
 from rankd.bench.synthetic_model import build_model, users_for
 from rankd.bench.wire_forms import Form, decode_scores, encode_request
 from rankd.bench.workload import Workload, draw_requests, largest

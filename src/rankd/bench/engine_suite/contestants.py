@@ -1,6 +1,6 @@
 """What runs inside a contestant's process of the suite `engine`: load, give the scores, time n calls.
 
-python -m rankd.bench.contestants < Load, Score, Time > Loaded, Scored, Timed, Refused
+python -m rankd.bench.engine_suite.contestants < Load, Score, Time > Loaded, Scored, Timed, Refused
 
 Next: `contestant_process.py` is the other end of the pipes.
 """
@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.bench.contestant_messages import (
+from rankd.bench.engine_suite.contestant_messages import (
     APPENDED,
     LENGTH_BYTES,
     Command,
@@ -72,7 +72,7 @@ def eager_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
     """
     import torch
 
-    from rankd.bench.dense_model import dense_form
+    from rankd.bench.engine_suite.dense_model import dense_form
     from rankd.bench.parity import torch_inputs, torch_model
 
     torch.set_num_threads(load.threads)
@@ -171,7 +171,7 @@ def openvino_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls
 
 def export_dense(load: Load, target: str) -> Path:
     """The folder of the dense model's graph; exported by the first process of a run that asks."""
-    from rankd.bench.dense_model import dense_form
+    from rankd.bench.engine_suite.dense_model import dense_form
     from rankd.bench.parity import torch_model
     from rankd.build.export import export
 

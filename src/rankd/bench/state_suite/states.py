@@ -26,9 +26,9 @@ import numpy as np
 from rankd.artifact import Artifact
 from rankd.bench.parity import BOUNDS, max_difference
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentiles
-from rankd.bench.serving import Advance
+from rankd.bench.serve_suite.serving import Advance
+from rankd.bench.state_suite.traces import Visit, log_trace, zipf_trace
 from rankd.bench.synthetic_model import model_for, users_for
-from rankd.bench.traces import Visit, log_trace, zipf_trace
 from rankd.bench.workload import Workload, draw
 from rankd.engine.backend import EngineConfig, Precision, StateType
 from rankd.engine.openvino_backend import why_not

@@ -12,12 +12,12 @@ from typing import Any
 
 import msgspec
 
-from rankd.bench.feature_rows import ROW_BYTES, StoreFiles, write_store_files
-from rankd.bench.lookups import LookupFigures, measure_lookups
+from rankd.bench.feature_suite.feature_rows import ROW_BYTES, StoreFiles, write_store_files
+from rankd.bench.feature_suite.lookups import LookupFigures, measure_lookups
+from rankd.bench.feature_suite.zipf_requests import ZipfRequests
 from rankd.bench.parity import against_torch, scores_in_process
 from rankd.bench.synthetic_model import CLIMBER_DEFAULTS, build_model, schema_of, users_for
 from rankd.bench.workload import Fixed, Workload
-from rankd.bench.zipf_requests import ZipfRequests
 from rankd.engine.backend import Precision
 from rankd.engine.targets import why_not, why_not_model
 from rankd.ranker import Ranker

@@ -1,0 +1,1 @@
+"""`rankd bench engine`: the model alone, beside other engines."""

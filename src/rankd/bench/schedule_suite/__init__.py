@@ -1,0 +1,1 @@
+"""`rankd bench schedule`: the schedule beside first come, first served, for real and simulated."""

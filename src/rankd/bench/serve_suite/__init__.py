@@ -1,0 +1,1 @@
+"""`rankd bench serve`: the server's latency over what the model takes."""

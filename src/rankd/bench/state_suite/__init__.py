@@ -1,0 +1,1 @@
+"""`rankd bench states`: hit rate and latency against memory."""

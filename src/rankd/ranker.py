@@ -173,7 +173,8 @@ class Ranker:
         """Check a request and queue it.
 
         Raises:
-            InvalidRequest, Overloaded, Unavailable: at once. DeadlineExceeded, EngineFailure: from the Future.
+            InvalidRequest, Overloaded, Unavailable, DeadlineExceeded: at once.
+            DeadlineExceeded, EngineFailure: from the Future.
         """
         clock = StageClock()
         check_request(request, self.schema)

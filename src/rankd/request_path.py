@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -34,7 +35,7 @@ from rankd.features.tables import UserFeatures
 from rankd.observe.clocks import StageClock
 from rankd.schedule.packing import Packing
 from rankd.schedule.served import Part, When
-from rankd.states.lending import HeldState, NoStates, States
+from rankd.states.lending import HeldState, NoStates, StateBusy, States
 from rankd.types import Float32Array, RankRequest, Scores, UserHistory
 
 
@@ -52,6 +53,7 @@ class RankItem:
     now: int = 0
     unknown_user: bool = False
     held: HeldState | None = None
+    alone: bool = False
     user: UserFeatures | None = None
     lent: ExitStack = field(default_factory=ExitStack)
 
@@ -73,13 +75,13 @@ class RequestPath:
         self.manifest, self.schema, self.catalogue = manifest, manifest.schema, catalogue
         self.features, self.states, self._begin = features, states, begin
         self.packing = Packing()
-        self._staging: dict[Executor, InputBuffers] = {}
+        self._staging = WeakKeyDictionary[Executor, InputBuffers]()  # of executors that are in use
         self._weights = np.asarray([task.rank_weight for task in self.schema.tasks], np.float32)
 
     def use_packing(self, packing: Packing, executors: Sequence[Executor]) -> None:
         """Say how many users share a call, and make room for the inputs of some executors, of no others."""
         self.packing = packing
-        self._staging = {}
+        self._staging.clear()
         for executor in executors:
             self.make_room(executor)
 
@@ -102,14 +104,15 @@ class RequestPath:
             item.history = self._history(item)
             item.clock.lap("features")
         _check_deadline(item)
-        if item.held is None or alone:
-            if not alone and (free := self._somebody_computes(request.user_id)) is not None:
-                return free
+        if item.held is None or (alone and not item.alone):
             item.clock.lap("queue")
             states = NoStates() if alone else self.states
             tokens = partial(fill_history, self.schema, features.items, item.history, self._staging[executor])
-            held = states.held(request.user_id, item.history, tokens, executor, item.deadline)
-            item.held = item.lent.enter_context(held)
+            held = states.held(request.user_id, item.history, tokens, executor, wait=False)
+            try:
+                item.held, item.alone = item.lent.enter_context(held), alone
+            except StateBusy:
+                return partial(self._when_free, request.user_id)
             item.clock.lap("encode")
         assert item.fetch is not None  # noqa: S101 - it came with the history
         if (rows := features.when_rows(item.fetch)) is not None:
@@ -170,16 +173,16 @@ class RequestPath:
             unknown=tuple(request.candidates[i] for i in np.flatnonzero(rows == UNKNOWN_ROW)),
             unknown_user=item.unknown_user,
             degraded=self.features.degraded(item.fetch),
-            rows=item.fetch.counts,
+            rows=dict(item.fetch.counts),
             state=_held(item).origin.value,
             request_id=request.request_id,
         )
         item.clock.lap("order")
         return replace(answer, timings_ms=item.clock.timings_ms())
 
-    def abandon(self, item: RankItem) -> None:
+    def abandon(self, item: RankItem, executor: Executor) -> None:
         """The executor that prepares a request hangs: nobody waits for the state that it was making."""
-        self.states.abandon(item.request.user_id)
+        self.states.abandon(item.request.user_id, executor)
 
     def drop(self, item: RankItem) -> None:
         """Give the state back."""
@@ -196,16 +199,9 @@ class RequestPath:
         item.now = request_time(request, schema, history)
         return until(history, item.now)
 
-    def _somebody_computes(self, user: str) -> When | None:
-        """What calls when the user's state is free, if it is not."""
-        if not self.states.when_free(user, _nothing):
-            return None
-
-        def when(then: Callable[[], None]) -> None:
-            if not self.states.when_free(user, then):
-                then()
-
-        return when
+    def _when_free(self, user: str, then: Callable[[], None]) -> None:
+        if not self.states.when_free(user, then):
+            then()
 
     def _order(self, scores: Float32Array, top_k: int | None) -> list[int] | None:
         """Indices of the best top_k rows, best first, equals in the order they came; None keeps all as they are."""
@@ -213,10 +209,6 @@ class RequestPath:
             return None
         order: list[int] = np.argsort(-(scores @ self._weights), kind="stable")[:top_k].tolist()
         return order
-
-
-def _nothing() -> None:
-    """To ask whether one would wait."""
 
 
 def _held(item: RankItem) -> HeldState:

@@ -101,12 +101,12 @@ def test_early_refusals_say_why() -> None:
     ledger: Ledger[str] = Ledger(rules_of(num_executors=1), Limits(candidates=300, work_ms=20.0, margin=0.0))
     with pytest.raises(DeadlineExceeded, match=r"takes 9\.\d ms even if it is alone"):
         ledger.accept("no", Asked(64 * 3, resident=True, deadline=0.005), 0.0)
-    ledger.accept("a", Asked(200, resident=True, deadline=0.0112), 0.0)
+    ledger.accept("a", Asked(200, resident=True, deadline=0.0116), 0.0)
     with pytest.raises(Overloaded, match=r"would be answered in 1\d ms, and its time is over in 9 ms") as refused:
         ledger.accept("b", Asked(90, resident=True, deadline=0.0091), 0.0)
     assert 0 < refused.value.retry_after_s < 0.02
     with pytest.raises(Overloaded, match="with this one some of them would be late") as refused:
-        ledger.accept("b", Asked(16, resident=True, deadline=0.0013), 0.0)
+        ledger.accept("b", Asked(16, resident=True, deadline=0.0016), 0.0)
     assert 0 < refused.value.retry_after_s < 0.02
     with pytest.raises(Overloaded, match=r"200 candidates, 1\d ms of work, are waiting; allowed are 300"):
         ledger.accept("c", Asked(150, resident=True), 0.0)

@@ -74,7 +74,7 @@ class Work:
     def finish(self, item: Item) -> list[float]:
         return list(item.logits[:, 0].tolist())
 
-    def abandon(self, item: Item) -> None:
+    def abandon(self, item: Item, executor: int) -> None:
         item.abandoned += 1
 
     def drop(self, item: Item) -> None:

@@ -1,7 +1,7 @@
 """Which executor's thread runs on which cpus: decided once from the machine's `Topology`, logged, then applied.
 
 In: a Topology and how many executors and threads are wanted. Out: a `ThreadPlan`. Next: `backend.py` makes it from a
-configuration, and the threads of `schedule/line.py` apply it to themselves.
+configuration, and the threads of `schedule/scheduler.py` apply it to themselves.
 
 The rules:
 

@@ -41,6 +41,10 @@ class ScheduleCounts:
     decisions: int = 0
     decision_seconds: float = 0.0
 
+    def add(self, what: str) -> None:
+        """One more of a count."""
+        setattr(self, what, getattr(self, what) + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduleFigures:

@@ -58,7 +58,7 @@ def _check_limits(waiting: Waiting, limits: Limits, num_executors: int, wish: Wi
     queued_ms, rows = waiting.total_ms() / num_executors, waiting.total_rows()
     if queued_ms <= limits.work_ms and rows + wish.rows <= limits.candidates:
         return
-    share = (rows + wish.rows - limits.candidates) / max(rows, 1)
+    share = min((rows + wish.rows - limits.candidates) / max(rows, 1), 1.0)
     after_s = max(queued_ms - limits.work_ms, share * queued_ms, wish.alone_ms) / 1e3
     raise Overloaded(
         f"{waiting.count} requests with {rows} candidates, {queued_ms:.0f} ms of work, are waiting; allowed are "

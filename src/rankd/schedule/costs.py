@@ -104,6 +104,18 @@ class CostModel:
             self._errors.prepare += STEP * (abs(ms - estimate.ms) / max(ms, 1e-3) - self._errors.prepare)
             estimate.saw(ms)
 
+    def doubt(self) -> None:
+        """Somebody was sent away because of these predictions, so that nothing is learnt of it: they go back a step to
+        what was measured at warm-up."""
+        with self._lock:
+            for shape, estimate in self._score.items():
+                estimate.ms += STEP * min(self.warmed.score_ms[shape] - estimate.ms, 0.0)
+            for estimate, warmed in (
+                (self._resident, PREPARED_MS),
+                (self._absent, PREPARED_MS + self.warmed.encode_ms),
+            ):
+                estimate.ms += STEP * min(warmed - estimate.ms, 0.0)
+
     def errors(self) -> CostErrors:
         """A snapshot."""
         return CostErrors(self._errors.score, self._errors.prepare, self._slowdown)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from rankd.errors import DeadlineExceeded
 from rankd.schedule import admission, policy
 from rankd.schedule.admission import Limits, Wish
 from rankd.schedule.policy import Rules
@@ -58,6 +59,8 @@ class Work(Generic[Item]):
     unprepared: list[Job[Item]]
     started: float
     predicted_ms: float
+    settled: bool = False
+    """Its parts are scored, or were handed out once more."""
 
 
 class Ledger(Generic[Item]):
@@ -86,7 +89,11 @@ class Ledger(Generic[Item]):
         latest = deadline - alone_ms / 1e3
         place = policy.place(now, work_ms, asked.priority, latest, rules)
         wish = Wish(now, place, asked.rows, work_ms, alone_ms, deadline)
-        admission.check(self.waiting, self.limits, rules.num_executors, wish)
+        try:
+            admission.check(self.waiting, self.limits, rules.num_executors, wish)
+        except DeadlineExceeded:
+            rules.costs.doubt()
+            raise
         return place, latest, work_ms
 
     def accept(self, item: Item, asked: Asked, now: float) -> Job[Item]:
@@ -133,6 +140,7 @@ class Ledger(Generic[Item]):
             return
         self.waiting.prepared[job.slot] = True
         self._set_left(job)
+        self._set_latest(job)
         self.comes(job)
 
     def waits(self, work: Work[Item], job: Job[Item]) -> None:
@@ -147,7 +155,7 @@ class Ledger(Generic[Item]):
 
     def done(self, work: Work[Item]) -> list[Job[Item]]:
         """The parts of a call are scored: the requests that this was the last of, which have ended with it."""
-        ended = []
+        ended, work.settled = [], True
         for job, part in zip(work.jobs, work.parts, strict=True):
             if job.over:
                 continue
@@ -161,8 +169,10 @@ class Ledger(Generic[Item]):
 
     def lost(self, work: Work[Item]) -> list[Job[Item]]:
         """An executor was lost over a call: what it had is handed out once more. Those that this was once too often for
-        have ended; they are returned."""
-        ended = []
+        have ended; they are returned. Nothing happens if that was said before, or the call is done."""
+        if work.settled:
+            return []
+        ended, work.settled = [], True
         for number, job in enumerate(work.jobs):
             job.losses += 1
             if job.over:
@@ -229,6 +239,8 @@ class Ledger(Generic[Item]):
         waiting.rows[slot] -= count
         if waiting.rows[slot]:
             self._set_tail(job)
+            if waiting.prepared[slot]:
+                self._set_latest(job)
         else:
             waiting.turn[slot] = NEVER
             waiting.tail[slot] = 0
@@ -240,12 +252,17 @@ class Ledger(Generic[Item]):
         else:
             job.again.append((part.first, part.count))
         self.waiting.rows[job.slot] += part.count
+        if self.waiting.prepared[job.slot]:
+            self._set_latest(job)
 
     def _set_left(self, job: Job[Item]) -> None:
-        """What is left of a prepared request, and when it has to begin."""
-        waiting, slot, left = self.waiting, job.slot, job.asked.rows - job.done
-        waiting.left_ms[slot] = self.rules.work_ms(left, 0.0)
-        waiting.latest[slot] = waiting.deadline[slot] - self.rules.shortest_ms(left, 0.0) / 1e3
+        """What is left of a prepared request."""
+        self.waiting.left_ms[job.slot] = self.rules.work_ms(job.asked.rows - job.done, 0.0)
+
+    def _set_latest(self, job: Job[Item]) -> None:
+        """When what nobody works on of a prepared request has to begin; the other parts are under way meanwhile."""
+        waiting, slot = self.waiting, job.slot
+        waiting.latest[slot] = waiting.deadline[slot] - self.rules.shortest_ms(int(waiting.rows[slot]), 0.0) / 1e3
 
     def _set_tail(self, job: Job[Item]) -> None:
         """A part that may share a call with those of other users: all that is left, of one that is no trouble."""

@@ -25,6 +25,8 @@ from rankd.schedule.costs import CostModel
 from rankd.schedule.cutting import Cutter
 from rankd.schedule.waiting import NEVER, Waiting
 
+CALL_MS = 0.1
+"""What a call takes beside the engine: deciding, handing over, booking."""
 WORTH = 0.8
 """Pieces are spread over idle executors if that ends in this part of the time or less."""
 
@@ -53,7 +55,8 @@ class Rules:
 
     def work_ms(self, rows: int, prepare_ms: float) -> float:
         """All that a request takes, in pieces."""
-        return prepare_ms + self.costs.rows(rows) + self.cutter.cost_ms(rows, self.largest)
+        calls_ms = sum(self.costs.score(bucket) + CALL_MS for bucket in self.cutter.pieces(rows, self.largest))
+        return prepare_ms + self.costs.rows(rows) + calls_ms
 
     def shortest_ms(self, rows: int, prepare_ms: float) -> float:
         """How soon it can be done if all executors work for it."""

@@ -11,11 +11,9 @@ from msgspec import Meta
 from rankd.schedule.admission import Limits
 from rankd.schedule.costs import CostModel, Warmed
 from rankd.schedule.cutting import Cutter
-from rankd.schedule.policy import Rules
+from rankd.schedule.policy import CALL_MS, Rules
 
 Positive = Annotated[float, Meta(gt=0)]
-CALL_MS = 0.1
-"""What a call takes beside the engine: deciding, handing over, booking."""
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,9 +1,8 @@
 """The schedule of one model: a thread for each executor that works on what the policy says, and one that watches them.
 
 In: items with what they need (`served.Asked`). Out: a Future each. `submit` admits or refuses at once. Then a request
-is prepared, its candidates are scored in one call or several, on one executor or several, and it is finished: it ends
-exactly once (`ledger.py` keeps the book). One that is cancelled or out of time leaves at once; what is being computed
-for it is thrown away when it comes.
+is prepared, its candidates are scored in one call or several, on one executor or several, and it is finished; one that
+is cancelled or out of time leaves at once. `ledger.py` keeps the book, `policy.py` decides.
 
 An executor that raises what is no error of a request, or that takes much longer than it should, is lost: another one
 takes its place, and what it had is run once more. The thread of one that hangs cannot be ended; it is left alone.
@@ -17,16 +16,19 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Generic, TypeVar
 
 from rankd.errors import DeadlineExceeded, EngineFailure, RankdError, Unavailable
 from rankd.observe.schedule_metrics import ScheduleCounts, ScheduleFigures
 from rankd.schedule.admission import Limits
+from rankd.schedule.endings import answer, fail, guarded, too_late
 from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Rules
 from rankd.schedule.seats import Seat
 from rankd.schedule.served import Asked, Part, Served, When
 from rankd.schedule.waiting import NEVER
+from rankd.schedule.watch import Watch
 
 log = logging.getLogger("rankd")
 Item = TypeVar("Item")
@@ -37,11 +39,8 @@ JOIN_SECONDS = 0.2
 
 
 class Scheduler(Generic[Item, Result, Executor]):
-    """Runs requests on executors. `start()` begins, `close()` finishes what was accepted.
-
-    `on_start` is called on each executor's thread, with its number, before the first call; it must not raise.
-    `new_executor` makes one in place of one that was lost.
-    """
+    """Runs requests on executors. `on_start` is called on each executor's thread, with its number, before the first
+    call. `new_executor` makes one in place of one that was lost."""
 
     def __init__(
         self,
@@ -61,32 +60,29 @@ class Scheduler(Generic[Item, Result, Executor]):
         self._futures: dict[Job[Item], Future[Result]] = {}
         self._counts = ScheduleCounts()
         self._seats = [Seat[Item, Executor](number, executor) for number, executor in enumerate(executors)]
-        self._idle, self._closed, self._ended = 0, True, False
+        self._idle, self._closed = 0, True
         self._lock = threading.Lock()  # guards everything above
-        self._changed, self._watched = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._watch_until = NEVER
-        self._watcher = threading.Thread(target=self._watch, name=f"{name}-watch", daemon=True)
+        self._changed, self._all_ended = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._watch = Watch(self._lock, self._look, self._due, f"{name}-watch")
 
     def start(self) -> None:
         """Start the threads; from here on requests are accepted."""
         self._closed = False
         for seat in self._seats:
             self._start(seat)
-        self._watcher.start()
+        self._watch.start()
 
     def close(self) -> None:
-        """Accept no more, finish what was accepted, end the threads."""
+        """Accept no more, finish what was accepted, end the threads; one that hangs is left behind."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+            self._all_ended.wait_for(lambda: self._ledger.empty)
             self._changed.notify_all()
-        while left := [seat.thread for seat in self._seats if seat.thread is not None and seat.thread.is_alive()]:
-            left[0].join(JOIN_SECONDS)  # not for ever: another one may take the seat of one that hangs
-        with self._lock:
-            self._ended = True
-            self._watched.notify()
-        self._watcher.join()
+        while left := [seat.thread for seat in self._seats if not seat.lost and seat.thread and seat.thread.is_alive()]:
+            left[0].join(JOIN_SECONDS)  # not for ever: it may be found to hang
+        self._watch.stop()
 
     @property
     def unfinished(self) -> int:
@@ -124,8 +120,8 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._futures[job] = future
             if when is None:
                 self._come(job)
-            if asked.deadline is not None and asked.deadline < self._watch_until:
-                self._watched.notify()
+            if asked.deadline is not None:
+                self._watch.by(asked.deadline)
         future.add_done_callback(lambda done: self._cancelled(job, done) if done.cancelled() else None)
         if when is not None:
             self._call_when(when, job)
@@ -153,8 +149,13 @@ class Scheduler(Generic[Item, Result, Executor]):
     def _come(self, job: Job[Item]) -> None:
         """Under the lock."""
         self._ledger.comes(job)
-        # On a close every thread waits for the last of those that were accepted.
-        self._changed.notify_all() if self._closed else self._changed.notify()
+        self._changed.notify()
+
+    def _some_ended(self) -> None:
+        """Under the lock, whenever requests have: on a close everybody waits for the last one."""
+        if self._closed and self._ledger.empty:
+            self._changed.notify_all()
+            self._all_ended.notify_all()
 
     def _start(self, seat: Seat[Item, Executor]) -> None:
         name = f"{self._name}-executor-{seat.number}"
@@ -175,8 +176,10 @@ class Scheduler(Generic[Item, Result, Executor]):
         while True:
             with self._lock:
                 self._idle += 1
-                late, ended = self._wait_for_work(seat)
-                self._idle -= 1
+                try:
+                    late, ended = self._wait_for_work(seat)
+                finally:
+                    self._idle -= 1
             self._end_late(late)
             if ended or seat.work is not None:
                 return seat.work
@@ -197,7 +200,6 @@ class Scheduler(Generic[Item, Result, Executor]):
             if late or work is not None:
                 return late, False
             if self._closed and self._ledger.empty:
-                self._changed.notify_all()
                 return [], True
             self._changed.wait()
         return [], True
@@ -209,7 +211,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             Exception: the executor failed, and not a request.
         """
         for job in list(work.unprepared):
-            if not job.over:
+            if not job.over and not seat.given_up():
                 self._prepare(job, work, seat)
         if not work.bucket:
             return
@@ -223,7 +225,7 @@ class Scheduler(Generic[Item, Result, Executor]):
                 self._served.assemble(part, work.bucket, len(parts), seat.executor)
             except EngineFailure:
                 raise
-            except RankdError as error:
+            except Exception as error:  # noqa: BLE001 - no news of the engine: it is this request's
                 self._end(job, error)
             else:
                 parts.append(part)
@@ -239,13 +241,14 @@ class Scheduler(Generic[Item, Result, Executor]):
             for part, one in zip(parts, logits, strict=True):
                 self._served.take(part, one)
             ended = self._ledger.done(work)
+            self._some_ended()
             self._counts.calls += 1
             self._counts.rows += rows
             self._counts.padded_rows += work.bucket * len(parts) - rows
-        milliseconds = (assembled - started) * 1e3, (scored - assembled) * 1e3
-        self.rules.costs.saw_score(work.bucket, len(parts), rows, *milliseconds)
         for job in ended:
             self._finish(job)
+        milliseconds = (assembled - started) * 1e3, (scored - assembled) * 1e3
+        self.rules.costs.saw_score(work.bucket, len(parts), rows, *milliseconds)
 
     def _prepare(self, job: Job[Item], work: Work[Item], seat: Seat[Item, Executor]) -> None:
         started = self._clock()
@@ -253,7 +256,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             when = self._served.prepare(job.item, seat.executor, job.losses > 0)
         except EngineFailure:
             raise
-        except RankdError as error:
+        except Exception as error:  # noqa: BLE001 - no news of the engine: it is this request's
             self._end(job, error)
             return
         with self._lock:
@@ -277,23 +280,23 @@ class Scheduler(Generic[Item, Result, Executor]):
         try:
             result = self._served.finish(job.item)
         except Exception as error:  # noqa: BLE001 - it belongs to who waits for it
-            _fail(future, error)
+            fail(future, error)
             self._count("failed")
         else:
-            if future.set_running_or_notify_cancel():
-                future.set_result(result)
+            answer(future, result)
             self._count("finished")
 
     def _end(self, job: Job[Item], error: Exception) -> None:
         """A request has failed, if it had not ended before."""
         if (future := self._taken_out(job)) is not None:
-            _fail(future, error)
+            fail(future, error)
             self._count("late" if isinstance(error, DeadlineExceeded) else "failed")
 
     def _taken_out(self, job: Job[Item]) -> Future[Result] | None:
         """End a request; its Future, if it had not ended before."""
         with self._lock:
             first = self._ledger.end(job)
+            self._some_ended()
             free = [job] if self._ledger.droppable(job) else []
             future = self._futures.pop(job) if first else None
         self._drop(free)
@@ -301,14 +304,10 @@ class Scheduler(Generic[Item, Result, Executor]):
 
     def _end_late(self, jobs: Sequence[Job[Item]]) -> None:
         for job in jobs:
-            waited_ms = (self._clock() - job.accepted) * 1e3
-            message = (
-                f"timeout_ms passed, or could not be kept any more, {waited_ms:.0f} ms after the request came: "
-                f"{job.done} of {job.asked.rows} candidates were scored"
-            )
-            _fail(self._futures.pop(job), DeadlineExceeded(message))
+            fail(self._futures.pop(job), too_late(job, self._clock()))
             self._count("late")
         with self._lock:
+            self._some_ended()
             free = [job for job in jobs if self._ledger.droppable(job)]
         self._drop(free)
 
@@ -321,17 +320,15 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             seat.work, seat.since = None, NEVER
             free = self._ledger.leave(work.jobs)
-            if self._closed and self._ledger.empty:
-                self._changed.notify_all()
         self._drop(free)
 
     def _drop(self, jobs: Sequence[Job[Item]]) -> None:
         for job in jobs:
-            self._served.drop(job.item)
+            guarded(partial(self._served.drop, job.item))
 
     def _count(self, what: str) -> None:
         with self._lock:
-            setattr(self._counts, what, getattr(self._counts, what) + 1)
+            self._counts.add(what)
 
     def _fault(self, work: Work[Item], seat: Seat[Item, Executor], error: Exception) -> None:
         """The executor raised: another one in its place, on the same thread."""
@@ -339,62 +336,65 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             if seat.given_up():
                 return
+            seat.since = self._clock()  # making another one may take a while, too
+        self._lose(work, error)
         try:
             seat.executor = self._new_executor()
         except Exception:  # the old one may still do
             log.exception("executor %d of '%s' could not be replaced", seat.number, self._name)
-        self._lose(work, error)
 
     def _lose(self, work: Work[Item], error: Exception) -> None:
         """What a lost executor had is run again, or fails."""
         with self._lock:
-            ended = self._ledger.lost(work)
+            again, ended = not work.settled, self._ledger.lost(work)
+            self._some_ended()
             self._counts.lost_executors += 1
-            self._counts.run_again += len(work.jobs) - len(ended)
+            self._counts.run_again += again and sum(not job.over for job in work.jobs)
             self._changed.notify_all()
         for job in ended:
-            _fail(self._futures.pop(job), error)
+            fail(self._futures.pop(job), error)
             self._count("failed")
 
-    def _watch(self) -> None:
+    def _look(self) -> None:
         """End requests whose time is over, and give up executors that hang."""
-        while True:
-            with self._lock:
-                if self._ended:
-                    return
-                now = self._clock()
-                late = self._ledger.late(now)
-                hung = [seat for seat in self._seats if seat.hangs(now, self._hang_seconds)]
-                for seat in hung:
-                    seat.lost = True
-            self._end_late(late)
-            for seat in hung:
-                self._replace(seat)
-            with self._lock:
-                self._watch_until = self._ledger.next_deadline()
-                left = min(self._watch_until - self._clock(), self._hang_seconds / 4)
-                if not self._ended and left > 0:
-                    self._watched.wait(left)
+        with self._lock:
+            now = self._clock()
+            late = self._ledger.late(now)
+            hung = [(one, one.work) for one in self._seats if one.work and one.hangs(now, self._hang_seconds)]
+            for seat, _ in hung:
+                seat.lost = True
+        self._end_late(late)
+        for seat, work in hung:
+            self._give_up(seat, work)
 
-    def _replace(self, seat: Seat[Item, Executor]) -> None:
-        """Put another executor on a thread of its own into the place of one that hangs."""
-        work = seat.work
-        assert work is not None  # noqa: S101 - it hangs in it
+    def _due(self) -> tuple[float, float]:
+        """When to look again: at the next deadline, and often enough to find what hangs."""
+        moment = self._ledger.next_deadline()
+        return moment, min(moment - self._clock(), self._hang_seconds / 4)
+
+    def _give_up(self, seat: Seat[Item, Executor], work: Work[Item]) -> None:
+        """Leave an executor that hangs alone, hand out what it had, and begin to put another one into its place."""
         log.error("executor %d of '%s' hangs and is replaced", seat.number, self._name)
         for job in work.unprepared:
-            self._served.abandon(job.item)
-        other = Seat[Item, Executor](seat.number, seat.executor)
-        try:
-            other.executor = self._new_executor()
-        except Exception:  # then there is one executor less, for the old one is in use
-            log.exception("executor %d of '%s' could not be replaced", seat.number, self._name)
-        else:
-            with self._lock:
-                self._seats[seat.number] = other
-                self._start(other)
+            guarded(partial(self._served.abandon, job.item, seat.executor))
         self._lose(work, EngineFailure(f"the engine did not answer for {self._hang_seconds:g} s, twice"))
+        threading.Thread(target=self._replace, args=(seat,), name=f"{self._name}-replacing", daemon=True).start()
 
-
-def _fail(future: Future[Result], error: Exception) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+    def _replace(self, lost: Seat[Item, Executor]) -> None:
+        """Make an executor, however often that fails, and sit down with it. While there is none requests fail."""
+        seat = None
+        while seat is None and not self._watch.ended:
+            try:
+                seat = Seat[Item, Executor](lost.number, self._new_executor(), threading.current_thread())
+            except Exception:
+                log.exception("executor %d of '%s' could not be replaced", lost.number, self._name)
+                with self._lock:
+                    nobody = self._ledger.everybody() if all(one.lost for one in self._seats) else []
+                for job in nobody:
+                    self._end(job, EngineFailure("the engine hangs, and cannot be started anew"))
+                time.sleep(self._hang_seconds / 4)
+        with self._lock:
+            if seat is None or self._watch.ended:
+                return
+            self._seats[seat.number] = seat
+        self._sit(seat)

@@ -44,8 +44,9 @@ class Part(Generic[Item]):
 
 
 class Served(Protocol[Item, Co, Seat]):
-    """How requests are worked on. Everything is called on an executor's thread, for one request on one thread at a time
-    except `assemble` and `score`, which several executors do for parts of the same request."""
+    """How requests are worked on: on executors' threads, but for `abandon` and `drop`, which any thread may call. Of
+    one request one thread does something at a time, except `assemble` and `score`, which several executors do for
+    parts of the same request."""
 
     def prepare(self, item: Item, executor: Seat, alone: bool) -> When | None:
         """Have the history and the state of a request; a When if that has to wait for something, after which it is
@@ -76,7 +77,7 @@ class Served(Protocol[Item, Co, Seat]):
         """The answer, now that all parts are there."""
         ...
 
-    def abandon(self, item: Item) -> None:
+    def abandon(self, item: Item, executor: Seat) -> None:
         """The executor that was preparing a request hangs: have nobody else wait for what it was making."""
         ...
 

@@ -24,7 +24,7 @@ class Waiting:
               all that is left of them is being run)
     place     the place in the order, whether it can run now or not: the smallest comes first (`policy.place`)
     deadline  when the answer has to be there; NEVER if nobody says
-    latest    when the rest has to begin to be in time
+    latest    when what nobody works on has to begin to be in time
     left_ms   predicted work that is not finished
     rows      candidates that no executor has been given yet
     tail      the bucket of the rest if that may share a call: one piece, of a user who is prepared or resident; else 0

@@ -75,6 +75,7 @@ def decode_infer(request: Any) -> tuple[InferHeader, RankRequest]:
         inputs[one.name] = tensor_of(tensor, raw[number]) if raw else _from_contents(tensor, one.contents)
     outputs = [OutputHeader(one.name, _parameters(one.parameters)) for one in request.outputs]
     header = InferHeader([], request.id, _parameters(request.parameters), outputs)
+    asked_outputs(header)  # refused before anything is computed
     return header, rank_request(request.model_name, request.model_version, header, inputs)
 
 

@@ -31,6 +31,9 @@ from rankd.types import RankRequest, Scores
 
 log = logging.getLogger("rankd")
 CALLS = 128
+MOST_WORDS = 1000
+"""Of an error: a status travels in metadata, whose size is limited."""
+FOREVER_S = 1e9
 Handler = Callable[[Any, grpc.ServicerContext], Any]
 
 
@@ -84,18 +87,18 @@ class GrpcServer:
         return _generic(grpc_ranking.SERVICE, {"Rank": self._rank, "AppendEvents": events})
 
     def _infer(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return _guarded(lambda: self._infer_one(request, context), context)
+        return _guarded(lambda: self._infer_one(request, context, _Cancelling(context)), context)
 
-    def _infer_one(self, request: Any, context: grpc.ServicerContext) -> Any:
+    def _infer_one(self, request: Any, context: grpc.ServicerContext, cancelling: _Cancelling) -> Any:
         header, decoded = self._decoded(grpc_inference.decode_infer, request)
-        return grpc_inference.encode_infer(self._rank_with(decoded, context), header)
+        return grpc_inference.encode_infer(self._rank_with(decoded, context, cancelling), header)
 
     def _stream(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         """One after the other; an error is an answer, and the stream goes on."""
-        answer = message("inference.ModelStreamInferResponse")
+        answer, cancelling = message("inference.ModelStreamInferResponse"), _Cancelling(context)
         for request in requests:
             try:
-                yield answer(infer_response=self._infer_one(request, context))
+                yield answer(infer_response=self._infer_one(request, context, cancelling))
             except RankdError as error:
                 yield answer(error_message=str(error))
             except CancelledError:
@@ -104,7 +107,7 @@ class GrpcServer:
     def _rank(self, request: Any, context: grpc.ServicerContext) -> Any:
         def rank() -> Any:
             decoded = self._decoded(grpc_ranking.decode_rank, request)
-            return grpc_ranking.encode_scores(self._rank_with(decoded, context))
+            return grpc_ranking.encode_scores(self._rank_with(decoded, context, _Cancelling(context)))
 
         return _guarded(rank, context)
 
@@ -116,13 +119,13 @@ class GrpcServer:
             book_failure(self._repository, None, error, started)
             raise
 
-    def _rank_with(self, request: RankRequest, context: grpc.ServicerContext) -> Scores:
+    def _rank_with(self, request: RankRequest, context: grpc.ServicerContext, cancelling: _Cancelling) -> Scores:
         """Rank within what is left of the RPC's time, and book how it ended."""
         started, repository = time.perf_counter(), self._repository
-        left_s = context.time_remaining()
-        if left_s is not None:
-            least = min(left_s * 1e3, request.timeout_ms or left_s * 1e3)
-            request = replace(request, timeout_ms=max(least, 1e-3))
+        left_s, own = context.time_remaining(), request.timeout_ms
+        # One without a deadline has 300 billion years. What is wrong by itself is for the ranker to refuse.
+        if left_s is not None and left_s < FOREVER_S and (own is None or own > left_s * 1e3):
+            request = replace(request, timeout_ms=max(left_s * 1e3, 1e-3))
         ranker: Ranker | None = None
         try:
             ranker = repository.get(request.model, request.version)
@@ -136,7 +139,7 @@ class GrpcServer:
                     raise
                 ranker = replacement
                 future = ranker.submit(request)
-            scores = _waited(future, context)
+            scores = cancelling.result(future)
         except (Exception, CancelledError) as error:
             book_failure(repository, ranker, error, started)
             raise
@@ -144,15 +147,29 @@ class GrpcServer:
         return scores
 
 
-def _waited(future: Future[Scores], context: grpc.ServicerContext) -> Scores:
-    """The scores; an RPC that ends before they are there cancels them."""
+class _Cancelling:
+    """Cancels what an RPC waits for when it ends before that. A stream has one for all its requests: gRPC keeps what it
+    is to call, and what that holds, until the RPC is over."""
 
-    def gone() -> None:
-        future.cancel()
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._future: Future[Scores] | None = None
+        self._gone = not context.add_callback(self._end)
 
-    if not context.add_callback(gone):
-        gone()
-    return future.result()
+    def result(self, future: Future[Scores]) -> Scores:
+        """The scores."""
+        self._future = future
+        if self._gone:
+            future.cancel()
+        try:
+            return future.result()
+        finally:
+            self._future = None
+
+    def _end(self) -> None:
+        self._gone = True
+        future = self._future
+        if future is not None:
+            future.cancel()
 
 
 def _answered(
@@ -173,7 +190,7 @@ def _guarded(answer: Callable[[], Any], context: grpc.ServicerContext) -> Any:
     except RankdError as error:
         if isinstance(error, Overloaded):
             context.set_trailing_metadata((("retry-after-ms", str(int(error.retry_after_s * 1e3) + 1)),))
-        context.abort(getattr(grpc.StatusCode, error.grpc_code), str(error))
+        context.abort(getattr(grpc.StatusCode, error.grpc_code), str(error)[:MOST_WORDS])
     except CancelledError:
         context.abort(grpc.StatusCode.CANCELLED, "the request was cancelled")
     except Exception:

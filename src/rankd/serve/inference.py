@@ -24,6 +24,8 @@ EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "
 TEXT_INPUTS = ("user_id", "candidates", "history_item", "history_event")
 NUMBER_INPUTS = ("time", "history_time")
 OUTPUTS = ("scores", "candidates", "unknown")
+LARGEST = 1e15
+"""Of a parameter that is a number."""
 
 
 def rank_request(model: str, version: str, header: InferHeader, inputs: dict[str, InputTensor]) -> RankRequest:
@@ -99,6 +101,8 @@ def _number(header: InferHeader, name: str) -> float | None:
     value = header.parameters.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise InvalidRequest(f"parameter {name} is {value!r}; it has to be a number")
+    if value is not None and not -LARGEST <= value <= LARGEST:
+        raise InvalidRequest(f"parameter {name} is {value:.3g}; it has to be between -{LARGEST:g} and {LARGEST:g}")
     return value
 
 

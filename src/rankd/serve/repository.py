@@ -204,10 +204,12 @@ class ModelRepository:
             for one in leaving:
                 self._set(name, one, ModelState.UNLOADING)
             self._rankers = {**others, name: staying} if staying else others
-            for one, ranker in leaving.items():
+            del versions  # nothing here may hold them when they are let go
+            while leaving:
+                one, ranker = leaving.popitem()
                 ranker.close()
+                del ranker
                 self._set(name, one, ModelState.UNAVAILABLE, "unloaded")
-            leaving.clear()
             let_go()
 
     def index(self) -> list[ModelStatus]:

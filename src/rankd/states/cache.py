@@ -15,48 +15,29 @@ for: a thread that computes takes no second user, so there is no circle.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from rankd.engine.backend import Executor
 from rankd.engine.state_arrays import APPEND_BUCKETS, copy_tokens, write_additions
 from rankd.errors import DeadlineExceeded
 from rankd.features.assembly import appended_tokens
 from rankd.observe.state_metrics import SpillCounts, StateCounts
-from rankd.states.arena import Arena, Slab
+from rankd.states.arena import Arena
+from rankd.states.entries import Claim, Entry
 from rankd.states.eviction import make_order
 from rankd.states.fingerprints import of_history, of_tokens
-from rankd.states.lending import HeldState, Origin, Tokens, of_its_own
+from rankd.states.lending import HeldState, Origin, StateBusy, Tokens, of_its_own
 from rankd.states.spill import SpilledHeader, SpillTier, id_bytes
 from rankd.states.state_config import MIB, StateConfig
 from rankd.states.storage import StateLayout
 from rankd.types import Array, UserHistory, UserState
 
-
-@dataclass(slots=True)
-class _Entry:
-    """A kept state. `readers` hold it; a `retired` one leaves its slab when the last of them is done."""
-
-    user: str
-    slab: Slab
-    room: int
-    lengths: tuple[int, ...]
-    history_mark: bytes = b""
-    tokens_mark: bytes = b""
-    state: UserState | None = None  # over the slab's own memory, where nothing has to be converted
-    readers: int = 0
-    retired: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Claim:
-    """The right to compute a user's state; `called` are told when it is done."""
-
-    called: list[Callable[[], None]] = field(default_factory=list)
+NOW = -math.inf
 
 
 class StateCache:
@@ -84,7 +65,7 @@ class StateCache:
         budget = config.budget_mib * MIB if budget_bytes is None else budget_bytes
         self._arena = Arena(budget, sorted(set(self._size_of.values())))
         self._order = make_order(config.policy)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._users_of_chunk: defaultdict[int, set[str]] = defaultdict(set)
         self._computing: dict[str, Claim] = {}
         self._changed = threading.Condition()  # guards everything above
@@ -99,6 +80,7 @@ class StateCache:
         tokens: Callable[[], Tokens],
         executor: Executor,
         deadline: float | None = None,
+        wait: bool = True,
     ) -> Iterator[HeldState]:
         """The state of a user's history while the block runs.
 
@@ -107,17 +89,20 @@ class StateCache:
 
         Raises:
             DeadlineExceeded: somebody else was still computing the state at the deadline.
+            StateBusy: somebody else computes it, and `wait` is false; see `when_free`.
             EngineFailure: it could not be computed; what was kept before is as it was, or gone.
         """
         mark = of_history(history)
-        found, origin = self._claim(user, mark, deadline), Origin.CACHED
-        if isinstance(found, _Entry):
+        found, origin = self._claim(user, mark, executor, deadline if wait else NOW), Origin.CACHED
+        if isinstance(found, Entry):
             entry = found
         else:
             try:
                 made, origin = self._make(user, mark, tokens(), executor, found)
             finally:
                 self._end_claim(user, found)
+                if found.left is not None:
+                    self._release(found.left)
             if isinstance(made, UserState):
                 yield HeldState(made, origin)
                 return
@@ -141,17 +126,19 @@ class StateCache:
             claim.called.append(then)
             return True
 
-    def abandon(self, user: str) -> None:
-        """Whoever computes the user's state hangs: nobody waits for it any more, and what it makes is nobody's."""
+    def abandon(self, user: str, executor: Executor) -> None:
+        """An executor hangs. If it computes the user's state nobody waits for it any more, and what it makes is
+        nobody's."""
         with self._changed:
+            claim = self._computing.get(user)
+            if claim is None or claim.executor is not executor:
+                return
             entry = self._entries.pop(user, None)
-            if entry is not None:  # its slab stays taken: the one that hangs may write there yet
+            if entry is not None:  # the one that hangs may write there yet: its slab stays taken until it comes back
                 self._users_of_chunk[entry.slab.chunk].discard(user)
                 self._order.remove(user)
-                entry.retired, entry.readers = True, entry.readers + 1
-            claim = self._computing.get(user)
-        if claim is not None:
-            self._end_claim(user, claim)
+                entry.retired, entry.readers, claim.left = True, entry.readers + 1, entry
+        self._end_claim(user, claim)
 
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:
         """How many new tokens a block are worth appending to a state, by its room; more are encoded anew."""
@@ -179,12 +166,14 @@ class StateCache:
         for entry in list(self._entries.values()):
             self._write_out(entry)
 
-    def _claim(self, user: str, mark: bytes, deadline: float | None) -> _Entry | Claim:
+    def _claim(self, user: str, mark: bytes, executor: Executor, deadline: float | None) -> Entry | Claim:
         """The entry, held, if it is of this history; else this thread alone may compute the user's state."""
         with self._changed:
             self._waited += user in self._computing
             while user in self._computing:
                 left = None if deadline is None else deadline - time.perf_counter()
+                if deadline == NOW:
+                    raise StateBusy
                 if left is not None and left <= 0:
                     raise DeadlineExceeded("timeout_ms passed while another request computed this user's state")
                 self._changed.wait(left)
@@ -194,7 +183,7 @@ class StateCache:
                 self._order.touch(user)
                 self._origins[Origin.CACHED] += 1
                 return entry
-            self._computing[user] = claim = Claim()
+            self._computing[user] = claim = Claim(executor)
             return claim
 
     def _end_claim(self, user: str, claim: Claim) -> None:
@@ -208,14 +197,15 @@ class StateCache:
 
     def _make(
         self, user: str, mark: bytes, tokens: Tokens, executor: Executor, claim: Claim
-    ) -> tuple[_Entry | UserState, Origin]:
+    ) -> tuple[Entry | UserState, Origin]:
         """A held entry for this history, or a state that could not be kept because everything is in use."""
         lengths = tuple(tokens["history_length"][0].tolist())
-        entry, origin = self._entries.get(user), Origin.CACHED
+        with self._changed:  # what is there is ours to extend only as long as the claim is ours
+            entry, origin = self._entries.get(user) if self._computing.get(user) is claim else None, Origin.CACHED
         if entry is None:
-            entry, origin = self._restore(user), Origin.RESTORED
-        grown = None if entry is None else _growth(entry, tokens, lengths)
-        made: _Entry | UserState | None = None
+            entry, origin = self._restore(user, claim), Origin.RESTORED
+        grown = None if entry is None else entry.growth(tokens, lengths)
+        made: Entry | UserState | None = None
         if entry is not None and grown == 0:
             made = entry
         elif entry is not None and grown is not None and grown <= self._most_new[_room_of(tokens)]:
@@ -234,7 +224,7 @@ class StateCache:
                 made.retired = True
         return made, origin
 
-    def _encoded(self, user: str, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> _Entry | UserState:
+    def _encoded(self, user: str, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> Entry | UserState:
         entry = self._new_entry(user, _room_of(tokens))
         if entry is None:
             return UserState(of_its_own(executor.encode(tokens), tokens), lengths)
@@ -250,7 +240,7 @@ class StateCache:
         self._settle(entry, tokens, lengths)
         return entry
 
-    def _extended(self, entry: _Entry, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> _Entry | None:
+    def _extended(self, entry: Entry, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> Entry | None:
         """The entry with the new tokens appended; a larger copy if it is held by others or too small; None: no room."""
         state, target = self._state_of(entry), entry
         new = appended_tokens(tokens, entry.lengths, APPEND_BUCKETS)
@@ -271,11 +261,11 @@ class StateCache:
         self._settle(target, tokens, lengths)
         return target
 
-    def _settle(self, entry: _Entry, tokens: Tokens, lengths: tuple[int, ...]) -> None:
+    def _settle(self, entry: Entry, tokens: Tokens, lengths: tuple[int, ...]) -> None:
         """An entry's arrays are of these tokens now."""
         entry.lengths, entry.tokens_mark, entry.state = lengths, of_tokens(tokens, lengths), None
 
-    def _restore(self, user: str) -> _Entry | None:
+    def _restore(self, user: str, claim: Claim) -> Entry | None:
         """A user's state from disk, in memory again; not held, and nobody else can have it yet."""
         found = self._spill.read(user) if self._spill is not None else None
         if found is None or found[0].room not in self._size_of:
@@ -287,10 +277,13 @@ class StateCache:
         self._arena.bytes_of(entry.slab)[: content.nbytes] = content
         entry.lengths, entry.tokens_mark, entry.history_mark = header.lengths, header.tokens_mark, header.history_mark
         with self._changed:
+            if self._computing.get(user) is not claim:
+                self._arena.give(entry.slab)
+                return None
             self._keep(entry)
         return entry
 
-    def _keep(self, entry: _Entry) -> None:
+    def _keep(self, entry: Entry) -> None:
         """Make an entry the user's; the one before leaves when nobody holds it any more."""
         before = self._entries.get(entry.user)
         if before is entry:
@@ -306,28 +299,28 @@ class StateCache:
             self._order.touch(entry.user)
             self._retire(before)
 
-    def _retire(self, entry: _Entry) -> None:
+    def _retire(self, entry: Entry) -> None:
         entry.retired = True
         if entry.readers == 0:
             self._arena.give(entry.slab)
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         with self._changed:
             entry.readers -= 1
             if entry.retired and entry.readers == 0:
                 self._arena.give(entry.slab)
 
-    def _give(self, entry: _Entry) -> None:
+    def _give(self, entry: Entry) -> None:
         with self._changed:
             self._arena.give(entry.slab)
 
-    def _new_entry(self, user: str, room: int) -> _Entry | None:
+    def _new_entry(self, user: str, room: int) -> Entry | None:
         """An entry with a slab of its own that nobody knows yet; colder states leave for it. None: all are held."""
         while True:
             with self._changed:
                 slab = self._arena.take(self._size_of[room])
                 if slab is not None:
-                    return _Entry(user, slab, room, ())
+                    return Entry(user, slab, room, ())
                 leaving = self._leaving(self._size_of[room])
                 if not leaving:
                     return None
@@ -340,7 +333,7 @@ class StateCache:
                 self._write_out(entry)
                 self._give(entry)
 
-    def _leaving(self, size: int) -> list[_Entry]:
+    def _leaving(self, size: int) -> list[Entry]:
         """The coldest state that nobody uses; if it is of another size, all that share its chunk."""
         blocked: set[int] = set()
         for user in self._order.coldest_first():
@@ -355,10 +348,10 @@ class StateCache:
             blocked.add(entry.slab.chunk)
         return []
 
-    def _idle(self, entry: _Entry) -> bool:
+    def _idle(self, entry: Entry) -> bool:
         return entry.readers == 0 and entry.user not in self._computing
 
-    def _write_out(self, entry: _Entry) -> None:
+    def _write_out(self, entry: Entry) -> None:
         if self._spill is None:
             return
         size = self._size_of[entry.room]
@@ -367,24 +360,15 @@ class StateCache:
         )
         self._spill.write(header, self._arena.bytes_of(entry.slab)[:size])
 
-    def _stored(self, entry: _Entry) -> dict[str, Array]:
+    def _stored(self, entry: Entry) -> dict[str, Array]:
         return self.layout.arrays(self._arena.bytes_of(entry.slab), entry.room)
 
-    def _state_of(self, entry: _Entry) -> UserState:
+    def _state_of(self, entry: Entry) -> UserState:
         if entry.state is not None:
             return entry.state
         state = UserState(self.layout.unpack(self._stored(entry), entry.room), entry.lengths)
         entry.state = state if self.layout.direct else None
         return state
-
-
-def _growth(entry: _Entry, tokens: Tokens, lengths: tuple[int, ...]) -> int | None:
-    """By how many tokens the longest-grown block grew; None if the history is not a continuation."""
-    if any(new < old for new, old in zip(lengths, entry.lengths, strict=True)):
-        return None
-    if of_tokens(tokens, entry.lengths) != entry.tokens_mark:
-        return None
-    return max(new - old for new, old in zip(lengths, entry.lengths, strict=True))
 
 
 def _room_of(tokens: Tokens) -> int:

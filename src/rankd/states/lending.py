@@ -38,6 +38,10 @@ class HeldState:
     origin: Origin
 
 
+class StateBusy(Exception):
+    """Somebody else computes the user's state right now."""
+
+
 class States(Protocol):
     """Whatever lends states."""
 
@@ -48,6 +52,7 @@ class States(Protocol):
         tokens: Callable[[], Tokens],
         executor: Executor,
         deadline: float | None = None,
+        wait: bool = True,
     ) -> AbstractContextManager[HeldState]:
         """The state of a user's history while the block runs; see `StateCache.held`."""
         ...
@@ -61,8 +66,9 @@ class States(Protocol):
         they have done it."""
         ...
 
-    def abandon(self, user: str) -> None:
-        """Whoever computes the user's state hangs: nobody waits for it any more, and what it makes is nobody's."""
+    def abandon(self, user: str, executor: Executor) -> None:
+        """An executor hangs. If it computes the user's state nobody waits for it any more, and what it makes is
+        nobody's."""
         ...
 
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:
@@ -103,6 +109,7 @@ class NoStates:
         tokens: Callable[[], Tokens],
         executor: Executor,
         deadline: float | None = None,
+        wait: bool = True,
     ) -> Iterator[HeldState]:
         """The state, computed now."""
         made = tokens()
@@ -118,7 +125,7 @@ class NoStates:
         """Never: everybody computes for himself."""
         return False
 
-    def abandon(self, user: str) -> None:
+    def abandon(self, user: str, executor: Executor) -> None:
         """Nobody waits."""
 
     def extend_up_to(self, most_new: Mapping[int, int]) -> None:

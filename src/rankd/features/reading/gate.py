@@ -6,12 +6,15 @@ A gate calls what is behind it exactly once, from the thread that brought the la
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import count
 from typing import Any, Protocol
+
+log = logging.getLogger("rankd")
 
 
 class Due(Protocol):
@@ -70,7 +73,10 @@ class Alarm:
                 if self._closed:
                     return
                 _, _, due = heapq.heappop(self._due)
-            due.call()
+            try:
+                due.call()
+            except Exception:  # one that fails must not silence all that come after it
+                log.exception("a request could not be woken")
 
 
 class Gate:

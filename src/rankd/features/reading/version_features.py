@@ -67,6 +67,8 @@ class Fetch:
     users: AskedRows | None = None
     history: AskedHistory | None = None
     counts: dict[str, RowCounts] = field(default_factory=dict)
+    parts: dict[int, RowCounts] = field(default_factory=dict)
+    """Of the items, by the first candidate of each part."""
 
     @property
     def row_futures(self) -> list[Future[None]]:
@@ -191,8 +193,8 @@ class VersionFeatures:
             asked = fetch.items.part(first, count)
             counts = self._read(self.shared.items, asked, numeric[0, :count], categories[0, :count], fetch.until)
             with self._lock:  # parts of a request are filled by several executors
-                known = fetch.counts.get(ITEMS, RowCounts()) if count < fetch.candidates.shape[0] else RowCounts()
-                fetch.counts[ITEMS] = known + counts
+                fetch.parts[first] = counts  # a part that is filled again counts once
+                fetch.counts[ITEMS] = sum(fetch.parts.values(), RowCounts())
 
     def degraded(self, fetch: Fetch) -> tuple[str, ...]:
         """What an answer had to do without, in the words of this file's docstring."""

@@ -1,0 +1,45 @@
+"""What `cache.py` knows of a user: the state that is kept, and who computes it. In and out: `cache.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rankd.engine.backend import Executor
+from rankd.states.arena import Slab
+from rankd.states.fingerprints import of_tokens
+from rankd.states.lending import Tokens
+from rankd.types import UserState
+
+
+@dataclass(slots=True)
+class Entry:
+    """A kept state. `readers` hold it; a `retired` one leaves its slab when the last of them is done."""
+
+    user: str
+    slab: Slab
+    room: int
+    lengths: tuple[int, ...]
+    history_mark: bytes = b""
+    tokens_mark: bytes = b""
+    state: UserState | None = None  # over the slab's own memory, where nothing has to be converted
+    readers: int = 0
+    retired: bool = False
+
+    def growth(self, tokens: Tokens, lengths: tuple[int, ...]) -> int | None:
+        """By how many tokens the longest-grown block grew; None if the history is not a continuation."""
+        if any(new < old for new, old in zip(lengths, self.lengths, strict=True)):
+            return None
+        if of_tokens(tokens, self.lengths) != self.tokens_mark:
+            return None
+        return max(new - old for new, old in zip(lengths, self.lengths, strict=True))
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """The right of an executor to compute a user's state; `called` are told when it is done. Of one that was taken away
+    `left` is the entry that it may still read and write, and holds until it comes back."""
+
+    executor: Executor
+    called: list[Callable[[], None]] = field(default_factory=list)
+    left: Entry | None = None

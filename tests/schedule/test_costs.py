@@ -43,3 +43,16 @@ def test_preparations_of_both_kinds_are_kept_apart() -> None:
     assert costs.prepare(True) == pytest.approx(0.5, rel=0.05)
     assert costs.prepare(False) == pytest.approx(30.0, rel=0.05)
     assert costs.errors().prepare < 0.05
+
+
+def test_who_is_sent_away_makes_predictions_doubtful() -> None:
+    costs = CostModel(WARMED)
+    for _ in range(200):
+        costs.saw_score(64, 1, 64, 0.1, 40.0)
+        costs.saw_prepare(False, 90.0)
+    for _ in range(200):
+        costs.doubt()
+    assert costs.score(64) == pytest.approx(4.0, rel=0.01)
+    assert costs.prepare(False) == pytest.approx(10.2, rel=0.01)
+    costs.doubt()
+    assert costs.score(64) <= 4.0 * 1.01

@@ -364,6 +364,107 @@ def test_many_threads_and_all_kinds_of_ends(seed: int) -> None:
     assert (counts.accepted, ended, schedule.unfinished) == (len(futures), len(futures), 0)
 
 
+def test_closing_does_not_wait_for_what_never_comes() -> None:
+    late, cancelled = Item(0, 5), Item(100, 5)
+    with started(executors=1) as (schedule, _):
+        first = schedule.submit(late, asked(late, deadline=time.perf_counter() + 0.2), lambda then: None)
+        second = schedule.submit(cancelled, asked(cancelled), lambda then: None)
+        closing = threading.Thread(target=schedule.close)
+        closing.start()
+        assert second.cancel()
+        with pytest.raises(DeadlineExceeded):
+            first.result(PATIENCE)
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
+
+
+@contextmanager
+def replacing(make: Callable[[], int], hang_seconds: float = 0.2) -> Iterator[Started]:
+    """One executor, and a say in how others are made."""
+    work = Work()
+    schedule = Scheduler[Item, list[float], int](range(1), work, rules_of(num_executors=1), ROOMY, make, hang_seconds)
+    schedule.start()
+    try:
+        yield schedule, work
+    finally:
+        schedule.close()
+
+
+def test_a_replacement_that_fails_is_tried_again_and_nobody_waits_for_ever() -> None:
+    gate, tries = threading.Event(), count()
+
+    def make() -> int:
+        if next(tries) < 2:
+            raise RuntimeError("no memory")
+        return 7
+
+    stuck, waits = Item(0, 5, on_score=lambda: _wait(gate)), Item(100, 5)
+    try:
+        with replacing(make) as (schedule, work):
+            futures = [schedule.submit(item, asked(item, resident=True)) for item in (stuck, waits)]
+            with pytest.raises(EngineFailure, match="cannot be started anew"):
+                futures[0].result(PATIENCE)
+            assert futures[1].exception(PATIENCE) is not None
+            eventually(lambda: next(tries) > 3, "another one was made")
+            again = Item(200, 5)
+            assert right(again, schedule.submit(again, asked(again, resident=True)))
+            assert work.calls[-1][0] == 7
+    finally:
+        gate.set()
+
+
+def test_deadlines_are_told_while_an_executor_is_replaced() -> None:
+    gate, making = threading.Event(), threading.Event()
+
+    def make() -> int:
+        making.set()
+        _wait(gate)
+        return 7
+
+    stuck, late = Item(0, 5, on_score=lambda: _wait(gate)), Item(100, 5)
+    try:
+        with replacing(make) as (schedule, _):
+            schedule.submit(stuck, asked(stuck, resident=True))
+            assert making.wait(PATIENCE)
+            future = schedule.submit(late, asked(late, resident=True, deadline=time.perf_counter() + 0.2))
+            with pytest.raises(DeadlineExceeded):
+                future.result(PATIENCE / 2)  # while nobody can compute anything
+            gate.set()
+    finally:
+        gate.set()
+
+
+def test_one_failure_is_one_however_long_the_replacement_takes() -> None:
+    failures = iter([EngineFailure("once")])
+
+    def fail_once() -> None:
+        for failure in failures:
+            raise failure
+
+    def make() -> int:
+        time.sleep(0.5)  # longer than a hang
+        return 7
+
+    item = Item(0, 5, on_score=fail_once)
+    with replacing(make) as (schedule, _):
+        assert right(item, schedule.submit(item, asked(item, resident=True)))
+    assert schedule.figures().counts.run_again == 1
+
+
+def test_a_defect_of_a_request_costs_no_executor() -> None:
+    def defect() -> None:
+        raise KeyError("not the engine's")
+
+    bad = Item(0, 5, on_prepare=defect)
+    with started(executors=1) as (schedule, _):
+        with pytest.raises(KeyError):
+            schedule.submit(bad, asked(bad)).result(PATIENCE)
+        good = Item(10, 5)
+        assert right(good, schedule.submit(good, asked(good)))
+    assert schedule.figures().counts.lost_executors == 0
+    assert bad.dropped == 1
+
+
 def _wait(gate: threading.Event, begun: threading.Event | None = None) -> None:
     if begun is not None:
         begun.set()

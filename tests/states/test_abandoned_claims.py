@@ -1,4 +1,4 @@
-"""A thread that hangs while it computes a state, is given up, and comes back: nobody waits for it or gets what it made."""
+"""A thread that hangs while it computes a state, is given up, and comes back: nobody gets what it made."""
 
 from __future__ import annotations
 

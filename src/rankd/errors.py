@@ -6,7 +6,7 @@
     │   └── UnsupportedMedia    415  INVALID_ARGUMENT     the body's content type is not one that is read here
     ├── NotFound                404  NOT_FOUND            no such model, version or user
     ├── Unavailable             503  UNAVAILABLE          not ready, or draining
-    │   ├── Overloaded          503  RESOURCE_EXHAUSTED   the waiting line is full; carries retry_after_s
+    │   ├── Overloaded          503  RESOURCE_EXHAUSTED   too much waits, or it would be late; carries retry_after_s
     │   └── StoreFailure        503  UNAVAILABLE          the feature store did not do what was asked; carries trouble
     ├── DeadlineExceeded        504  DEADLINE_EXCEEDED    timeout_ms ran out before the scores were there
     ├── EngineFailure           500  INTERNAL             the engine itself failed on a valid request
@@ -67,7 +67,7 @@ class Unavailable(RankdError):
 
 
 class Overloaded(Unavailable):
-    """The waiting line is full. `retry_after_s` is when a place is likely to be free."""
+    """Too much waits, or a deadline could not be kept. `retry_after_s` is when that is likely to be over."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
 

@@ -1,1 +1,1 @@
-"""Who is computed when: a waiting line in front of the executors of a model."""
+"""Who is computed when, in how many parts, on which executor: admission, policy, and the threads that do it."""

@@ -46,7 +46,7 @@ REFUSALS = {
     404: "No such model, version or user.",
     413: "The body is over the limit.",
     415: "A content type or encoding that is not read.",
-    503: "Not ready, draining, or the waiting line is full.",
+    503: "Not ready, draining, too much waits, or timeout_ms could not be kept.",
     504: "The request's own timeout_ms passed.",
 }
 

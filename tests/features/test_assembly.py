@@ -152,15 +152,6 @@ def test_users_side_by_side_in_one_buffer(requests: list[tuple[list[int], list[i
         same({name: array[user : user + 1] for name, array in buffers.call(0, 3).items()}, expected)
 
 
-def test_histories_of_the_users_of_a_call_lie_apart() -> None:
-    """Where the state is the history itself, every user's has to be there when all are scored."""
-    buffers = InputBuffers(SCHEMA, {4: 1, 16: 3})
-    histories = [make_history([7, 3]), make_history([9]), make_history([])]
-    made = [fill_history(SCHEMA, ITEMS, history, buffers, user) for user, history in enumerate(histories)]
-    for arrays, history in zip(made, histories, strict=True):
-        same(arrays, history_arrays(SCHEMA, ITEMS, history))
-
-
 def test_fresher_values_over_the_items_own() -> None:
     """What a feature store does: defaults first, its rows over them; the columns of the request do not touch them."""
     whole = InputBuffers(SCHEMA, {}).candidates(4).row(0)

@@ -55,11 +55,10 @@ def test_every_bucket_has_its_specs() -> None:
             assert array.dtype == spec.dtype
             assert array.shape == tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
     for tokens in SCHEMA.history_buckets:
-        for user in range(3):
-            block = buffers.history(tokens, user)
-            check_block(block)
-            assert block.arrays["history_item"].shape == (1, 2, tokens)
-            assert list(block.arrays) == [spec.name for spec in history_specs(SCHEMA)]
+        block = buffers.history(tokens)
+        check_block(block)
+        assert block.arrays["history_item"].shape == (1, 2, tokens)
+        assert list(block.arrays) == [spec.name for spec in history_specs(SCHEMA)]
 
 
 def test_worked_example() -> None:

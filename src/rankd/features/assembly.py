@@ -83,12 +83,11 @@ def history_arrays(schema: FeatureSchema, items: ItemTable, history: UserHistory
 
 
 def fill_history(
-    schema: FeatureSchema, items: ItemTable, history: UserHistory, buffers: InputBuffers, user: int = 0
+    schema: FeatureSchema, items: ItemTable, history: UserHistory, buffers: InputBuffers
 ) -> Mapping[str, Array]:
-    """As `history_arrays`, in an executor's buffers: what is returned is overwritten by the next history of the same
-    `user`, the place in a call that `CandidateBuffers.row` counts too."""
+    """As `history_arrays`, in an executor's buffers: what is returned is overwritten by the next history."""
     picked, tokens = _extracted(schema, items, history)
-    arrays = buffers.history(tokens, user).arrays
+    arrays = buffers.history(tokens).arrays
     _write_history(schema, items, history, picked, arrays)
     return arrays
 

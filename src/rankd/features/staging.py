@@ -9,8 +9,8 @@ up to 2 users, items of 3 categorical columns:
     call(0, 2), call(1, 1)   the users of a call, which lie side by side already
 
 What an executor reads is overwritten by the requests of its next call: its thread scores what it assembled before it
-assembles more. Histories of the users of one call lie apart although each is encoded by itself: the state of a model
-without a state of its own is its history (`engine.backend`), and some engines hand parts of a history through.
+assembles more. Of a history nothing is read any more when it is encoded: who lends a state copies what an engine hands
+through (`states.lending.of_its_own`).
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class CandidateBuffers:
 
 
 class InputBuffers:
-    """All inputs of one executor: a block for each candidate bucket, and for each user of a call one for each history
-    bucket (B = 1).
+    """All inputs of one executor: a block for each candidate bucket, and one for each history bucket (B = 1).
 
     `most_users` says for how many users a call of each candidate bucket is; 1 where it says nothing.
     """
@@ -66,19 +65,17 @@ class InputBuffers:
         self._candidates = {
             bucket: CandidateBuffers(specs, most_users.get(bucket, 1), bucket) for bucket in schema.candidate_buckets
         }
-        users = range(max(one.most_users for one in self._candidates.values()))
         self._histories = {
-            tokens: [allocate(history_specs(schema), {"B": 1, "T": tokens}) for _ in users]
-            for tokens in schema.history_buckets
+            tokens: allocate(history_specs(schema), {"B": 1, "T": tokens}) for tokens in schema.history_buckets
         }
 
     def candidates(self, bucket: int) -> CandidateBuffers:
         """Those of a candidate bucket of the schema."""
         return self._candidates[bucket]
 
-    def history(self, tokens: int, user: int = 0) -> Block:
-        """The inputs of `encode` (see `history_specs`) of a history bucket of the schema, for one user of a call."""
-        return self._histories[tokens][user]
+    def history(self, tokens: int) -> Block:
+        """The inputs of `encode` (see `history_specs`) of a history bucket of the schema."""
+        return self._histories[tokens]
 
 
 def allocate(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> Block:

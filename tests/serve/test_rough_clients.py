@@ -345,8 +345,8 @@ def test_sigterm_under_load_cuts_nothing_off_over_http(demo_models: Path, tmp_pa
 def test_sigterm_under_load_cuts_nothing_off_over_grpc(demo_models: Path, tmp_path: Path) -> None:
     """Accepted is an RPC whose handler has its message, which the server here writes down.
 
-    They are taken until HTTP is drained. Then gRPC refuses those that come as UNAVAILABLE, and ends those that lie in
-    its own queue, for which no handler has begun, as CANCELLED.
+    They are taken until HTTP begins to drain. Then gRPC refuses those that come as UNAVAILABLE, and ends those that
+    lie in its own queue, for which no handler has begun, as CANCELLED.
     """
     with rankd_serve(demo_models, tmp_path) as running:
         ended = sigterm_under_load(running, asking_over_grpc)

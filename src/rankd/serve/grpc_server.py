@@ -68,8 +68,12 @@ class GrpcServer:
         """Answer."""
         self._server.start()
 
+    def drain(self, grace_s: float) -> None:
+        """Take no more from now on, and give those that are being answered so long."""
+        self._server.stop(grace_s)
+
     def close(self, grace_s: float) -> None:
-        """Take no more, give those that are being answered so long, and end."""
+        """Take no more, give those that are being answered so long, and end. `drain` may have come before."""
         self._server.stop(grace_s).wait()
         self._threads.shutdown()
 

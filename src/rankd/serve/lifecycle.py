@@ -11,11 +11,14 @@ import logging
 import signal
 import socket
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 import msgspec
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rankd.errors import ConfigError
 from rankd.features.reading.shared_features import FeatureService
@@ -24,8 +27,14 @@ from rankd.serve.grpc_server import GrpcServer
 from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig, without_secrets
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 log = logging.getLogger("rankd")
 BACKLOG = 2048
+HEAD_BYTES = 1 << 16
 
 
 class Server:
@@ -121,7 +130,7 @@ class Server:
     def _make_uvicorn(self) -> uvicorn.Server:
         config = uvicorn.Config(
             create_app(self.repository, self._config),
-            http="httptools",
+            http=_BoundedHead,
             loop="auto",
             access_log=False,
             log_level="warning",
@@ -129,7 +138,11 @@ class Server:
             timeout_graceful_shutdown=int(self._config.drain_seconds) or 1,
             backlog=BACKLOG,
         )
-        return _DrainingServer(config, self.repository)
+        return _DrainingServer(config, self.repository, self._drain_grpc)
+
+    def _drain_grpc(self) -> None:
+        if self._grpc is not None:
+            self._grpc.drain(self._config.drain_seconds)
 
     def __enter__(self) -> Self:
         self.start()
@@ -139,12 +152,38 @@ class Server:
         self.close()
 
 
+class _BoundedHead(HttpToolsProtocol):
+    """HTTP, with a limit to the bytes of a request's head: the parser has none, and copies a value that grows each time
+    that it does."""
+
+    _head_bytes, _in_head = 0, False
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes, self._in_head = 0, True
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._head_bytes += len(data)
+        if self._in_head and self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The head of the request is longer than {HEAD_BYTES} bytes.")
+
+
 class _DrainingServer(uvicorn.Server):
     """uvicorn, telling the repository when a signal asks it to go."""
 
-    def __init__(self, config: uvicorn.Config, repository: ModelRepository) -> None:
+    def __init__(self, config: uvicorn.Config, repository: ModelRepository, also: Callable[[], None]) -> None:
         super().__init__(config)
-        self._repository = repository
+        self._repository, self._also = repository, also
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain what else listens at the same time: both have the same `drain_seconds`."""
+        self._also()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Readiness goes at once, the rest is uvicorn's graceful shutdown; a second SIGINT does not wait for it."""
@@ -159,6 +198,7 @@ def run_server(root: Path, config: ServeConfig, features: FeatureService | None 
     Raises:
         RankdError: the address or a model is unusable.
     """
+    _allow_connections()
     log.info("configuration: %s", msgspec.json.encode(without_secrets(config)).decode())
     server = Server(root, config, features)
     # uvicorn takes signals only while its loop runs; before and after that they have to drain too, not kill.
@@ -169,6 +209,14 @@ def run_server(root: Path, config: ServeConfig, features: FeatureService | None 
         for one, handler in before.items():
             signal.signal(one, handler)
     log.info("drained and closed")
+
+
+def _allow_connections() -> None:
+    """As many open files as this process may have: a thousand idle connections must not be all."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _serve_and_load(server: Server, config: ServeConfig) -> None:

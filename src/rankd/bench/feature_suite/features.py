@@ -114,7 +114,7 @@ def _check_parity(scene: Scene, subject: Subject) -> dict[str, float]:
         before = server.figures()
         given = [decode_scores(Form.BINARY, server.exchange(request)) for request in requests]
         after = server.figures()
-        worst[name] = check_same(name, subject.expected, given)
+        worst[name] = check_same(name, subject.expected, given, subject.about["precision"])
         fresh = after.rows["fresh"] - before.rows["fresh"]
         wanted = 1 if server.contestant == ASYNC else sum(len(request.candidates) for request in subject.checked)
         if fresh < wanted:

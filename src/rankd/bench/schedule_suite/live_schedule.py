@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from rankd.bench.load import LoadPlan, LoadResult, generate, poisson_arrivals
-from rankd.bench.parity import against_torch, max_difference, scores_in_process
+from rankd.bench.parity import against_torch, check_same, scores_in_process
 from rankd.bench.placement import resident_bytes
 from rankd.bench.rate_search import highest_rate
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
@@ -45,8 +45,6 @@ SHARE = 0.7
 PROBES = 6
 FEWEST, LONGEST = 400, 3.0
 """Requests of a measurement, so that its p99 is four of them; but at most LONGEST times the seconds asked for."""
-ROUNDING = {"fp32": 1e-3, "bf16": 0.05}
-"""Largest difference of a logit between calls of different shapes, by precision."""
 REFUSED = 503
 Step = Callable[[int, int, str], None]
 
@@ -206,10 +204,7 @@ def _parity(
     given = [
         decode_scores(Form.BINARY, server.exchange(encode_request(Form.BINARY, one))) for one in requests[:CHECKED]
     ]
-    worst = max_difference(expected, given)
-    if not worst <= ROUNDING[precision.value]:
-        raise EngineFailure(f"a server's scores differ from those in process by {worst:.3g}, so nothing is measured")
-    return worst
+    return check_same("a server", expected, given, precision.value)
 
 
 def _warm(scene: _Scene, name: str, options: LiveOptions) -> float:

@@ -168,7 +168,9 @@ def _check_forms(server: ServedModel, subject: Subject) -> dict[str, float]:
     some = subject.requests[: len(subject.expected)]
     answers = {form: [server.exchange(encode_request(form, request)) for request in some] for form in Form}
     return {
-        form.value: check_same(form.value, subject.expected, [decode_scores(form, answer) for answer in given])
+        form.value: check_same(
+            form.value, subject.expected, [decode_scores(form, answer) for answer in given], subject.precision
+        )
         for form, given in answers.items()
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -45,38 +44,6 @@ def rankd_serve(*arguments: str, until: str = "ready; the live page") -> Iterato
         process.wait()
         if process.stderr is not None:
             process.stderr.close()
-
-
-def test_sigterm_finishes_what_was_accepted(demo_models: Path) -> None:
-    with rankd_serve(str(demo_models), "--executors", "1") as (process, url):
-        items = [item["item_id"] for item in httpx.get(f"{url}/v1/models/demo/candidates?count=200").json()["items"]]
-        body = json.dumps({"user_id": "u", "candidates": items}).encode()
-        statuses: list[int] = []
-        refused: list[str] = []
-
-        def keep_asking() -> None:
-            with httpx.Client() as client:
-                while True:
-                    try:
-                        statuses.append(client.post(f"{url}/v1/rank", content=body, timeout=20).status_code)
-                    except (httpx.ConnectError, httpx.RemoteProtocolError) as error:
-                        refused.append(type(error).__name__)  # the door is shut; nothing was accepted
-                        return
-                    except httpx.ReadError:
-                        refused.append("ReadError")
-                        return
-
-        threads = [threading.Thread(target=keep_asking) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        while len(statuses) < 20:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join(30)
-        assert process.wait(30) == 0
-    assert set(statuses) == {200}
-    assert "ReadError" not in refused
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.06])

@@ -213,9 +213,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         for job in list(work.unprepared):
             if not job.over and not seat.given_up():
                 self._prepare(job, work, seat)
-        if not work.bucket:
-            return
-        if seat.given_up():
+        if not work.bucket or seat.given_up():
             return
         started, parts = self._clock(), list[Part[Item]]()
         for job, part in zip(work.jobs, work.parts, strict=True):

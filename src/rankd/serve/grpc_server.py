@@ -19,10 +19,9 @@ from typing import Any
 
 import grpc
 
-from rankd.errors import ConfigError, Overloaded, RankdError, Unavailable
-from rankd.ranker import Ranker
+from rankd.errors import ConfigError, Overloaded, RankdError
 from rankd.serve import grpc_inference, grpc_ranking
-from rankd.serve.booking import book_failure
+from rankd.serve.booking import book_failure, booked
 from rankd.serve.grpc_inference import Information
 from rankd.serve.messages import message, methods
 from rankd.serve.repository import ModelRepository
@@ -125,29 +124,13 @@ class GrpcServer:
 
     def _rank_with(self, request: RankRequest, context: grpc.ServicerContext, cancelling: _Cancelling) -> Scores:
         """Rank within what is left of the RPC's time, and book how it ended."""
-        started, repository = time.perf_counter(), self._repository
         left_s, own = context.time_remaining(), request.timeout_ms
         # One without a deadline has 300 billion years. What is wrong by itself is for the ranker to refuse.
         if left_s is not None and left_s < FOREVER_S and (own is None or own > left_s * 1e3):
             request = replace(request, timeout_ms=max(left_s * 1e3, 1e-3))
-        ranker: Ranker | None = None
-        try:
-            ranker = repository.get(request.model, request.version)
-            try:
-                future = ranker.submit(request)
-            except Overloaded:
-                raise
-            except Unavailable:  # it may have been unloaded since `get`, and another version be ready
-                replacement = repository.get(request.model, request.version)
-                if replacement is ranker:
-                    raise
-                ranker = replacement
-                future = ranker.submit(request)
-            scores = cancelling.result(future)
-        except (Exception, CancelledError) as error:
-            book_failure(repository, ranker, error, started)
-            raise
-        repository.metrics.succeeded(scores)
+        with booked(self._repository) as booking:
+            scores = cancelling.result(booking.submit(request))
+        self._repository.metrics.succeeded(scores)
         return scores
 
 

@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rankd.errors import Overloaded, RankdError, Unavailable
+from rankd.errors import RankdError
 from rankd.ranker import Ranker
 from rankd.serve.bodies import check_json, read_body
-from rankd.serve.booking import book_failure
+from rankd.serve.booking import book_failure, booked
 from rankd.serve.disconnects import Receive, cancelled_if_gone
 from rankd.serve.repository import ModelRepository, ModelState, ModelStatus
 from rankd.serve.settings import ServeConfig
@@ -28,25 +28,10 @@ def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None
 async def rank_with(repository: ModelRepository, request: RankRequest, receive: Receive) -> Scores:
     """Rank on the executors' threads without holding up the event loop, and book how it ended. `receive` is the ASGI
     request's: a client that goes away cancels it."""
-    started = time.perf_counter()
-    ranker: Ranker | None = None
-    try:
-        ranker = repository.get(request.model, request.version)
-        try:
-            future = ranker.submit(request)
-        except Overloaded:
-            raise
-        except Unavailable:  # it may have been unloaded since `get`, and another version be ready
-            replacement = repository.get(request.model, request.version)
-            if replacement is ranker:
-                raise
-            ranker = replacement
-            future = ranker.submit(request)
+    with booked(repository) as booking:
+        future = booking.submit(request)
         with cancelled_if_gone(receive, future):
             scores = await asyncio.wrap_future(future)
-    except (Exception, asyncio.CancelledError) as error:
-        book_failure(repository, ranker, error, started)
-        raise
     # Booked on the loop's next turn, when the answer is on its way.
     asyncio.get_running_loop().call_soon(repository.metrics.succeeded, scores)
     return scores

@@ -20,20 +20,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import msgspec
-
 from rankd.bench.load import LoadPlan, LoadResult, generate, poisson_arrivals
 from rankd.bench.parity import against_torch, check_same, scores_in_process
 from rankd.bench.placement import resident_bytes
 from rankd.bench.rate_search import highest_rate
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
-from rankd.bench.schedule_suite.simulated_schedule import SHORT_ROWS, fine_buckets
+from rankd.bench.schedule_suite.simulated_schedule import SHORT_ROWS, build_with_buckets, fine_buckets
 from rankd.bench.served_model import ServedModel
-from rankd.bench.synthetic_model import build_model, users_for
+from rankd.bench.synthetic_model import users_for
 from rankd.bench.wire_forms import Form, decode_scores, encode_request
 from rankd.bench.workload import Workload, draw_requests, largest
-from rankd.engine.backend import Precision
-from rankd.engine.targets import why_not
 from rankd.errors import EngineFailure
 from rankd.features.feature_config import MIB
 from rankd.ranker import Ranker
@@ -124,11 +120,14 @@ def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
         EngineFailure: scores differ from those in process, or a contestant answers nothing.
     """
     surroundings, steps = machine(), 3 + options.runs
-    precision = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
+    most = largest(workload.candidates)
     with TemporaryDirectory(prefix="rankd-bench-") as folder, ExitStack() as running:
         advance(0, steps, "models and parity")
-        fine, single = (_repository(workload, Path(folder), one, precision) for one in (False, True))
-        requests, expected, parity, about = _reference(workload, fine, precision)
+        fine, single = Path(folder) / "fine", Path(folder) / "one"
+        build_with_buckets(workload, fine, fine_buckets(most))
+        build_with_buckets(workload, single, (most,))
+        requests, expected, parity, about = _reference(workload, fine, options.runs)
+        precision = about["served"]["precision"]
         roots = {contestant.name: single if contestant.one_bucket else fine for contestant in CONTESTANTS}
         servers = {
             one.name: running.enter_context(
@@ -140,7 +139,7 @@ def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
         parity |= {name: _parity(server, requests, expected, precision) for name, server in servers.items()}
         neighbours = Neighbours()
         advance(1, steps, "warm-up")
-        rates = {name: _warm(scene, name, options) for name in servers}
+        rates = {name: _warm(scene, name) for name in servers}
         rounds = []
         for number in range(options.runs):
             advance(2 + number, steps, f"highest rates, round {number + 1}")
@@ -165,17 +164,8 @@ def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
     return Report("schedule", about, surroundings, commit(), parity, results, ratios)
 
 
-def _repository(workload: Workload, folder: Path, one_bucket: bool, precision: Precision) -> Path:
-    most = largest(workload.candidates)
-    buckets = (most,) if one_bucket else fine_buckets(most)
-    changed = msgspec.structs.replace(workload.buckets, candidates=buckets)
-    root = folder / ("one" if one_bucket else "fine")
-    build_model(msgspec.structs.replace(workload, buckets=changed), root, ("openvino",), precision)
-    return root
-
-
 def _reference(
-    workload: Workload, root: Path, precision: Precision
+    workload: Workload, root: Path, runs: int
 ) -> tuple[list[RankRequest], list[Any], dict[str, float], dict[str, Any]]:
     with Ranker.load(root / workload.name / "1") as ranker:
         users = users_for(ranker.catalogue, workload)
@@ -188,27 +178,25 @@ def _reference(
             "use": workload.use,
             "served": {
                 "target": ranker.backend.target,
-                "precision": precision.value,
+                "precision": ranker.backend.precision.value,
                 "executors": ranker.backend.num_executors,
                 "buckets": len(ranker.schema.candidate_buckets),
             },
             "flops": {name: getattr(flops, name) for name in flops.__struct_fields__},
-            "runs": 1,
+            "runs": runs,
         }
     return requests, expected, parity, about
 
 
-def _parity(
-    server: ServedModel, requests: Sequence[RankRequest], expected: Sequence[Any], precision: Precision
-) -> float:
+def _parity(server: ServedModel, requests: Sequence[RankRequest], expected: Sequence[Any], precision: str) -> float:
     given = [
         decode_scores(Form.BINARY, server.exchange(encode_request(Form.BINARY, one))) for one in requests[:CHECKED]
     ]
-    return check_same("a server", expected, given, precision.value)
+    return check_same("a server", expected, given, precision)
 
 
-def _warm(scene: _Scene, name: str, options: LiveOptions) -> float:
-    """Every user once, and what the server can do at most: requests a second."""
+def _warm(scene: _Scene, name: str) -> float:
+    """The first requests, and what the server can do at most: requests a second."""
     server = scene.servers[name]
     encoded = [encode_request(Form.BINARY, one) for one in scene.requests[:FEWEST]]
     plan = LoadPlan(server.host, server.port, encoded, arrivals_s=[0.0] * len(encoded), connections=4)

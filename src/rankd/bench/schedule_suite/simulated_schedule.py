@@ -51,11 +51,10 @@ Simulate = Callable[[Sequence[Arrival]], tuple[list[float], float]]
 
 @dataclass(frozen=True, slots=True)
 class SimulationOptions:
-    """`seconds` of arrivals in each simulated run; the p99 that a highest rate has to keep; states in memory or not."""
+    """`seconds` of arrivals in each simulated run; the p99 that a highest rate has to keep."""
 
     seconds: float = 60.0
     bound_ms: float = 100.0
-    states: bool = True
 
 
 def run_simulated(workload: Workload, options: SimulationOptions, advance: Callable[[int, int, str], None]) -> Report:
@@ -111,15 +110,18 @@ def fine_buckets(most: int) -> tuple[int, ...]:
     return (*sorted(step for step in steps if step < most), most)
 
 
+def build_with_buckets(workload: Workload, root: Path, buckets: tuple[int, ...]) -> Path:
+    """The workload's model with other candidate buckets, on OpenVINO, in bfloat16 where the machine has it."""
+    changed = msgspec.structs.replace(workload.buckets, candidates=buckets)
+    precision = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
+    return build_model(msgspec.structs.replace(workload, buckets=changed), root, ("openvino",), precision)
+
+
 def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
     """Rules with the costs of the workload's model on this machine, and what encoding a full history takes."""
-    most = largest(workload.candidates)
-    buckets = fine_buckets(most)
-    changed = msgspec.structs.replace(workload.buckets, candidates=buckets)
-    finer = msgspec.structs.replace(workload, buckets=changed)
-    precision = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
+    buckets = fine_buckets(largest(workload.candidates))
     with TemporaryDirectory(prefix="rankd-bench-") as folder:
-        path = build_model(finer, Path(folder), ("openvino",), precision)
+        path = build_with_buckets(workload, Path(folder), buckets)
         with Ranker.load(path) as ranker:
             warmed = ranker.schedule.rules.costs.warmed
             flops = workload.flops()
@@ -148,7 +150,7 @@ def _arrivals(
     count = max(int(rate * options.seconds), 10)
     times = np.cumsum(random.exponential(1 / rate, count))
     sizes, users = draw(workload.candidates, random, count), zipf_ranks(workload.users, random, count)
-    warm = set(zipf_ranks(workload.users, random, 20 * workload.users.count).tolist()) if options.states else set()
+    warm = set(zipf_ranks(workload.users, random, 20 * workload.users.count).tolist())
     made = []
     for at, rows, user in zip(times.tolist(), sizes.tolist(), users.tolist(), strict=True):
         resident = user in warm

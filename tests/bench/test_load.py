@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-import numpy as np
 import pytest
 
-from rankd.bench.load import Connection, LoadPlan, generate, http_request, poisson_arrivals, run
+from rankd.bench.load import Connection, LoadPlan, generate, http_request, run
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
@@ -60,20 +59,6 @@ def plan(port: int, **changes: object) -> LoadPlan:
 
 def test_request_bytes() -> None:
     assert REQUEST == (b"POST /x HTTP/1.1\r\nhost: rankd\r\ncontent-length: 4\r\ncontent-type: text/plain\r\n\r\nbody")
-
-
-def test_poisson_arrivals() -> None:
-    times = np.asarray(poisson_arrivals(rate=500.0, seconds=100.0, seed=3))
-    assert times.tolist() == poisson_arrivals(rate=500.0, seconds=100.0, seed=3)
-    assert times.tolist() != poisson_arrivals(rate=500.0, seconds=100.0, seed=4)
-    gaps = np.diff(times)
-    assert gaps.min() > 0
-    assert times[0] >= 0
-    assert times[-1] < 100.0
-    assert len(times) == pytest.approx(50_000, rel=0.02)
-    assert gaps.mean() == pytest.approx(1 / 500, rel=0.02)
-    assert gaps.std() == pytest.approx(1 / 500, rel=0.03)  # of an exponential law
-    assert np.mean(gaps > 1 / 500) == pytest.approx(np.exp(-1), abs=0.01)
 
 
 def test_closed_loop_notes_every_answer() -> None:

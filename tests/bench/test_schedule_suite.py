@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from rankd.bench.schedule_suite.live_schedule import CONTESTANTS
+from rankd.bench.schedule_suite.live_schedule import SHARES
 from rankd.bench.schedule_suite.simulated_schedule import fine_buckets
 from rankd.cli.benchmarks import bench
 
@@ -27,26 +28,68 @@ def test_four_buckets_an_octave() -> None:
 
 
 @pytest.mark.real_run
-@pytest.mark.parametrize("how", ["--simulate", "--overload-seconds=1"])
-def test_schedule_ends_with_the_contract(tmp_path: Path, how: str) -> None:
-    workload = tmp_path / "tiny.toml"
+def test_a_simulated_schedule_ends_with_the_contract(tmp_path: Path) -> None:
+    document = run(tmp_path, ["schedule", "--seconds", "1", "--simulate", "--trace", str(recording(tmp_path))])
+    assert (document["suite"], document["workload"]["arrivals"]) == ("schedule", "trace.csv")
+    ratios, rows = document["ratios"], document["results"]
+    assert {row["contestant"] for row in rows} == {"rankd", "fcfs", "fcfs padded"}
+    assert 0 < ratios["scheduler_us_p50"] <= ratios["scheduler_us"]
+    assert ratios["throughput_gain_padded_simulated"] > 0
+    assert ratios["padding_waste"] >= 0
+
+
+@pytest.mark.real_run
+def test_a_live_schedule_ends_with_the_contract(tmp_path: Path) -> None:
+    """Beside a general server that is there in every development environment."""
+    picture, names = tmp_path / "curves.svg", {"rankd", "one queue", "one queue, padded", "mosec", "mosec+states"}
+    arguments = ["schedule", "--seconds", "0.2", "--overload-seconds", "1", "--picture", str(picture)]
+    document = run(tmp_path, [*arguments, "--peer", "mosec", "--peer", "mosec+states"])
+    ratios, rows = document["ratios"], document["results"]
+    tables = {row["table"] for row in rows}
+    assert {row["contestant"] for row in rows} == names | {"load generator"}
+    assert set(document["parity"]) == {"in-process", *names}
+    assert document["parity"]["mosec"] <= 1e-4
+    assert {f"capacity, batches of {batch}" for batch in ("1", "4, 10 ms")} <= tables
+    for name in ("throughput_gain", "throughput_gain_peers", "throughput_gain_padded", "latency_gain_tiny_peers"):
+        assert ratios[name] > 0
+    (overload,) = (row for row in rows if row["table"] == "twice the highest rate")
+    assert (overload["lost"], overload["twice"]) == (0, 0)
+    assert overload["answered"] + overload["refused"] + overload["late"] > 0
+    at = [row for row in rows if "share" in row]
+    assert {(row["contestant"], row["share"]) for row in at} == {(name, s) for name in names for s in SHARES}
+    (generator,) = (row for row in rows if row["contestant"] == "load generator")
+    assert generator["failed"] == 0
+    assert 0 < generator["p50_ms"] <= generator["p99_ms"]
+    assert all(name in picture.read_text() for name in names)
+
+
+@pytest.mark.real_run
+@pytest.mark.parametrize("scenario", ["server", "offline"])
+def test_mlperf_keeps_its_logs(tmp_path: Path, scenario: str) -> None:
+    logs = tmp_path / "logs"
+    document = run(tmp_path, ["mlperf", "--scenario", scenario, "--logs", str(logs), "--rate", "50", "--seconds", "1"])
+    (row,) = document["results"]
+    assert row["verdict"] in {"VALID", "INVALID"}
+    assert (row["failed"], row["requests"] > 0) == (0, True)
+    assert 0 < row["p50_ms"] <= row["p99_ms"]
+    assert f"Scenario : {scenario.title()}" in (logs / "mlperf_log_summary.txt").read_text()
+    assert (logs / "mlperf_log_detail.txt").stat().st_size > 0
+
+
+def run(folder: Path, arguments: list[str]) -> Any:
+    """The last line of a suite over a tiny workload."""
+    workload = folder / "tiny.toml"
     workload.write_text(WIDER)
-    arguments = ["schedule", "--workload", str(workload), "--seconds", "1", how, "--json"]
-    done = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+    suite, *options = arguments
+    done = CliRunner().invoke(bench, [suite, "--workload", str(workload), *options, "--json"], catch_exceptions=False)
     assert done.exit_code == 0
     document = json.loads(done.stdout.splitlines()[-1])
-    assert (document["suite"], document["workload"]["name"]) == ("schedule", "tiny")
-    ratios, rows = document["ratios"], document["results"]
-    assert ratios["padding_waste"] >= 0
-    if how == "--simulate":
-        assert {row["contestant"] for row in rows} == {"rankd", "fcfs", "fcfs padded"}
-        assert 0 < ratios["scheduler_us_p50"] <= ratios["scheduler_us"]
-        assert ratios["throughput_gain_padded_simulated"] > 0
-        return
-    assert {one.name for one in CONTESTANTS} == {row["contestant"] for row in rows}
-    assert set(document["parity"]) == {"in-process", *(one.name for one in CONTESTANTS)}
-    assert ratios["throughput_gain"] > 0
-    (overload,) = (row for row in rows if row["table"] == "twice the highest rate")
-    assert overload["lost"] == 0
-    assert overload["answered"] + overload["refused"] + overload["late"] > 0
-    assert all(row["failed"] == 0 for row in rows if row is not overload)
+    assert (document["suite"], document["workload"]["name"]) == (suite, "tiny")
+    return document
+
+
+def recording(folder: Path) -> Path:
+    """Pairs of requests, ten a second."""
+    path = folder / "trace.csv"
+    path.write_text("time\n" + "".join(f"{number / 10}\n{number / 10 + 0.001}\n" for number in range(50)))
+    return path

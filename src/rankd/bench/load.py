@@ -24,7 +24,6 @@ from contextlib import suppress
 from itertools import cycle, islice
 
 import msgspec
-import numpy as np
 
 from rankd.errors import Unavailable
 
@@ -279,18 +278,6 @@ def _give_up(busy: dict[int, tuple[Connection, int, float, float]], log: Log) ->
         log.add(index, scheduled, sent, log.now(), 0)
         connection.close()
     busy.clear()
-
-
-def poisson_arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Arrival times in 0..seconds of a Poisson process: gaps are exponential with mean 1 / rate."""
-    random = np.random.default_rng(seed)
-    times: list[float] = []
-    last = 0.0
-    while last < seconds:
-        chunk = last + np.cumsum(random.exponential(1.0 / rate, max(int(rate * seconds * 0.1), 64)))
-        times.extend(chunk.tolist())
-        last = times[-1]
-    return [moment for moment in times if moment < seconds]
 
 
 def http_request(path: str, body: bytes, headers: dict[str, str], host: str = "rankd") -> bytes:

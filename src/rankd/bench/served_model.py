@@ -1,37 +1,23 @@
-"""A real server in a process of its own: `python -m rankd serve`, from a free port to SIGTERM."""
+"""`rankd serve` as a contestant: a process of its own on a free port, and what it says of itself."""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from rankd.bench.load import HEAD_END, Answer, Connection
-from rankd.errors import Unavailable
-
-READY_SECONDS = 180.0
-STOP_SECONDS = 30.0
-POLL_SECONDS = 0.02
+from rankd.bench.load import HEAD_END
+from rankd.bench.server_process import ServerProcess
 
 
-class ServedModel:
-    """A model repository being served; use it as a context manager. `host` and `port` are known once it is started.
-
-    `command` is what `python -m` runs, with the repository behind it; `variables` are its own, of which it reads
-    RANKD_*.
-    """
+class ServedModel(ServerProcess):
+    """A model repository being served. `command` is what `python -m` runs, with the repository behind it; `variables`
+    are its own, of which it reads RANKD_*."""
 
     def __init__(
         self,
@@ -39,48 +25,18 @@ class ServedModel:
         command: Sequence[str] = ("rankd", "serve"),
         variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._root, self._command, self._variables = root, command, variables
-        self._log = TemporaryFile()  # noqa: SIM115 - the server writes to it as long as it lives
-        self._process: subprocess.Popen[bytes] | None = None
-        self.host, self.port = "", 0
+        super().__init__((*command, str(root)), {"RANKD_PORT": "0", **variables})
 
-    def start(self) -> float:
-        """Start, and wait until it is ready; returns the seconds that took.
-
-        Raises:
-            Unavailable: it ended, or was not ready in time; the message has the end of its log.
-        """
-        started = time.perf_counter()
-        self._process = self._launch()
+    def is_ready(self) -> bool:
+        """Whether it says so; it names its port first."""
+        found = re.search(r"listening on http://([\d.]+):(\d+)", self.log_text())
+        if found is None:
+            return False
+        self.host, self.port = found[1], int(found[2])
         try:
-            while not self._is_ready():
-                if self._process.poll() is not None or time.perf_counter() - started > READY_SECONDS:
-                    raise Unavailable(
-                        f"`{' '.join(self._command)}` did not become ready; its log ends so:\n{self._text()[-2000:]}"
-                    )
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            self.close()
-            raise
-        return time.perf_counter() - started
-
-    def close(self) -> None:
-        """SIGTERM, and SIGKILL if it has not drained in time; it is not started again."""
-        self._log.close()
-        if self._process is None:
-            return
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
-
-    def exchange(self, request: bytes) -> Answer:
-        """One request over a connection of its own."""
-        with closing(Connection(self.host, self.port)) as connection:
-            return connection.exchange(request)
+            return self.exchange(_get("/health/ready")).status == 200
+        except OSError:
+            return False
 
     def engine_statistics(self, model: str) -> tuple[int, float]:
         """How many requests a model has answered, and the milliseconds that its engine has spent on them in all."""
@@ -110,46 +66,6 @@ class ServedModel:
             for sample in family.samples
             if sample.name == name
         )
-
-    @property
-    def pid(self) -> int:
-        """The process.
-
-        Raises:
-            Unavailable: it does not run.
-        """
-        if self._process is None:
-            raise Unavailable(f"`{' '.join(self._command)}` was not started")
-        return self._process.pid
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _launch(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", *self._command, str(self._root)]
-        # The contestant in process reads no variables either.
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RANKD_")}
-        return subprocess.Popen(  # noqa: S603 - our own command
-            command, stdout=subprocess.DEVNULL, stderr=self._log, env={**clean, "RANKD_PORT": "0", **self._variables}
-        )
-
-    def _is_ready(self) -> bool:
-        found = re.search(r"listening on http://([\d.]+):(\d+)", self._text())
-        if found is None:
-            return False
-        self.host, self.port = found[1], int(found[2])
-        try:
-            return self.exchange(_get("/health/ready")).status == 200
-        except OSError:
-            return False
-
-    def _text(self) -> str:
-        descriptor = self._log.fileno()  # pread: the place where the server goes on writing stays where it is
-        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
 
 def _get(path: str) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -75,16 +76,24 @@ def _json_request(request: RankRequest) -> bytes:
 
 def _binary_request(request: RankRequest) -> bytes:
     tensors = {"user_id": _packed([request.user_id]), "candidates": _packed(request.candidates)}
-    sizes = {"user_id": 1, "candidates": len(request.candidates)}
+    shapes = {"user_id": (1,), "candidates": (len(request.candidates),)}
+    return encode_bytes(request.model or "", tensors, shapes, request.timeout_ms)
+
+
+def encode_bytes(
+    model: str, tensors: Mapping[str, bytes], shapes: Mapping[str, tuple[int, ...]], timeout_ms: float | None = None
+) -> bytes:
+    """A whole `infer` request whose inputs are BYTES tensors, each element with its length before it; it asks for
+    `scores` as binary data."""
     inputs = [
-        {"name": n, "shape": [sizes[n]], "datatype": "BYTES", "parameters": {"binary_data_size": len(data)}}
+        {"name": n, "shape": shapes[n], "datatype": "BYTES", "parameters": {"binary_data_size": len(data)}}
         for n, data in tensors.items()
     ]
     outputs = [{"name": "scores", "parameters": {"binary_data": True}}]
-    parameters = {} if request.timeout_ms is None else {"timeout_ms": request.timeout_ms}
+    parameters = {} if timeout_ms is None else {"timeout_ms": timeout_ms}
     header = msgspec.json.encode({"inputs": inputs, "outputs": outputs, "parameters": parameters})
     headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(header))}
-    return http_request(f"/v2/models/{request.model}/infer", header + b"".join(tensors.values()), headers)
+    return http_request(f"/v2/models/{model}/infer", header + b"".join(tensors.values()), headers)
 
 
 def _packed(texts: tuple[str, ...] | list[str]) -> bytes:

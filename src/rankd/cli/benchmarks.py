@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from rankd.bench.arrivals import Arrivals
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -20,6 +23,25 @@ def workload_option(default: str) -> Callable[[Command], Command]:
         show_default=True,
         help="base, long, mixed, skewed, small, or a .toml file of your own.",
     )
+
+
+def trace_options(command: Command) -> Command:
+    """--trace and --trace-column, of suites with an open loop."""
+    command = click.option(
+        "--trace-column", default="time", show_default=True, help="With --trace: the column of moments."
+    )(command)
+    return click.option(
+        "--trace",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Arrivals as in this recording (.parquet or .csv), stretched to each rate, instead of Poisson's.",
+    )(command)
+
+
+def arrivals_of(trace: Path | None, column: str) -> Arrivals:
+    """When requests come."""
+    from rankd.bench.arrivals import POISSON, read_arrivals
+
+    return POISSON if trace is None else read_arrivals(trace, column)
 
 
 @click.group()
@@ -41,20 +63,31 @@ def bench() -> None:
     "--runs", type=click.IntRange(1), default=5, show_default=True, help="Rounds; the figures are their medians."
 )
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="A model or version folder of your own.")
+@trace_options
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
-def serve(name: str, seconds: float, rate: float | None, runs: int, model: Path | None, as_json: bool) -> None:
+def serve(
+    name: str,
+    seconds: float,
+    rate: float | None,
+    runs: int,
+    model: Path | None,
+    trace: Path | None,
+    trace_column: str,
+    as_json: bool,
+) -> None:
     """Latency of the server over what the model itself takes.
 
     A real server and a load generator, in processes of their own: in process, JSON and binary tensors over HTTP; one
-    connection (closed loop), then Poisson arrivals at --rate (open loop), latency from the scheduled time.
+    connection (closed loop), then arrivals at --rate (open loop), latency from the scheduled time.
     """
     from rankd.bench.report import print_report
     from rankd.bench.serve_suite.serving import ServeOptions, run_serve
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
 
+    options = ServeOptions(seconds, runs, rate, model, arrivals_of(trace, trace_column))
     with progress_bar("serve") as advance:
-        report = run_serve(load_workload(name), ServeOptions(seconds, runs, rate, model), advance)
+        report = run_serve(load_workload(name), options, advance)
     if as_json:
         click.echo(report.line())
     else:
@@ -215,34 +248,96 @@ def features(
 @bench.command()
 @workload_option("mixed")
 @click.option("--simulate", is_flag=True, help="In made-up time, with what calls take on this machine.")
-@click.option("--seconds", type=click.FloatRange(1), default=10.0, show_default=True, help="Of each measurement.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each measurement.")
 @click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Searches for the highest rates.")
 @click.option("--bound-ms", type=click.FloatRange(1), default=100.0, show_default=True, help="The p99 to keep.")
 @click.option(
-    "--overload-seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="At twice the highest rate."
+    "--overload-seconds", type=click.FloatRange(0.1), default=60.0, show_default=True, help="At twice the highest rate."
 )
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="NAME[+states][=PYTHON]",
+    help="mosec, litserve, ray, pytriton beside them; +states: users' states kept; =PYTHON: who has it and rankd.",
+)
+@trace_options
+@click.option("--picture", type=click.Path(path_type=Path), help="p99 against the offered rate: a .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
 def schedule(
-    name: str, simulate: bool, seconds: float, runs: int, bound_ms: float, overload_seconds: float, as_json: bool
+    name: str,
+    simulate: bool,
+    seconds: float,
+    runs: int,
+    bound_ms: float,
+    overload_seconds: float,
+    peers: tuple[str, ...],
+    trace: Path | None,
+    trace_column: str,
+    picture: Path | None,
+    as_json: bool,
 ) -> None:
     """What cutting, packing and ordering requests is worth, beside first come, first served.
 
     Real servers and a load generator in processes of their own: the highest rate of each whose p99 stays under the
-    bound, latencies at 70% of rankd's, and what happens at twice it. With --simulate the same arrivals go through the
-    schedules in made-up time, in seconds.
+    bound, latencies at shares of rankd's, and what happens at twice it. With --peer general model servers take part,
+    around the same model. With --simulate the same arrivals go through the schedules in made-up time, in seconds.
     """
+    from rankd.bench.peers.peer_process import parse_peer
+    from rankd.bench.picture import check_picture
     from rankd.bench.report import print_report
+    from rankd.bench.schedule_suite.latency_curves import draw_curves
     from rankd.bench.schedule_suite.live_schedule import LiveOptions, run_live
     from rankd.bench.schedule_suite.simulated_schedule import SimulationOptions, run_simulated
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
 
-    workload = load_workload(name)
+    workload, arrivals, others = load_workload(name), arrivals_of(trace, trace_column), tuple(map(parse_peer, peers))
+    if picture is not None:
+        check_picture(picture)
     with progress_bar("schedule") as advance:
         if simulate:
-            report = run_simulated(workload, SimulationOptions(6 * seconds, bound_ms), advance)
+            report = run_simulated(workload, SimulationOptions(6 * seconds, bound_ms, arrivals), advance)
         else:
-            report = run_live(workload, LiveOptions(seconds, runs, bound_ms, overload_seconds), advance)
+            options = LiveOptions(seconds, runs, bound_ms, overload_seconds, others, arrivals)
+            report = run_live(workload, options, advance)
+    if picture is not None:
+        draw_curves(report, picture)
+    if as_json:
+        click.echo(report.line())
+    else:
+        print_report(report)
+
+
+@bench.command()
+@workload_option("mixed")
+@click.option("--scenario", type=click.Choice(["server", "offline"]), default="server", show_default=True)
+@click.option(
+    "--logs",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="The folder that LoadGen's logs go to.",
+)
+@click.option("--rate", type=click.FloatRange(0.1), help="Requests a second; 70% of the capacity if left out.")
+@click.option("--seconds", type=click.FloatRange(1), default=60.0, show_default=True, help="At least.")
+@click.option("--bound-ms", type=click.FloatRange(1), default=100.0, show_default=True, help="The p99 to keep.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
+def mlperf(
+    name: str, scenario: str, logs: Path, rate: float | None, seconds: float, bound_ms: float, as_json: bool
+) -> None:
+    """MLPerf's own load generator against a real server.
+
+    Scenario server: Poisson arrivals, valid if the p99 stays under --bound-ms. Scenario offline: everything at once.
+    LoadGen keeps the time and writes its logs to --logs.
+    """
+    from rankd.bench.report import print_report
+    from rankd.bench.schedule_suite.mlperf import MlperfOptions, Scenario, run_mlperf
+    from rankd.bench.workload import load_workload
+    from rankd.cli.progress import progress_bar
+
+    options = MlperfOptions(Scenario(scenario), logs, rate, seconds, bound_ms)
+    with progress_bar("mlperf") as advance:
+        report = run_mlperf(load_workload(name), options, advance)
     if as_json:
         click.echo(report.line())
     else:

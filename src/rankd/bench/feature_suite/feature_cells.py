@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
+from rankd.bench.arrivals import poisson_arrivals
 from rankd.bench.feature_suite.delaying_proxy import DelayingProxy
 from rankd.bench.feature_suite.feature_server import NONE, FeatureServer, ServerFigures
 from rankd.bench.feature_suite.redis_process import RedisProcess
 from rankd.bench.feature_suite.zipf_requests import ZipfRequests
-from rankd.bench.load import Connection, LoadPlan, LoadResult, generate, open_loop, poisson_arrivals
+from rankd.bench.load import Connection, LoadPlan, LoadResult, generate, open_loop
 from rankd.bench.placement import Placement, cpu_seconds, on_cpus
 from rankd.bench.rate_search import highest_rate
 from rankd.bench.report import percentile, percentiles

@@ -1,115 +1,124 @@
-"""`rankd bench schedule`: the schedule on real sockets, beside first come, first served over the same engine.
+"""`rankd bench schedule`: the schedule on real sockets, beside first come, first served, and beside general servers.
 
-In: a workload. Out: a Report. Contestants are `rankd serve` processes over the same weights on OpenVINO, all with
-users' states kept; a generator in a process of its own sends the same requests at the same Poisson times:
+In: a workload. Out: a Report. One contestant (`live_contestants.py`) runs at a time, all in turn in every round, around
+the same weights on OpenVINO; a generator in a process of its own sends all of them the same requests at the same times.
 
-    rankd            the schedule as it is
-    one queue        first come, first served, a request one call, padded to the smallest bucket that holds it
-    one queue, padded   the same with one bucket, the largest: implicit shapes
-
-Each one's highest rate is that whose p99 stays under `bound_ms`, errors counting as misses. Then all are offered 70% of
-rankd's, and rankd alone twice its own, with that deadline in each request.
+    highest rates    of each, such that its p99 stays under `bound_ms`; errors count as misses
+    at SHARES        of rankd's highest rate: latencies of everybody
+    twice it         rankd alone, with that deadline in each request
+    the generator    the same requests at the same times against a server that does nothing
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rankd.bench.load import LoadPlan, LoadResult, generate, poisson_arrivals
-from rankd.bench.parity import against_torch, check_same, scores_in_process
-from rankd.bench.placement import resident_bytes
-from rankd.bench.rate_search import highest_rate
-from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
-from rankd.bench.schedule_suite.simulated_schedule import SHORT_ROWS, build_with_buckets, fine_buckets
+from rankd.bench.arrivals import POISSON, Arrivals
+from rankd.bench.null_server import generator_alone
+from rankd.bench.parity import against_torch, scores_in_process
+from rankd.bench.peers.peer_process import Peer
+from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians
+from rankd.bench.schedule_suite.live_contestants import RANKD, Contestant, ours, peer_contestant
+from rankd.bench.schedule_suite.live_load import CONNECTIONS, LoadedServer, Promise
+from rankd.bench.schedule_suite.simulated_schedule import build_with_buckets, fine_buckets
 from rankd.bench.served_model import ServedModel
 from rankd.bench.synthetic_model import users_for
-from rankd.bench.wire_forms import Form, decode_scores, encode_request
 from rankd.bench.workload import Workload, draw_requests, largest
-from rankd.errors import EngineFailure
-from rankd.features.feature_config import MIB
 from rankd.ranker import Ranker
-from rankd.types import RankRequest
+from rankd.types import Float32Array, RankRequest
 
-CONNECTIONS = 256
 CHECKED = 16
-SHARE = 0.7
-PROBES = 6
-FEWEST, LONGEST = 400, 3.0
-"""Requests of a measurement, so that its p99 is four of them; but at most LONGEST times the seconds asked for."""
-REFUSED = 503
+REQUESTS = 4000
+SHARES = (0.4, 0.7, 0.9)
+"""Of rankd's highest rate: where everybody's latencies are measured."""
+AT = 0.7
+"""The one of them that ratios are taken at."""
 Step = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Contestant:
-    """A server's name, whether it has one bucket alone, and its settings."""
-
-    name: str
-    one_bucket: bool = False
-    variables: Mapping[str, str] = field(default_factory=dict)
-
-
-IN_ORDER = {"RANKD_SCHEDULE__STRETCH": "0", "RANKD_SCHEDULE__QUANTUM_MS": "1e9", "RANKD_SCHEDULE__SPREAD": "false"}
-CONTESTANTS = (
-    Contestant("rankd"),
-    Contestant("one queue", variables=IN_ORDER),
-    Contestant("one queue, padded", one_bucket=True, variables=IN_ORDER),
-)
-
-
-@dataclass(frozen=True, slots=True)
 class LiveOptions:
-    """`seconds` of a measurement at least, rounds, the p99 to keep, seconds at twice the highest rate."""
+    """`seconds` of a measurement at least, rounds, the p99 to keep, seconds at twice the highest rate, general servers
+    to measure beside, and when requests come."""
 
     seconds: float = 10.0
     runs: int = 1
     bound_ms: float = 100.0
     overload_seconds: float = 60.0
+    peers: tuple[Peer, ...] = ()
+    arrivals: Arrivals = POISSON
 
 
-class _Scene:
-    """Servers that are ready, and the requests that all of them get."""
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model with many buckets, what is asked of it, and what has to be answered."""
 
-    def __init__(self, workload: Workload, servers: Mapping[str, ServedModel], requests: Sequence[RankRequest]) -> None:
-        self.workload, self.servers, self.requests = workload, servers, requests
-        self._encoded = [encode_request(Form.BINARY, request) for request in requests]
-        self._place = 0
+    fine: Path
+    requests: Sequence[RankRequest]
+    expected: Sequence[Float32Array]
+    precision: str
+    executors: int
 
-    def offer(
-        self, name: str, rate: float, seconds: float, seed: int, place: int | None = None
-    ) -> list[tuple[int, float, int]]:
-        """(status, latency in ms from the scheduled time, candidates) of requests at Poisson times."""
-        arrivals = poisson_arrivals(rate, min(max(seconds, FEWEST / rate), LONGEST * seconds), seed)
-        start = self.turn() if place is None else place
-        some = [(start + number) % len(self.requests) for number in range(len(arrivals))]
-        result = self._send(name, [self._encoded[one] for one in some], arrivals)
-        return [
-            (status, (done - planned) * 1e3, len(self.requests[some[index]].candidates))
-            for index, status, done, planned in zip(
-                result.index, result.statuses, result.done_s, result.scheduled_s, strict=True
+
+class _Suite:
+    """The measurements of one run, as they grow."""
+
+    def __init__(self, workload: Workload, subject: Subject, options: LiveOptions) -> None:
+        self._workload, self._subject, self._options = workload, subject, options
+        self.parity: dict[str, float] = {}
+        self.highest: dict[str, list[float]] = {}
+        self.shares: dict[tuple[str, float], list[Row]] = {}
+        self.tried: list[Row] = []
+        self.capacities: list[Row] = []
+        self.padding = 0.0
+        self._chosen: dict[str, int] = {}
+
+    def measure(self, contestant: Contestant, number: int) -> None:
+        """One contestant's part of a round."""
+        if contestant.name not in self._chosen:
+            self._chosen[contestant.name] = self._choose(contestant)
+        promise = Promise(self._options.bound_ms, self._options.seconds)
+        with contestant.launch(self._chosen[contestant.name]) as server:
+            loaded = self._loaded(contestant, server, number)
+            self.parity[contestant.name] = loaded.check(self._subject.expected, self._subject.precision)
+            rate = loaded.highest(loaded.warm(), promise, self.tried)
+            self.highest.setdefault(contestant.name, []).append(rate)
+            for share in SHARES:
+                row = loaded.offer(share * self.highest[RANKD][number], promise.seconds)
+                self.shares.setdefault((contestant.name, share), []).append(row)
+            if contestant.name == RANKD and isinstance(server, ServedModel):
+                self.padding = _padding(server)
+
+    def overload(self, contestant: Contestant) -> tuple[Row, Row]:
+        """What becomes of requests at twice rankd's highest rate; and what the generator itself took of that."""
+        rate = 2 * statistics.median(self.highest[RANKD])
+        with contestant.launch(0) as server:
+            loaded = self._loaded(contestant, server, 0)
+            loaded.warm()
+            row, encoded, arrivals = loaded.overload(rate, self._options.overload_seconds, self._options.bound_ms)
+        return row, generator_alone(encoded, arrivals, CONNECTIONS)
+
+    def _choose(self, contestant: Contestant) -> int:
+        """Of a contestant's settings the one with the highest capacity."""
+        if len(contestant.variants) == 1:
+            return 0
+        found = []
+        for variant, name in enumerate(contestant.variants):
+            with contestant.launch(variant) as server:
+                found.append(self._loaded(contestant, server, 0).warm())
+            self.capacities.append(
+                {"contestant": contestant.name, "table": f"capacity, {name}", "requests_a_second": found[-1]}
             )
-        ]
+        return found.index(max(found))
 
-    def overload(self, name: str, rate: float, seconds: float, bound_ms: float) -> LoadResult:
-        """Requests with a deadline."""
-        arrivals = poisson_arrivals(rate, seconds, self.workload.seed)
-        timed = [encode_request(Form.BINARY, replace(one, timeout_ms=bound_ms)) for one in self.requests]
-        return self._send(name, [timed[number % len(timed)] for number in range(len(arrivals))], arrivals)
-
-    def turn(self) -> int:
-        """Another place in the sequence of requests."""
-        self._place += 1009
-        return self._place
-
-    def _send(self, name: str, requests: list[bytes], arrivals: list[float]) -> LoadResult:
-        server = self.servers[name]
-        plan = LoadPlan(server.host, server.port, requests, arrivals_s=arrivals, connections=CONNECTIONS)
-        return generate(plan)
+    def _loaded(self, contestant: Contestant, server: Any, number: int) -> LoadedServer:
+        seed = self._workload.seed + number
+        return LoadedServer(contestant, server, self._subject.requests, self._options.arrivals, seed)
 
 
 def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
@@ -118,148 +127,103 @@ def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
     Raises:
         MissingExtra: torch is not installed.
         EngineFailure: scores differ from those in process, or a contestant answers nothing.
+        Unavailable: a contestant does not start.
     """
-    surroundings, steps = machine(), 3 + options.runs
-    most = largest(workload.candidates)
-    with TemporaryDirectory(prefix="rankd-bench-") as folder, ExitStack() as running:
+    surroundings = machine()
+    steps, done = 2 + options.runs * (3 + len(options.peers)), 1
+    with TemporaryDirectory(prefix="rankd-bench-") as folder:
         advance(0, steps, "models and parity")
-        fine, single = Path(folder) / "fine", Path(folder) / "one"
-        build_with_buckets(workload, fine, fine_buckets(most))
-        build_with_buckets(workload, single, (most,))
-        requests, expected, parity, about = _reference(workload, fine, options.runs)
-        precision = about["served"]["precision"]
-        roots = {contestant.name: single if contestant.one_bucket else fine for contestant in CONTESTANTS}
-        servers = {
-            one.name: running.enter_context(
-                ServedModel(roots[one.name], ("rankd", "serve", "--store", "memory:"), one.variables)
-            )
-            for one in CONTESTANTS
-        }
-        scene = _Scene(workload, servers, requests)
-        parity |= {name: _parity(server, requests, expected, precision) for name, server in servers.items()}
-        neighbours = Neighbours()
-        advance(1, steps, "warm-up")
-        rates = {name: _warm(scene, name) for name in servers}
-        rounds = []
+        subject, parity, about = build_subject(workload, Path(folder), options)
+        single = Path(folder) / "one"
+        build_with_buckets(workload, single, (largest(workload.candidates),))
+        contestants = [*ours(subject.fine, single)]
+        version = subject.fine / workload.name / "1"
+        contestants += [
+            peer_contestant(peer, version, subject.executors, subject.requests[0]) for peer in options.peers
+        ]
+        suite, neighbours = _Suite(workload, subject, options), Neighbours()
         for number in range(options.runs):
-            advance(2 + number, steps, f"highest rates, round {number + 1}")
-            rounds.append({name: _highest(scene, name, rates[name], options, number) for name in servers})
-        highest = {name: sorted(one[name] for one in rounds)[options.runs // 2] for name in servers}
-        advance(2 + options.runs, steps, "below and above it")
-        results = _below(scene, highest, options)
-        overload = _overloaded(scene, highest["rankd"], options)
-        padding = _padding(servers["rankd"])
-    surroundings["others_cpu_share"] = neighbours.share()
-    advance(steps, steps, "done")
-    results.append({"contestant": "rankd", "table": "twice the highest rate", **overload})
-    by_name = {row["contestant"]: row for row in results if row["table"] != "twice the highest rate"}
-    others = [name for name in highest if name != "rankd"]
-    ratios = {
-        "throughput_gain": highest["rankd"] / max(highest[name] for name in others),
-        "throughput_gain_padded": highest["rankd"] / highest["one queue, padded"],
-        "latency_gain_short": min(by_name[name]["short_p99_ms"] for name in others) / by_name["rankd"]["short_p99_ms"],
-        "padding_waste": padding,
-        "goodput_at_2x": overload["good_rate"] / highest["rankd"],
-    }
-    return Report("schedule", about, surroundings, commit(), parity, results, ratios)
+            for contestant in contestants:
+                advance(done, steps, f"{contestant.name}, round {number + 1}")
+                suite.measure(contestant, number)
+                done += 1
+        advance(done, steps, "twice the highest rate")
+        overload, generator = suite.overload(contestants[0])
+        surroundings["others_cpu_share"] = neighbours.share()
+        advance(steps, steps, "done")
+    highest = {name: statistics.median(rates) for name, rates in suite.highest.items()}
+    results = _rows(suite, highest)
+    results.append({"contestant": RANKD, "table": "twice the highest rate", **overload})
+    results.append({"contestant": "load generator", "table": "against a server that does nothing", **generator})
+    ratios = _ratios(workload, suite, highest, options)
+    ratios["goodput_at_2x"] = overload["good_rate"] / highest[RANKD]
+    return Report("schedule", about, surroundings, commit(), parity | suite.parity, results, ratios)
 
 
-def _reference(
-    workload: Workload, root: Path, runs: int
-) -> tuple[list[RankRequest], list[Any], dict[str, float], dict[str, Any]]:
-    with Ranker.load(root / workload.name / "1") as ranker:
+def build_subject(
+    workload: Workload, folder: Path, options: LiveOptions
+) -> tuple[Subject, dict[str, float], dict[str, Any]]:
+    """A workload's model in a folder; how far it is from torch; and what a report says of it.
+
+    Raises:
+        MissingExtra: torch is not installed. EngineFailure: it differs too much.
+    """
+    fine = folder / "fine"
+    build_with_buckets(workload, fine, fine_buckets(largest(workload.candidates)))
+    with Ranker.load(fine / workload.name / "1") as ranker:
         users = users_for(ranker.catalogue, workload)
-        requests = draw_requests(workload, users, ranker.catalogue.ids.items, 4000, ranker.manifest.name)
+        requests = draw_requests(workload, users, ranker.catalogue.ids.items, REQUESTS, ranker.manifest.name)
         expected = scores_in_process(ranker, requests[:CHECKED])
         parity = {"in-process": against_torch(ranker, requests[:CHECKED], expected)}
-        flops = workload.flops()
+        flops, backend = workload.flops(), ranker.backend
+        precision = backend.precision.value
         about = {
             "name": workload.name,
             "use": workload.use,
+            "arrivals": options.arrivals.name,
+            "bound_ms": options.bound_ms,
             "served": {
-                "target": ranker.backend.target,
-                "precision": ranker.backend.precision.value,
-                "executors": ranker.backend.num_executors,
+                "target": backend.target,
+                "precision": precision,
+                "executors": backend.num_executors,
                 "buckets": len(ranker.schema.candidate_buckets),
             },
             "flops": {name: getattr(flops, name) for name in flops.__struct_fields__},
-            "runs": runs,
+            "runs": options.runs,
         }
-    return requests, expected, parity, about
+    return Subject(fine, requests, expected, precision, backend.num_executors), parity, about
 
 
-def _parity(server: ServedModel, requests: Sequence[RankRequest], expected: Sequence[Any], precision: str) -> float:
-    given = [
-        decode_scores(Form.BINARY, server.exchange(encode_request(Form.BINARY, one))) for one in requests[:CHECKED]
-    ]
-    return check_same("a server", expected, given, precision)
-
-
-def _warm(scene: _Scene, name: str) -> float:
-    """The first requests, and what the server can do at most: requests a second."""
-    server = scene.servers[name]
-    encoded = [encode_request(Form.BINARY, one) for one in scene.requests[:FEWEST]]
-    plan = LoadPlan(server.host, server.port, encoded, arrivals_s=[0.0] * len(encoded), connections=4)
-    result = generate(plan)
-    good = sum(status == 200 for status in result.statuses)
-    if not good:
-        raise EngineFailure(f"contestant '{name}': none of {len(encoded)} requests was answered with 200")
-    return good / result.wall_s
-
-
-def _highest(scene: _Scene, name: str, capacity: float, options: LiveOptions, number: int) -> float:
-    seed = scene.workload.seed + number
-
-    def keeps(rate: float) -> bool:
-        answers = scene.offer(name, rate, options.seconds, seed)
-        latencies = [ms if status == 200 else float("inf") for status, ms, _ in answers]
-        return percentile(latencies, 0.99) <= options.bound_ms
-
-    return highest_rate(keeps, SHARE * capacity, PROBES)
-
-
-def _below(scene: _Scene, highest: Mapping[str, float], options: LiveOptions) -> list[Row]:
-    rate, rows, place = SHARE * highest["rankd"], [], scene.turn()
-    for name in scene.servers:
-        answers = scene.offer(name, rate, options.seconds, scene.workload.seed, place)
-        good = [ms for status, ms, _ in answers if status == 200] or [float("inf")]
-        short = [ms for status, ms, rows_ in answers if status == 200 and rows_ <= SHORT_ROWS] or good
-        rows.append(
-            {
-                "contestant": name,
-                "table": f"{rate:.1f} requests a second, {SHARE:.0%} of rankd's highest rate",
-                "highest_rate": highest[name],
-                "p50_ms": percentile(good, 0.5),
-                "p99_ms": percentile(good, 0.99),
-                "short_p99_ms": percentile(short, 0.99),
-                "failed": sum(status != 200 for status, _, _ in answers),
-                "requests": len(answers),
-            }
-        )
+def _rows(suite: _Suite, highest: Mapping[str, float]) -> list[Row]:
+    rows: list[Row] = [{"contestant": name, "table": "highest rates", "rate": rate} for name, rate in highest.items()]
+    rows += suite.capacities
+    for share in SHARES:
+        for name in highest:
+            figures = [{key: one[key] for key in one if key != "contestant"} for one in suite.shares[name, share]]
+            row = {"contestant": name, "table": f"at {share:.0%} of rankd's highest rate", "share": share}
+            rows.append(row | medians(figures))
+    rows += [row | {"table": "every rate that was tried"} for row in suite.tried]
     return rows
 
 
-def _overloaded(scene: _Scene, highest: float, options: LiveOptions) -> Row:
-    """What becomes of requests at twice the highest rate."""
-    server = scene.servers["rankd"]
-    before = resident_bytes(server.pid)
-    result = scene.overload("rankd", 2 * highest, options.overload_seconds, options.bound_ms)
-    ends = list(zip(result.statuses, result.scheduled_s, result.sent_s, result.done_s, strict=True))
-    in_time = sum(status == 200 and (done - planned) * 1e3 <= options.bound_ms for status, planned, _, done in ends)
-    refusals = [(done - sent) * 1e3 for status, _, sent, done in ends if status == REFUSED] or [0.0]
-    return {
-        "offered_rate": 2 * highest,
-        "good_rate": in_time / options.overload_seconds,
-        "answered": sum(status == 200 for status, *_ in ends),
-        "refused": sum(status == REFUSED for status, *_ in ends),
-        "late": sum(status == 504 for status, *_ in ends),
-        "lost": sum(status == 0 for status, *_ in ends),
-        "refusal_p50_ms": percentile(refusals, 0.5),
-        "refusal_p99_ms": percentile(refusals, 0.99),
-        "generator_late_p99_ms": percentile(result.late_s, 0.99) * 1e3,
-        "generator_cpu_share": result.cpu_s / result.wall_s,
-        "memory_growth_mib": (resident_bytes(server.pid) - before) / MIB,
-    }
+def _ratios(workload: Workload, suite: _Suite, highest: Mapping[str, float], options: LiveOptions) -> dict[str, float]:
+    """Of medians; `latency_gain_*` is of p99, of short requests where the workload has some."""
+
+    def p99_of(name: str) -> float:
+        rows = suite.shares[name, AT]
+        return statistics.median(float(row["short_p99_ms" if "short_p99_ms" in row else "p99_ms"]) for row in rows)
+
+    p99 = {name: p99_of(name) for name in highest}
+    others = [name for name in highest if name != RANKD]
+    groups = {"": others, "_padded": ["one queue, padded"], "_queue": ["one queue"]}
+    for suffix, states in (("_peers", False), ("_peers_with_states", True)):
+        if names := [peer.name for peer in options.peers if peer.states is states]:
+            groups[suffix] = names
+    ratios = {}
+    for suffix, names in groups.items():
+        ratios[f"throughput_gain{suffix}"] = highest[RANKD] / max(highest[name] for name in names)
+        ratios[f"latency_gain_{workload.name}{suffix}"] = min(p99[name] for name in names) / p99[RANKD]
+    return ratios | {"padding_waste": suite.padding}
 
 
 def _padding(server: ServedModel) -> float:

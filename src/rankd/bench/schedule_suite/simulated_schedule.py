@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from rankd.bench.arrivals import POISSON, Arrivals
 from rankd.bench.report import Report, Row, commit, machine, percentile
 from rankd.bench.synthetic_model import build_model
 from rankd.bench.workload import Workload, draw, largest, zipf_ranks
@@ -51,10 +52,11 @@ Simulate = Callable[[Sequence[Arrival]], tuple[list[float], float]]
 
 @dataclass(frozen=True, slots=True)
 class SimulationOptions:
-    """`seconds` of arrivals in each simulated run; the p99 that a highest rate has to keep."""
+    """`seconds` of arrivals in each simulated run; the p99 that a highest rate has to keep; when requests come."""
 
     seconds: float = 60.0
     bound_ms: float = 100.0
+    arrivals: Arrivals = POISSON
 
 
 def run_simulated(workload: Workload, options: SimulationOptions, advance: Callable[[int, int, str], None]) -> Report:
@@ -66,6 +68,7 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
     surroundings = machine()
     advance(0, 3, "model and costs")
     rules, encode_ms, about = _measured(workload)
+    about |= {"arrivals": options.arrivals.name, "bound_ms": options.bound_ms}
     advance(1, 3, "simulation")
     schedules: dict[str, Simulate] = {
         "fcfs padded": lambda arrivals: _fcfs(arrivals, rules, lambda rows: rules.cutter.buckets[-1]),
@@ -145,14 +148,14 @@ def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
 def _arrivals(
     workload: Workload, rules: Rules, encode_ms: float, options: SimulationOptions, rate: float
 ) -> list[Arrival]:
-    """Poisson arrivals of the workload; a user's first visit encodes the history, later ones find the state."""
+    """Requests of the workload; a user's first visit encodes the history, later ones find the state."""
     random = np.random.default_rng(workload.seed)
-    count = max(int(rate * options.seconds), 10)
-    times = np.cumsum(random.exponential(1 / rate, count))
+    times = options.arrivals.times(rate, options.seconds, workload.seed) or [0.0]
+    count = len(times)
     sizes, users = draw(workload.candidates, random, count), zipf_ranks(workload.users, random, count)
     warm = set(zipf_ranks(workload.users, random, 20 * workload.users.count).tolist())
     made = []
-    for at, rows, user in zip(times.tolist(), sizes.tolist(), users.tolist(), strict=True):
+    for at, rows, user in zip(times, sizes.tolist(), users.tolist(), strict=True):
         resident = user in warm
         prepare_ms = rules.costs.prepare(True) + (0.0 if resident else encode_ms)
         made.append(Arrival(at, rows, prepare_ms, resident))
@@ -214,7 +217,7 @@ def _goodput(
     plain = _arrivals(workload, rules, encode_ms, options, 2 * highest)
     arrivals = [replace(one, timeout_ms=options.bound_ms) for one in plain]
     outcomes = simulate(arrivals, rules, NO_LIMITS).outcomes
-    good = sum(one.how == "scored" for one in outcomes) / (arrivals[-1].at * highest)
+    good = sum(one.how == "scored" for one in outcomes) / (options.seconds * highest)
     return good, sum(one.how == "refused" for one in outcomes) / len(outcomes)
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import msgspec
 
 from rankd.artifact import Artifact
-from rankd.bench.load import Connection, LoadPlan, LoadResult, generate, poisson_arrivals
+from rankd.bench.arrivals import POISSON, Arrivals
+from rankd.bench.load import Connection, LoadPlan, LoadResult, generate
 from rankd.bench.parity import against_torch, check_same, features_of, scores_in_process
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians, percentile, percentiles
@@ -49,12 +50,14 @@ Advance = Callable[[int, int, str], None]
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """`seconds` of each measurement, of which a round has five; `rate` of the open loop in requests a second, or half
-    of what the first round's closed loop did; `model` in place of the workload's own."""
+    of what the first round's closed loop did; `model` in place of the workload's own; when requests come in the open
+    loop."""
 
     seconds: float = 3.0
     runs: int = 5
     rate: float | None = None
     model: Path | None = None
+    arrivals: Arrivals = POISSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,8 @@ def run_serve(workload: Workload, options: ServeOptions, advance: Advance) -> Re
                 closed = _closed_round(server, subject, options.seconds, number)
                 closed.figures[Form.JSON.value] |= cold
                 rate = rate or LOAD_SHARE * closed.figures[Form.JSON.value]["requests_a_second"]
-                opened = _open_round(server, subject, options.seconds, rate, workload.seed + number)
+                arrivals = options.arrivals.times(rate, options.seconds, workload.seed + number)
+                opened = _open_round(server, subject, arrivals, options.seconds, rate)
             rounds.append(Round(closed.figures | opened.figures, closed.failed | opened.failed))
         surroundings["others_cpu_share"] = neighbours.share()
         advance(steps, steps, "done")
@@ -214,9 +218,8 @@ def _closed_loop(server: ServedModel, subject: Subject, form: Form, seconds: flo
     return row, len(result.statuses) - len(good)
 
 
-def _open_round(server: ServedModel, subject: Subject, seconds: float, rate: float, seed: int) -> Round:
+def _open_round(server: ServedModel, subject: Subject, arrivals: list[float], seconds: float, rate: float) -> Round:
     """Both forms under the same arrivals."""
-    arrivals = poisson_arrivals(rate, seconds, seed)
     figures, failed = {}, {}
     for form in Form:
         requests = [encode_request(form, request) for request in subject.requests]
@@ -325,4 +328,5 @@ def _about(workload: Workload, subject: Subject, options: ServeOptions) -> dict[
         "returning_share": returning_share(subject.requests),
         "runs": options.runs,
         "seconds": options.seconds,
+        "arrivals": options.arrivals.name,
     }

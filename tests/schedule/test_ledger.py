@@ -245,7 +245,12 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def everybody_is_accounted_for(self) -> None:
         open_jobs = [job for job in self.jobs if not job.item.ends]
-        assert self.ledger.waiting.count == len(open_jobs)
+        waiting = self.ledger.waiting
+        assert waiting.count == len(open_jobs)
+        in_order = sorted(open_jobs, key=lambda job: float(waiting.place[job.slot]))
+        assert waiting.places.tolist() == [float(waiting.place[job.slot]) for job in in_order]
+        assert sorted(waiting.order.tolist()) == sorted(job.slot for job in open_jobs)
+        assert waiting.runnable == int((waiting.turn < NEVER).sum())
         for job in self.jobs:
             subject = job.item
             assert len(subject.ends) <= 1

@@ -25,7 +25,8 @@ def put(
     work = rules.work_ms(rows, 0.0)
     slot = waiting.add(at, latest, latest, work, rows, resident)
     waiting.prepared[slot] = prepared
-    waiting.turn[slot] = at if turn else NEVER
+    if turn:
+        waiting.let_run(slot)
     bucket = rules.cutter.first(rows, rules.cutter.buckets[-1])
     waiting.tail[slot] = bucket if rows <= bucket and (prepared or resident) else 0
     return slot

@@ -69,9 +69,10 @@ def _check_limits(waiting: Waiting, limits: Limits, num_executors: int, wish: Wi
 
 def _check_deadlines(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish, left_ms: float) -> None:
     count, factor = waiting.count, (1 + limits.margin) / num_executors
-    order = waiting.place[: waiting.size].argsort()[:count]
-    done_ms = waiting.left_ms[order].cumsum() * factor
-    ahead = int(waiting.place[order].searchsorted(wish.place, side="right"))
+    order = waiting.order
+    done_ms = waiting.left_ms.take(order).cumsum()
+    done_ms *= factor
+    ahead = int(waiting.places.searchsorted(wish.place, side="right"))
     needed_ms = (float(done_ms[ahead - 1]) if ahead else 0.0) + wish.alone_ms * (1 + limits.margin)
     if needed_ms > left_ms:
         after_s = (needed_ms - left_ms) / 1e3
@@ -82,7 +83,10 @@ def _check_deadlines(waiting: Waiting, limits: Limits, num_executors: int, wish:
         )
     if ahead == count:
         return
-    spare_ms = (waiting.deadline[order[ahead:]] - wish.now) * 1e3 - done_ms[ahead:]
+    spare_ms = waiting.deadline.take(order[ahead:])
+    spare_ms -= wish.now
+    spare_ms *= 1e3
+    spare_ms -= done_ms[ahead:]
     kept = spare_ms[spare_ms >= 0.0]  # who is late already is not helped by refusing others
     own_ms = wish.work_ms * factor
     if kept.size and kept.min() < own_ms:

@@ -12,7 +12,7 @@ In: times of the warmed shapes (`engine.warming`). Out: predictions for admissio
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rankd.observe.schedule_metrics import CostErrors
@@ -73,6 +73,11 @@ class CostModel:
         """A call for `users` users of one candidate bucket; a shape that was not warmed costs as its users alone."""
         known = self._score.get((bucket, users))
         return known.ms if known is not None else users * self._score[bucket, 1].ms
+
+    def calls(self, buckets: Sequence[int]) -> float:
+        """Calls for one user of each of these buckets."""
+        known = self._score
+        return sum([known[bucket, 1].ms for bucket in buckets])
 
     def prepare(self, resident: bool) -> float:
         """History, state and user features of a request; `resident`: a state of the user is in memory."""

@@ -111,7 +111,7 @@ class Ledger(Generic[Item]):
     def comes(self, job: Job[Item]) -> None:
         """What a request waited for is there: executors may have what is left of it."""
         if not job.over and self.waiting.rows[job.slot]:
-            self.waiting.turn[job.slot] = self.waiting.place[job.slot]
+            self.waiting.let_run(job.slot)
             self._set_tail(job)
 
     def next(self, idle: int, now: float) -> Work[Item] | None:
@@ -131,7 +131,7 @@ class Ledger(Generic[Item]):
             if call.bucket:
                 parts.append(self._next_part(job, call.bucket))
         for job in unprepared:  # nobody else can do anything for it until it is
-            waiting.turn[job.slot] = NEVER
+            waiting.hold(job.slot)
         return Work(jobs, parts, call.bucket, unprepared, now, predicted_ms)
 
     def prepared(self, job: Job[Item]) -> None:
@@ -242,7 +242,7 @@ class Ledger(Generic[Item]):
             if waiting.prepared[slot]:
                 self._set_latest(job)
         else:
-            waiting.turn[slot] = NEVER
+            waiting.hold(slot)
             waiting.tail[slot] = 0
         return Part(job.item, first, count)
 
@@ -261,8 +261,9 @@ class Ledger(Generic[Item]):
 
     def _set_latest(self, job: Job[Item]) -> None:
         """When what nobody works on of a prepared request has to begin; the other parts are under way meanwhile."""
-        waiting, slot = self.waiting, job.slot
-        waiting.latest[slot] = waiting.deadline[slot] - self.rules.shortest_ms(int(waiting.rows[slot]), 0.0) / 1e3
+        waiting, slot, deadline = self.waiting, job.slot, job.asked.deadline
+        if deadline is not None:
+            waiting.latest[slot] = deadline - self.rules.shortest_ms(int(waiting.rows[slot]), 0.0) / 1e3
 
     def _set_tail(self, job: Job[Item]) -> None:
         """A part that may share a call with those of other users: all that is left, of one that is no trouble."""

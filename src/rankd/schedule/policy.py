@@ -55,8 +55,8 @@ class Rules:
 
     def work_ms(self, rows: int, prepare_ms: float) -> float:
         """All that a request takes, in pieces."""
-        calls_ms = sum(self.costs.score(bucket) + CALL_MS for bucket in self.cutter.pieces(rows, self.largest))
-        return prepare_ms + self.costs.rows(rows) + calls_ms
+        pieces = self.cutter.pieces(rows, self.largest)
+        return prepare_ms + self.costs.rows(rows) + self.costs.calls(pieces) + CALL_MS * len(pieces)
 
     def shortest_ms(self, rows: int, prepare_ms: float) -> float:
         """How soon it can be done if all executors work for it."""
@@ -93,14 +93,10 @@ def hopeless(waiting: Waiting, now: float) -> list[int]:
 
 def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None:
     """The next call of one of `idle` executors; None if nothing can be run."""
-    turns = waiting.turn[: waiting.size]
-    if not turns.size:
+    if not waiting.runnable:
         return None
-    first = int(turns.argmin())
-    if turns[first] == NEVER:
-        return None
-    rows = int(waiting.rows[first])
-    others = int(np.count_nonzero(turns < NEVER)) - 1
+    first = int(waiting.turn[: waiting.size].argmin())
+    rows, others = int(waiting.rows[first]), waiting.runnable - 1
     largest = _largest(waiting, first, idle, others, now, rules)
     bucket = rules.cutter.first(rows, largest)
     if not (waiting.prepared[first] or waiting.resident[first]):
@@ -130,8 +126,10 @@ def _largest(waiting: Waiting, first: int, idle: int, others: int, now: float, r
 def _in_time(waiting: Waiting, first: int, largest: int, now: float, rules: Rules) -> int:
     """The largest bucket up to `largest` whose call makes the fewest others late."""
     size = waiting.size
-    latest = waiting.latest[:size]
-    exposed = latest[(latest < now + rules.costs.score(largest) / 1e3) & (waiting.turn[:size] < NEVER)]
+    latest, end = waiting.latest[:size], now + rules.costs.score(largest) / 1e3
+    if latest.min() >= end:
+        return largest
+    exposed = latest[(latest < end) & (waiting.turn[:size] < NEVER)]
     if not exposed.size:
         return largest
     ends = {bucket: now + rules.costs.score(bucket) / 1e3 for bucket in rules.cutter.buckets if bucket <= largest}

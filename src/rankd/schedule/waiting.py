@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from rankd.types import Array
+from rankd.types import Array, Int64Array
 
 NEVER = math.inf
 FIRST_CAPACITY = 64
@@ -30,11 +30,16 @@ class Waiting:
     tail      the bucket of the rest if that may share a call: one piece, of a user who is prepared or resident; else 0
     prepared  the state is there
     resident  (before it is prepared) it is in memory, so that preparing it is quick
+
+    `order` and `places` are the slots that are taken, and their places, in the order of these: kept so, since sorting
+    a thousand of them for each newcomer is a quarter of all that the schedule does for it.
     """
 
     def __init__(self, capacity: int = FIRST_CAPACITY) -> None:
         self.size = 0
         self.count = 0
+        self.runnable = 0
+        """Slots that an executor may be given now."""
         self._free: list[int] = []
         self.turn = np.full(capacity, NEVER)
         self.place = np.full(capacity, NEVER)
@@ -45,23 +50,55 @@ class Waiting:
         self.tail = np.zeros(capacity, np.int64)
         self.prepared = np.zeros(capacity, bool)
         self.resident = np.zeros(capacity, bool)
+        self._order = np.zeros(capacity, np.int64)
+        self._places = np.full(capacity, NEVER)
+
+    @property
+    def order(self) -> Int64Array:
+        """(count,) slots by place; of equal places the one that came first is first. A view."""
+        return self._order[: self.count]
+
+    @property
+    def places(self) -> Array:
+        """(count,) ascending. A view."""
+        return self._places[: self.count]
 
     def add(self, place: float, deadline: float, latest: float, left_ms: float, rows: int, resident: bool) -> int:
         """A slot for a request that cannot run yet."""
         slot = self._take()
         self.place[slot], self.deadline[slot], self.latest[slot] = place, deadline, latest
         self.left_ms[slot], self.rows[slot], self.resident[slot] = left_ms, rows, resident
+        rank, count = int(self.places.searchsorted(place, side="right")), self.count
+        for column, value in ((self._order, slot), (self._places, place)):
+            column[rank + 1 : count + 1] = column[rank:count]
+            column[rank] = value
         self.count += 1
         return slot
 
     def remove(self, slot: int) -> None:
         """Free a slot."""
-        self.turn[slot] = self.place[slot] = self.deadline[slot] = self.latest[slot] = NEVER
+        rank, count = int(self.places.searchsorted(self.place[slot], side="left")), self.count
+        while self._order[rank] != slot:
+            rank += 1
+        for column in (self._order, self._places):
+            column[rank : count - 1] = column[rank + 1 : count]
+        self.hold(slot)
+        self.place[slot] = self.deadline[slot] = self.latest[slot] = NEVER
         self.left_ms[slot] = 0.0
         self.rows[slot] = self.tail[slot] = 0
         self.prepared[slot] = self.resident[slot] = False
         self._free.append(slot)
         self.count -= 1
+
+    def let_run(self, slot: int) -> None:
+        """An executor may be given it, when it is its turn."""
+        self.runnable += int(self.turn[slot] == NEVER)
+        self.turn[slot] = self.place[slot]
+
+    def hold(self, slot: int) -> None:
+        """No executor may be given it now."""
+        self.runnable -= int(self.turn[slot] != NEVER)
+        self.turn[slot] = NEVER
 
     def total_rows(self) -> int:
         """Candidates that wait."""
@@ -80,9 +117,9 @@ class Waiting:
         return self.size - 1
 
     def _grow(self) -> None:
-        for name in ("turn", "place", "deadline", "latest"):
+        for name in ("turn", "place", "deadline", "latest", "_places"):
             setattr(self, name, _longer(getattr(self, name), NEVER))
-        for name in ("left_ms", "rows", "tail", "prepared", "resident"):
+        for name in ("left_ms", "rows", "tail", "prepared", "resident", "_order"):
             setattr(self, name, _longer(getattr(self, name), 0))
 
 

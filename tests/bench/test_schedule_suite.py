@@ -19,11 +19,13 @@ from .test_serving import TINY
 WIDER = TINY.replace("values = [3, 8]", "values = [3, 8, 40]").replace("candidates = [4, 8]", "candidates = [40]")
 
 
-def test_four_buckets_an_octave() -> None:
+def test_buckets_of_the_suite() -> None:
     assert fine_buckets(40) == (16, 20, 24, 28, 32, 40)
     assert fine_buckets(10) == (10,)
     buckets = fine_buckets(1000)
     assert buckets[-1] == 1000
+    assert {72, 80, 104, 208, 960} < set(buckets)
+    assert all(b <= a * 1.126 for a, b in pairwise(buckets[8:]))
     assert all(b <= a * 1.26 for a, b in pairwise(buckets))
 
 

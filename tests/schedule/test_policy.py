@@ -72,6 +72,9 @@ def test_small_requests_of_several_users_share_a_call_in_their_order() -> None:
     slots = [put(waiting, rules, 10 + number, at=float(number)) for number in range(6)]
     put(waiting, rules, 40, at=0.5)
     assert decide(waiting, 1, 9.0, rules) == Call(tuple(slots[:4]), 16)
+    for slot in slots[3:]:
+        waiting.hold(slot)
+    assert decide(waiting, 1, 9.0, rules) == Call(tuple(slots[:2]), 16)  # a call for three was not warmed
     alone = rules_of(most_users=lambda bucket: 1)
     assert decide(waiting, 1, 9.0, alone) == Call((slots[0],), 16)
 

@@ -21,6 +21,7 @@ from rankd.engine.backend import EngineConfig
 from rankd.errors import ConfigError
 from rankd.schedule.schedule_config import ScheduleConfig
 from rankd.serve import messages
+from rankd.serve.grpc_server import RANKING
 from rankd.serve.lifecycle import Server
 from rankd.serve.settings import ServeConfig
 from tests.features.stores.redis_server import eventually
@@ -289,3 +290,21 @@ def test_ports(demo_models: Path) -> None:
     with pytest.raises(ConfigError, match="without gRPC"):
         _ = without.grpc_address
     without.close()
+
+
+def test_readiness_is_answered_however_many_wait(
+    server: Server, channel: grpc.Channel, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, gate = slow(server, monkeypatch)
+    kind, rank = messages.message("rankd.v1.RankRequest"), method(channel, "rankd.v1.Ranking", "Rank")
+    request = kind(user_id="slow", candidates=["a"])
+    waiting = [rank.future(request, timeout=60) for _ in range(RANKING)]
+    ranker = server.repository.get()
+    eventually(lambda: ranker.schedule.unfinished == RANKING, "all wait")
+    assert client.is_server_ready()
+    with pytest.raises(grpc.RpcError, match="RPCs are waiting") as refused:
+        rank(request, timeout=60)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    gate.set()
+    assert all(len(one.result().scores) for one in waiting)
+    assert rank(request, timeout=60).scores

@@ -105,7 +105,8 @@ def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None
     most = rules.most_users(bucket)
     if waiting.tail[first] != bucket or most == 1 or not others:
         return Call((first,), bucket)
-    return Call((first, *_joining(waiting, first, bucket, most - 1)), bucket)
+    slots = (first, *_joining(waiting, first, bucket, most - 1))
+    return Call(slots[: 1 << (len(slots).bit_length() - 1)], bucket)  # calls are warmed for 1, 2, 4, 8 users
 
 
 def _largest(waiting: Waiting, first: int, idle: int, others: int, now: float, rules: Rules) -> int:

@@ -3,16 +3,19 @@
 In: messages. Out: messages, or a status with the error's code and words; an overloaded server also says when to come
 back (`retry-after-ms` in the trailing metadata). The deadline of an RPC is a request's `timeout_ms`, whichever is
 earlier; an RPC that is cancelled leaves the schedule at once. A thread serves an RPC from its first byte to its last:
-`CALLS` at once, more are refused with RESOURCE_EXHAUSTED.
+`CALLS` at once, of which `RANKING` may wait for scores; more are refused with RESOURCE_EXHAUSTED. Who asks whether the
+server is ready is answered by one of the others, however many requests wait.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,7 +32,9 @@ from rankd.serve.settings import ServeConfig
 from rankd.types import RankRequest, Scores
 
 log = logging.getLogger("rankd")
-CALLS = 128
+CALLS, RANKING = 128, 112
+FULL_S = 0.1
+"""After which to try again where RANKING wait: one of them is answered sooner."""
 MOST_WORDS = 1000
 """Of an error: a status travels in metadata, whose size is limited."""
 FOREVER_S = 1e9
@@ -47,6 +52,7 @@ class GrpcServer:
         """
         self._repository = repository
         self._threads = ThreadPoolExecutor(CALLS, "rankd-grpc")
+        self._room = threading.BoundedSemaphore(RANKING)
         options = [
             ("grpc.max_receive_message_length", config.max_body_bytes),
             ("grpc.max_send_message_length", -1),
@@ -90,29 +96,52 @@ class GrpcServer:
         return _generic(grpc_ranking.SERVICE, {"Rank": self._rank, "AppendEvents": events})
 
     def _infer(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return _guarded(lambda: self._infer_one(request, context, _Cancelling(context)), context)
+        def infer() -> Any:
+            with self._a_place():
+                return self._infer_one(request, context, _Cancelling(context))
+
+        return _guarded(infer, context)
 
     def _infer_one(self, request: Any, context: grpc.ServicerContext, cancelling: _Cancelling) -> Any:
         header, decoded = self._decoded(grpc_inference.decode_infer, request)
         return grpc_inference.encode_infer(self._rank_with(decoded, context, cancelling), header)
 
     def _stream(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        """One after the other; an error is an answer, and the stream goes on."""
+        """One after the other; an error is an answer, and the stream goes on. It has its place as long as it lives."""
         answer, cancelling = message("inference.ModelStreamInferResponse"), _Cancelling(context)
-        for request in requests:
-            try:
-                yield answer(infer_response=self._infer_one(request, context, cancelling))
-            except RankdError as error:
-                yield answer(error_message=str(error))
-            except CancelledError:
-                return
+        with ExitStack() as held:
+            _guarded(lambda: held.enter_context(self._a_place()), context)
+            for request in requests:
+                try:
+                    yield answer(infer_response=self._infer_one(request, context, cancelling))
+                except RankdError as error:
+                    yield answer(error_message=str(error))
+                except CancelledError:
+                    return
 
     def _rank(self, request: Any, context: grpc.ServicerContext) -> Any:
         def rank() -> Any:
-            decoded = self._decoded(grpc_ranking.decode_rank, request)
-            return grpc_ranking.encode_scores(self._rank_with(decoded, context, _Cancelling(context)))
+            with self._a_place():
+                decoded = self._decoded(grpc_ranking.decode_rank, request)
+                return grpc_ranking.encode_scores(self._rank_with(decoded, context, _Cancelling(context)))
 
         return _guarded(rank, context)
+
+    @contextmanager
+    def _a_place(self) -> Iterator[None]:
+        """One of those who may wait for scores.
+
+        Raises:
+            Overloaded: all are taken.
+        """
+        if not self._room.acquire(blocking=False):
+            raise Overloaded(
+                f"{RANKING} RPCs are waiting for scores, and no more are taken: try again in {FULL_S} s", FULL_S
+            )
+        try:
+            yield
+        finally:
+            self._room.release()
 
     def _decoded(self, decode: Callable[[Any], Any], request: Any) -> Any:
         started = time.perf_counter()

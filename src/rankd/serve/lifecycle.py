@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Self
 
@@ -135,7 +136,7 @@ class Server:
             access_log=False,
             log_level="warning",
             lifespan="off",
-            timeout_graceful_shutdown=int(self._config.drain_seconds) or 1,
+            timeout_graceful_shutdown=ceil(self._config.drain_seconds),
             backlog=BACKLOG,
         )
         return _DrainingServer(config, self.repository, self._drain_grpc)

@@ -26,15 +26,16 @@ from rankd.train.recipe import ModelChoice
 from tests.train.small_log import RECIPE, small_dataset
 
 DATASET = small_dataset()
-KINDS = ["climber", "sasrec", "examples/attentive_pooling.py:AttentivePooling"]
+KINDS = ["climber", "sasrec", "dlrm", "examples/attentive_pooling.py:AttentivePooling"]
 
 
 def made(kind: str) -> nn.Module:
     torch.manual_seed(1)
     options = RECIPE.model.options if kind == "climber" else {}
     model = create_model(kind, DATASET.schema, options)
+    std = 0.1 if kind == "dlrm" else 0.2  # cross layers multiply: its logits would be in the thousands
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+        nn.init.normal_(parameter, std=std)
     return model.eval()
 
 

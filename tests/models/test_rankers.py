@@ -18,7 +18,7 @@ from rankd.models.climber import Climber, Layer, time_bucket
 from rankd.models.protocol import create_model, is_split, logits_of
 from tests.features.sample_schema import DAY, make_history, make_items, make_schema, make_user
 
-KINDS = ["climber", "sasrec", "examples/attentive_pooling.py:AttentivePooling"]
+KINDS = ["climber", "sasrec", "dlrm", "examples/attentive_pooling.py:AttentivePooling"]
 ITEMS, USER, NOW = make_items(), make_user(), 100 * DAY
 SCHEMAS = {kind: make_schema(SubSequence(Strategy.RECENT)) if kind != "climber" else make_schema() for kind in KINDS}
 
@@ -59,7 +59,7 @@ def test_any_split_scores_like_the_whole(kind: str, rows: list[int], candidates:
     torch.testing.assert_close(parts, scores(kind, rows, candidates), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["climber", "sasrec"])
+@pytest.mark.parametrize("kind", ["climber", "sasrec", "dlrm"])
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 31), max_size=3), CANDIDATES)
 def test_padding_of_the_history_changes_nothing(kind: str, rows: list[int], candidates: list[int]) -> None:
@@ -96,7 +96,7 @@ def test_history_and_candidate_matter(kind: str) -> None:
 
 
 def test_which_models_have_a_state() -> None:
-    assert [is_split(MODELS[kind]) for kind in KINDS] == [True, True, False]
+    assert [is_split(MODELS[kind]) for kind in KINDS] == [True, True, True, False]
 
 
 def test_climber_reads_every_block_position_and_time() -> None:

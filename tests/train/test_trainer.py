@@ -77,7 +77,13 @@ def test_padding_does_not_enter_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", [ModelChoice("sasrec", {"width": 8}), ModelChoice("examples/attentive_pooling.py:AttentivePooling")]
+    "choice",
+    [
+        ModelChoice("sasrec", {"width": 8}),
+        ModelChoice("dlrm", {"dim": 8}),
+        ModelChoice("dlrm", {"dim": 8, "interaction": "dot"}),
+        ModelChoice("examples/attentive_pooling.py:AttentivePooling"),
+    ],
 )
 def test_other_rankers_train_by_the_same_code(tmp_path: Path, choice: ModelChoice) -> None:
     training = msgspec.structs.replace(RECIPE.training, learning_rate=2e-2, batch_size=8)

@@ -74,7 +74,11 @@ def logits_of(model: nn.Module, history: Tensors, candidates: Tensors) -> Tensor
     return result
 
 
-BUILT_IN = {"climber": "rankd.models.climber:Climber", "sasrec": "rankd.models.sasrec:SASRec"}
+BUILT_IN = {
+    "climber": "rankd.models.climber:Climber",
+    "sasrec": "rankd.models.sasrec:SASRec",
+    "dlrm": "rankd.models.dlrm:Dlrm",
+}
 
 
 def create_model(kind: str, schema: FeatureSchema, options: Mapping[str, Any]) -> nn.Module:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from rankd.machine_code import from_dtype, kernel, part, prefetch, read, types, written
 from rankd.features.schema import FIRST_ITEM_ROW, PADDING_ROW
+from rankd.machine_code import from_dtype, kernel, part, prefetch, read, types, written
 from rankd.types import Array, Float32Array, Int32Array, Int64Array
 
 ORDER = ("seen", "count", "recency", "cadence", "affinity", "recent_affinity", "events", "idle")

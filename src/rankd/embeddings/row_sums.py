@@ -210,14 +210,18 @@ def _call(code: Code, name: str, result: Any, *arguments: Value) -> Value:
     return code.call(function, arguments)
 
 
-def _ask_to_write(_context: Any, _address: Any) -> tuple[Any, Any]:
-    """Ask for the cache line of an address, int64, before it is written to."""
+def _asking(to_write: bool) -> Callable[[int], None]:
+    """An intrinsic that asks for the cache line of an address, int64."""
 
     def codegen(context: Any, code: Code, _signature: Any, arguments: Any) -> Value:
-        _prefetch(code, arguments[0], to_write=True)
+        _prefetch(code, arguments[0], to_write)
         return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+    def ask(_context: Any, _address: Any) -> tuple[Any, Any]:
+        return types.void(types.int64), codegen
+
+    made: Callable[[int], None] = _extending.intrinsic(ask)
+    return made
 
 
-ask_to_write: Callable[[int], None] = _extending.intrinsic(_ask_to_write)
+ask_to_read, ask_to_write = _asking(to_write=False), _asking(to_write=True)

@@ -19,7 +19,7 @@ from rankd.embeddings.pooling import Pooling
 from rankd.embeddings.row_storage import SCALED
 from rankd.embeddings.table_file import Table
 from rankd.embeddings.table_layout import COLUMN, layout
-from rankd.embeddings.table_spec import TablePart, TableStorage
+from rankd.embeddings.table_spec import TablePart, TableSpec, TableStorage
 from rankd.errors import ConfigError, InvalidRequest
 from rankd.types import Array, Float32Array
 
@@ -95,6 +95,20 @@ def test_a_part_without_rows_has_empty_bags_only() -> None:
     assert np.array_equal(pooling.pool(asked_of(("t",), [[], []])), np.zeros((2, 3)))
     with pytest.raises(InvalidRequest, match="id 0 is not in table 't', which has no rows here"):
         pooling.pool(asked_of(("t",), [[], [0]]))
+
+
+@pytest.mark.parametrize("storage", TableStorage)
+def test_the_width_of_a_table_changes_no_sum(storage: TableStorage) -> None:
+    """The same numbers are added by vectors of other widths, under a mask or not."""
+    wide = made_table("t", 50, WIDTHS[-1], storage)
+    asked = random_request(("t",), 50, 20, 40)
+    sums = LocalTables([wide]).pool(asked)
+    for dim in WIDTHS[:-1]:
+        spec = TableSpec("t", 50, dim, storage)
+        scales = 8 if storage in SCALED else 0
+        kept = wide.records[:, : spec.row_bytes - scales]
+        records = np.concatenate([kept, wide.records[:, wide.spec.row_bytes - scales :]], axis=1)
+        assert np.array_equal(LocalTables([Table(spec, TablePart("t"), records)]).pool(asked), sums[:, :dim])
 
 
 def guarded(records: Array) -> Array:

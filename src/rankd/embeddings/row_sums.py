@@ -2,7 +2,8 @@
 
 In: addresses, as plain integers counted in bytes. Out: float32 at an address. The sums of some columns of a bag stay in
 registers while its rows pass by, and rows further on are asked for meanwhile. Every column adds its numbers in the
-order of the ids, so neither the width of a table nor that of the vectors changes a sum.
+order of the ids, so neither the width of a table nor that of the vectors changes a sum. What lines of the output to
+write to is not asked for: that measured the same.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rankd.embeddings.row_storage import SCALED
 from rankd.embeddings.table_layout import LINE_BYTES
 from rankd.embeddings.table_spec import TableStorage
 from rankd.machine_code import types
@@ -22,14 +24,14 @@ _extending: Any = importlib.import_module("numba.extending")
 
 AHEAD = 32
 """Rows are asked for so many ids before they are added: random rows of a large table are what a sum waits for. 12 to 64
-measure the same; 4 a fifth less."""
+measure the same, 4 takes a third longer (`rankd bench tables`, fp32 and int8 of 128 numbers)."""
 TAIL_LANES = 16
 """Most columns of a sum under a mask, which reads nothing past the end of a row."""
 
 Code = Any  # an llvmlite builder
 Value = Any  # an llvmlite value
 Load = Callable[[Any, int], Value]
-"""(kind, lanes): a vector from where a row's columns begin."""
+"""(kind, lanes): a vector of integers from where a row's columns begin."""
 _BYTE, _SHORT, _INT, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
 _FUSED = ("contract",)
@@ -78,9 +80,9 @@ def sum_of_rows(storage: TableStorage, lanes: int, masked: bool) -> Callable[...
 
 
 def _write_sum(code: Code, storage: TableStorage, lanes: int, masked: bool, asked: _Sum) -> None:
-    scaled = storage in (TableStorage.INT8, TableStorage.INT4)
+    scaled = storage in SCALED
     zeros = ir.Constant(ir.VectorType(_FLOAT, lanes), [0.0] * lanes)
-    there = _first_lanes(code, asked.columns, lanes) if masked else None
+    columns = asked.columns if masked else None
     before = code.block
     head, body, after = (code.append_basic_block(name) for name in ("ids", "row", "summed"))
     code.branch(head)
@@ -91,7 +93,7 @@ def _write_sum(code: Code, storage: TableStorage, lanes: int, masked: bool, aske
     code.position_at_end(body)
     _ask_ahead(code, asked, place)
     far = code.mul(_id_at(code, asked.ids, place), asked.stride)
-    numbers = _numbers(code, storage, lanes, _loader(code, code.add(asked.rows, far), asked.columns, there))
+    numbers = _numbers(code, storage, lanes, _loader(code, code.add(asked.rows, far), columns, lanes))
     more = offsets
     if scaled:
         both = code.load(_pointer(code, code.add(asked.scales, far), ir.VectorType(_FLOAT, 2)), align=1)
@@ -111,9 +113,10 @@ def _write_sum(code: Code, storage: TableStorage, lanes: int, masked: bool, aske
     code.position_at_end(after)
     total = code.fadd(sums, _spread(code, offsets, lanes)) if scaled else sums
     pointer = _pointer(code, asked.out, total.type)
-    if there is None:
+    if columns is None:
         code.store(total, pointer, align=4)
     else:
+        there = _first_lanes(code, columns, lanes)
         _call(code, f"llvm.masked.store.v{lanes}f32.p0", ir.VoidType(), total, pointer, _INT(4), there)
 
 
@@ -129,7 +132,7 @@ def _ask_ahead(code: Code, asked: _Sum, place: Value) -> None:
     number = code.phi(_LONG)
     far = code.mul(number, _LONG(LINE_BYTES))
     far = code.select(code.icmp_signed("<", far, asked.last), far, asked.last)
-    _prefetch(code, code.add(address, far), to_write=False)
+    _prefetch(code, code.add(address, far))
     following = code.add(number, _LONG(1))
     number.add_incoming(_LONG(0), entry)
     number.add_incoming(following, line)
@@ -137,22 +140,20 @@ def _ask_ahead(code: Code, asked: _Sum, place: Value) -> None:
     code.position_at_end(ready)
 
 
-def _prefetch(code: Code, address: Value, to_write: bool) -> None:
+def _prefetch(code: Code, address: Value) -> None:
     """Ask for a cache line; nothing waits for it, and as a hint it may be of any address.
 
-    Into the second cache, whose queue of misses is longer than the first one's: random rows come 1.5 times as fast
-    (AMD Zen 5; fp32, fp16 and int8 of 128 numbers, 1,000,000 rows).
+    Into the second cache, whose queue of misses is longer than the first one's: random rows of 1,000,000 come 1.4 to 2
+    times as fast (AMD Zen 5; 128 numbers in fp32, fp16 and int8).
     """
-    _call(
-        code, "llvm.prefetch.p0", ir.VoidType(), _pointer(code, address, _BYTE), _INT(int(to_write)), _INT(2), _INT(1)
-    )
+    _call(code, "llvm.prefetch.p0", ir.VoidType(), _pointer(code, address, _BYTE), _INT(0), _INT(2), _INT(1))
 
 
 def _numbers(code: Code, storage: TableStorage, lanes: int, load: Load) -> Value:
     """The numbers of a row as floats, before scale and offset."""
     floats = ir.VectorType(_FLOAT, lanes)
     if storage is TableStorage.FP32:
-        return load(_FLOAT, lanes)
+        return code.bitcast(load(_INT, lanes), floats)
     if storage is TableStorage.FP16:
         return code.fpext(code.bitcast(load(_SHORT, lanes), ir.VectorType(ir.HalfType(), lanes)), floats)
     if storage is TableStorage.INT8:
@@ -165,19 +166,19 @@ def _numbers(code: Code, storage: TableStorage, lanes: int, load: Load) -> Value
     return code.uitofp(code.shuffle_vector(low, high, ir.Constant(ir.VectorType(_INT, lanes), order)), floats)
 
 
-def _loader(code: Code, address: Value, columns: Value, there: Value | None) -> Load:
-    """Loads at an address: all lanes, or, under a mask, those of the first `columns` columns."""
+def _loader(code: Code, address: Value, columns: Value | None, total: int) -> Load:
+    """Loads of a row's next `total` columns at an address; under a mask, of the first `columns` of them."""
 
     def load(kind: Any, lanes: int) -> Value:
         vector = ir.VectorType(kind, lanes)
         pointer = _pointer(code, address, vector)
-        if there is None:
+        if columns is None:
             return code.load(pointer, align=1)
-        wanted, name = there, f"{'f' if kind is _FLOAT else 'i'}{32 if kind is _FLOAT else kind.width}"
-        if lanes != there.type.count:  # two columns a byte
-            wanted = _first_lanes(code, code.lshr(code.add(columns, _LONG(1)), _LONG(1)), lanes)
-        nothing = ir.Constant(vector, [0] * lanes)
-        return _call(code, f"llvm.masked.load.v{lanes}{name}.p0", vector, pointer, _INT(1), wanted, nothing)
+        # Of int4 a lane is two columns, of which the last may have one.
+        wanted = columns if lanes == total else code.lshr(code.add(columns, _LONG(1)), _LONG(1))
+        there, nothing = _first_lanes(code, wanted, lanes), ir.Constant(vector, [0] * lanes)
+        name = f"llvm.masked.load.v{lanes}i{kind.width}.p0"
+        return _call(code, name, vector, pointer, _INT(1), there, nothing)
 
     return load
 
@@ -210,18 +211,14 @@ def _call(code: Code, name: str, result: Any, *arguments: Value) -> Value:
     return code.call(function, arguments)
 
 
-def _asking(to_write: bool) -> Callable[[int], None]:
-    """An intrinsic that asks for the cache line of an address, int64."""
+def _ask_to_read(_context: Any, _address: Any) -> tuple[Any, Any]:
+    """Ask for the cache line of an address, int64."""
 
     def codegen(context: Any, code: Code, _signature: Any, arguments: Any) -> Value:
-        _prefetch(code, arguments[0], to_write)
+        _prefetch(code, arguments[0])
         return context.get_dummy_value()
 
-    def ask(_context: Any, _address: Any) -> tuple[Any, Any]:
-        return types.void(types.int64), codegen
-
-    made: Callable[[int], None] = _extending.intrinsic(ask)
-    return made
+    return types.void(types.int64), codegen
 
 
-ask_to_read, ask_to_write = _asking(to_write=False), _asking(to_write=True)
+ask_to_read: Callable[[int], None] = _extending.intrinsic(_ask_to_read)

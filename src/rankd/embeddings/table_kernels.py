@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rankd.embeddings.row_sums import TAIL_LANES, ask_to_write, sum_of_rows
+from rankd.embeddings.row_sums import TAIL_LANES, sum_of_rows
 from rankd.embeddings.table_layout import (
     ADDRESS,
     COLUMN,
     DIM,
     LAST_LINE,
-    LINE_BYTES,
     LINES,
     ROWS,
     STORAGE,
@@ -29,8 +28,6 @@ WIDE, MIDDLE = 128, 64
 """Columns that are summed at once: eight and four registers of AVX-512, so that one pass over the ids is enough for the
 usual widths."""
 _FLOAT_BYTES, _ID_BYTES, _BYTE_BITS = 4, 8, 8
-_OUT_AHEAD = 4
-"""Samples before their sums are written to, that their cache lines are asked for."""
 _FP32, _FP16, _INT8, _INT4 = (STORAGES.index(one) for one in TableStorage)
 _Sum = Callable[[Int64Array, int, int, int, int, int], None]
 
@@ -97,8 +94,6 @@ def sum_bags(tables: Int64Array, offsets: Int64Array, ids: Int64Array, first: in
         following = offsets[min((table + 1) * samples, last)] - start
         here = ids.ctypes.data + start * _ID_BYTES
         sums = out.ctypes.data + bag % samples * line_bytes + tables[table, COLUMN] * _FLOAT_BYTES
-        for line in range(0, tables[table, DIM] * _FLOAT_BYTES, LINE_BYTES):
-            ask_to_write(sums + _OUT_AHEAD * line_bytes + line)
         if storage == _FP32:
             _sum_fp32(tables, table, here, end - start, following, sums)
         elif storage == _FP16:

@@ -1,7 +1,7 @@
 """The tables of MLPerf's DLRM-DCNv2 (26, of Criteo's click logs), made smaller, and requests for them.
 
-In: a factor and a seed. Out: `TableSpec`s, rows, and `JaggedIds`. Each sample asks every table for a fixed number of ids,
-214 in all, drawn uniformly: the worst case for caches, where real logs repeat their popular ids.
+In: a factor and a seed. Out: `TableSpec`s, rows, and `JaggedIds`. Each sample asks every table for a fixed number of
+ids, 214 in all, drawn uniformly: the worst case for caches, where real logs repeat their popular ids.
 """
 
 from __future__ import annotations

@@ -115,13 +115,19 @@ def _one_storage(
         tables = [_made(spec, Path(folder)) for spec in specs]
         peers = peer_calls(tables, asked)
         differences = _parity(storage, tables, asked, peers)
+        before = torch.get_num_threads()
         for threads in options.threads:
             torch.set_num_threads(threads)
             with LocalTables(tables, threads) as ours:
-                runs: dict[str, Run] = {"rankd": lambda number, ours=ours: ours.pool(asked[number]), **peers}
+                runs: dict[str, Run] = {"rankd": _ours(ours, asked), **peers}
                 taken = _in_turn(runs, options.runs)
             rows += [_row(name, storage, threads, asked, specs, one, speeds[threads]) for name, one in taken.items()]
+        torch.set_num_threads(before)
     return rows, differences
+
+
+def _ours(tables: LocalTables, asked: Sequence[JaggedIds]) -> Run:
+    return lambda number: tables.pool(asked[number])
 
 
 def _made(spec: TableSpec, folder: Path) -> Table:

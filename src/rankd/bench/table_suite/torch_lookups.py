@@ -111,10 +111,10 @@ def _fbgemm_call(tables: Sequence[Table], asked: Sequence[JaggedIds]) -> Call:
     batched.weights_host = torch.from_numpy(huge_memory(batched.weights_host.numel()))
     for table, (weights, scales) in zip(tables, batched.split_embedding_weights(), strict=True):
         if table.spec.storage in SCALED:
-            weights.copy_(torch.from_numpy(np.ascontiguousarray(table.records[:, :-_SCALE_BYTES])))
+            weights.copy_(torch.from_numpy(table.records[:, :-_SCALE_BYTES].copy()))
             scales.copy_(torch.from_numpy(_half_scales(table)))
         else:
-            weights.copy_(torch.from_numpy(np.ascontiguousarray(table.records)))
+            weights.copy_(torch.from_numpy(table.records.copy()))
     inputs = [tuple(torch.from_numpy(part.astype(np.int32)) for part in (one.ids, one.offsets)) for one in asked]
 
     def call(number: int) -> list[Tensor]:

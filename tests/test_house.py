@@ -16,6 +16,7 @@ SOURCE = Path(rankd.__file__).parent
 FLOORS = [
     ["errors", "types"],
     ["config", "observe"],
+    ["machine_code"],
     ["embeddings"],
     ["features"],
     ["artifact"],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 QUIET = 0.05
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
-NOT_FIGURES = ("contestant", "loop", "threads", "reason", "table", "policy")
+NOT_FIGURES = ("contestant", "loop", "threads", "reason", "table", "policy", "storage")
 MOST_COLUMNS = 6
 
 Row = dict[str, Any]

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from rankd.features.machine_code import from_dtype, kernel, part, prefetch, read, types, written
 from rankd.features.schema import FIRST_ITEM_ROW, PADDING_ROW
+from rankd.machine_code import from_dtype, kernel, part, prefetch, read, types, written
 from rankd.types import Array, Float32Array, Int32Array, Int64Array
 
 ORDER = ("seen", "count", "recency", "cadence", "affinity", "recent_affinity", "events", "idle")
-"""The match features as `columns` counts them. Not taken from `schema.py`: numba keeps machine code until the files
-that `machine_code.py` names change, so what is compiled into it has to stand there."""
+"""The match features as `columns` counts them; the code below counts on this order."""
 SECONDS_A_DAY = 86_400.0
 RECENT_DAYS = 30.0
 SLOTS_A_PLACE = 4

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from rankd.features.cache.row_cache import AGING, EVICTED, INSERTED, PROBED, READ, USED, WAYS, Slots
-from rankd.features.machine_code import kernel, part, prefetch, read, types, written
 from rankd.features.rows.decoding_kernels import DECODING, write_codes, write_numbers
 from rankd.features.rows.row_decoding import Decoding, RowStatus
+from rankd.machine_code import kernel, part, prefetch, read, types, written
 from rankd.types import Array, Float32Array, Int32Array, Int64Array
 
 # Without stubs; `importlib` keeps them Any for the type checker.

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rankd.features.machine_code import kernel, part, prefetch, read, types, written
 from rankd.features.rows.row_decoding import Decoding
+from rankd.machine_code import kernel, part, prefetch, read, types, written
 from rankd.types import Array, Float32Array, Int32Array, Int64Array
 
 AHEAD = 16

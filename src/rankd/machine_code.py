@@ -1,15 +1,17 @@
-"""numba's compiler under typed names, for the loops over candidates, hashes and rows: `match_kernels.py`,
-`rows/decoding_kernels.py`, `cache/cache_kernels.py`.
+"""numba's compiler under typed names, for the loops over candidates, hashes, rows and tables: the files `*_kernels.py`.
 
 Importing this file imports numba (.5 s): files of kernels do, and are imported themselves when they are first needed.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast
 
 from rankd.types import Array
@@ -22,15 +24,37 @@ _numba: Any = importlib.import_module("numba")
 _cgutils: Any = importlib.import_module("numba.core.cgutils")
 types: Any = _numba.types
 from_dtype: Any = _numba.from_dtype
-_FILES = (
-    "machine_code.py",
-    "match_kernels.py",
-    "rows/decoding_kernels.py",
-    "rows/row_decoding.py",
-    "cache/cache_kernels.py",
-    "cache/row_cache.py",
-)
-_SOURCE = zlib.crc32(b"".join((Path(__file__).parent / name).read_bytes() for name in _FILES))
+_ROOT = Path(__file__).parent
+
+
+def sources(file: Path) -> set[Path]:
+    """A file of ours, those of ours that it imports, those that they import, and so on: all that machine code made of
+    it can contain."""
+    found, new = set(), {file}
+    while new:
+        found |= new
+        new = {one for name in new for one in _imported(name)} - found
+    return found
+
+
+@cache
+def _imported(file: Path) -> tuple[Path, ...]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    package = _ROOT.name
+    places = [_ROOT.parent.joinpath(*name.split(".")) for name in names if name.split(".")[0] == package]
+    files = [one for place in places for one in (place.with_suffix(".py"), place / "__init__.py")]
+    return tuple(one for one in files if one.is_file())
+
+
+@cache
+def source_number(file: Path) -> int:
+    """Tells the contents of `sources(file)` from others."""
+    return zlib.crc32(b"".join(one.read_bytes() for one in sorted(sources(file))))
 
 
 def read(kind: Any, dimensions: int, layout: str = "A") -> Any:
@@ -52,13 +76,14 @@ def part(function: Callable[P, R]) -> Callable[P, R]:
 def kernel(*signatures: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Compiled now, the lock of the interpreter free while it runs; kept on disk if there is a place to write.
 
-    What is kept goes by the content of _FILES, from which kernels have parts and constants: numba looks at the kernel's
-    own file only.
+    What is kept goes by the content of all `sources` of the kernel's file, from which it may have parts and constants:
+    numba looks at the file alone.
     """
 
     def compiled(function: Callable[P, R]) -> Callable[P, R]:
         options = {"nogil": True, "error_model": "numpy"}
-        function.__qualname__ = f"{function.__name__}_{_SOURCE:08x}"
+        number = source_number(Path(cast(FunctionType, function).__code__.co_filename))
+        function.__qualname__ = f"{function.__name__}_{number:08x}"
         try:
             made = _numba.njit(list(signatures), cache=True, **options)(function)
         except (RuntimeError, OSError):  # no place that can be written to, or none left in it

@@ -1,0 +1,1 @@
+"""`rankd bench tables`: pooled look-up beside torch and FBGEMM."""

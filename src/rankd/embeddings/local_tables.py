@@ -1,0 +1,143 @@
+"""Tables in this process, looked up and pooled: the nearest implementation of `pooling.Pooling`.
+
+In: `Table`s (`table_file.py`), and ids (`jagged.py`). Out: sums (B, W) float32. `table_kernels.py` has the loops.
+
+With several threads the bags, in the order table by table and sample by sample, are cut into spans of about as many
+ids each; the caller and its helpers take one span after the other. A bag is summed by one thread in the order of its
+ids, so the sums are the same for every number of threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from types import MappingProxyType, TracebackType
+
+import numpy as np
+
+from rankd.embeddings.jagged import JaggedIds
+from rankd.embeddings.table_file import Table
+from rankd.embeddings.table_layout import COLUMN, DIM, FIELDS, layout
+from rankd.errors import ConfigError, InvalidRequest, nearest
+from rankd.types import Array, Float32Array, Int64Array
+
+SPANS_A_THREAD = 4
+"""More spans than threads, so that a thread that was interrupted is not waited for."""
+LEAST_IDS = 4096
+"""Of a span: about 100 us of work, several times what it takes to wake a thread."""
+
+
+class LocalTables:
+    """Pools rows of tables with `threads` threads. Thread-safe: any number of callers at once, who share the helpers.
+
+    Ids of a table of which a part is open are rows of that part (`table_spec.py`). The first of a process compiles the
+    loops (seconds; kept on disk for the next process).
+
+    Raises:
+        ConfigError: two tables of the same name, or no thread.
+    """
+
+    def __init__(self, tables: Iterable[Table], threads: int = 1) -> None:
+        # Imported here: it brings numba, which takes half a second.
+        from rankd.embeddings import table_kernels
+
+        self._tables = tuple(tables)  # kept, for the layouts are bare addresses
+        self._numbers = {table.spec.name: number for number, table in enumerate(self._tables)}
+        if len(self._numbers) != len(self._tables):
+            raise ConfigError(f"tables have names of their own; given: {[one.spec.name for one in self._tables]}")
+        if threads < 1:
+            raise ConfigError(f"{threads} threads were given; look-ups take at least 1")
+        self._layouts = np.asarray([layout(table) for table in self._tables], np.int64).reshape(-1, FIELDS)
+        self._kernels, self._threads = table_kernels, threads
+        self._helpers = ThreadPoolExecutor(threads - 1, "rankd-tables") if threads > 1 else None
+
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        """By name."""
+        return MappingProxyType({table.spec.name: table for table in self._tables})
+
+    def pool(self, asked: JaggedIds) -> Float32Array:
+        """(B, W) float32, see `Pooling.pool`.
+
+        Raises:
+            InvalidRequest: an unknown table, arrays that are not as `JaggedIds` says, or an id outside of its table.
+        """
+        _check_array("offsets", asked.offsets)
+        _check_array("ids", asked.ids)
+        asked.check()
+        layouts = self._layouts[[self._number(name) for name in asked.tables]]
+        ends = np.cumsum(layouts[:, DIM])
+        layouts[:, COLUMN] = ends - layouts[:, DIM]
+        out = np.empty((asked.num_samples, int(ends[-1]) if len(ends) else 0), np.float32)
+        wrong = self._sum(layouts, np.ascontiguousarray(asked.offsets), np.ascontiguousarray(asked.ids), out)
+        if wrong >= 0:
+            raise self._outside(asked, wrong)
+        return out
+
+    def close(self) -> None:
+        """End the helpers; calls that are under way end first."""
+        if self._helpers is not None:
+            self._helpers.shutdown()
+
+    def __enter__(self) -> LocalTables:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _sum(self, layouts: Int64Array, offsets: Int64Array, ids: Int64Array, out: Float32Array) -> int:
+        """Write all sums; returns the first place in `ids` of an id outside of its table, or -1."""
+        spans = _spans(offsets, self._threads)
+
+        def work() -> list[int]:
+            found: list[int] = []
+            while True:
+                try:
+                    first, last = spans.popleft()
+                except IndexError:
+                    return found
+                found.append(self._kernels.sum_bags(layouts, offsets, ids, first, last, out))
+
+        if self._helpers is None or len(spans) == 1:
+            found = work()
+        else:
+            helping = [self._helpers.submit(work) for _ in range(min(self._threads, len(spans)) - 1)]
+            found = work()
+            # Who has not begun by now, being busy for another caller, finds nothing to do.
+            found += [place for future in helping if not future.cancel() for place in future.result()]
+        return min((place for place in found if place >= 0), default=-1)
+
+    def _number(self, name: str) -> int:
+        number = self._numbers.get(name)
+        if number is None:
+            raise InvalidRequest(
+                f"there is no table '{name}' here, only {list(self._numbers)}.{nearest(name, self._numbers)}"
+            )
+        return number
+
+    def _outside(self, asked: JaggedIds, place: int) -> InvalidRequest:
+        bag = int(np.searchsorted(asked.offsets, place, side="right")) - 1
+        name = asked.tables[bag // asked.num_samples]
+        rows = len(self._tables[self._numbers[name]].records)
+        allowed = f" of {rows} rows: give 0 to {rows - 1}" if rows else ", which has no rows here"
+        return InvalidRequest(f"id {asked.ids[place]} is not in table '{name}'{allowed}")
+
+
+def _check_array(name: str, array: Array) -> None:
+    if array.dtype != np.int64 or array.ndim != 1:
+        raise InvalidRequest(f"{name} are int64 in one dimension, not {array.dtype} of shape {array.shape}")
+
+
+def _spans(offsets: Int64Array, threads: int) -> deque[tuple[int, int]]:
+    """Bags as (first, last + 1), in order: of about as many ids each, none below LEAST_IDS save the only one."""
+    bags, ids = len(offsets) - 1, int(offsets[-1])
+    count = min(threads * SPANS_A_THREAD, ids // LEAST_IDS) if threads > 1 else 1
+    if count <= 1:
+        return deque([(0, bags)])
+    cuts = np.searchsorted(offsets, np.arange(1, count) * (ids // count))
+    ends = [0, *cuts.tolist(), bags]
+    return deque(pairwise(ends))

@@ -17,6 +17,8 @@ from typing import Self
 import numpy as np
 
 from rankd.artifact import Artifact
+from rankd.embeddings.local_tables import LocalTables
+from rankd.embeddings.model_tables import open_model_tables
 from rankd.engine import thread_plan
 from rankd.engine.backend import Backend, EngineConfig, Executor
 from rankd.engine.targets import load_backend
@@ -24,6 +26,7 @@ from rankd.engine.warming import Shapes, encode_ms, most_new_tokens, score_ms, w
 from rankd.errors import InvalidRequest, Unavailable
 from rankd.features import assembly
 from rankd.features.catalogue import Catalogue
+from rankd.features.embedded import EmbeddedInputs
 from rankd.features.feature_config import FeatureConfig
 from rankd.features.reading.shared_features import FeatureService
 from rankd.features.reading.version_features import Fetch, VersionFeatures
@@ -58,10 +61,13 @@ class Ranker:
         backend: Backend,
         states: States,
         schedule: ScheduleConfig | None = None,
+        tables: LocalTables | None = None,
     ) -> None:
         self.artifact, self.catalogue, self.features, self.backend = artifact, catalogue, features, backend
         self.manifest, self.schema, self.states = artifact.manifest, artifact.schema, states
-        self.path = RequestPath(artifact.manifest, catalogue, features, states, self._begin)
+        self._tables = tables
+        embedded = EmbeddedInputs(artifact.schema, tables) if tables is not None else None
+        self.path = RequestPath(artifact.manifest, catalogue, features, states, self._begin, embedded)
         self._executors = [backend.executor() for _ in range(backend.num_executors)]
         self._shapes = Shapes(self.manifest, backend.state_type)
         self._own_service: FeatureService | None = None
@@ -101,7 +107,9 @@ class Ranker:
         backend = load_backend(artifact, engine or EngineConfig(), engine_state_type(keep))
         service = features or FeatureService(FeatureConfig())
         version = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))
-        ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule)
+        widths = artifact.schema.embedded_widths
+        tables = open_model_tables(artifact.path, widths) if widths else None
+        ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule, tables)
         ranker._own_service = None if features is not None else service
         ranker.start()
         return ranker
@@ -156,6 +164,8 @@ class Ranker:
             self._schedule.close()
         self.states.close()
         self.features.close()
+        if self._tables is not None:
+            self._tables.close()
         if self._own_service is not None:
             self._own_service.close()
 

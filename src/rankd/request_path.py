@@ -13,7 +13,7 @@ says what it is, and is called again when it is there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from rankd.engine.backend import Executor
 from rankd.errors import DeadlineExceeded
 from rankd.features.assembly import fill_history, fill_item_columns, fill_request_columns, until
 from rankd.features.catalogue import Catalogue
+from rankd.features.embedded import EmbeddedInputs
 from rankd.features.reading.stored_events import empty_history
 from rankd.features.reading.version_features import Fetch, VersionFeatures
 from rankd.features.requests import history_of_events, request_time, user_features_with
@@ -36,7 +37,7 @@ from rankd.observe.clocks import StageClock
 from rankd.schedule.packing import Packing
 from rankd.schedule.served import Part, When
 from rankd.states.lending import HeldState, NoStates, StateBusy, States
-from rankd.types import Float32Array, RankRequest, Scores, UserHistory
+from rankd.types import Array, Float32Array, RankRequest, Scores, UserHistory
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +56,7 @@ class RankItem:
     held: HeldState | None = None
     alone: bool = False
     user: UserFeatures | None = None
+    context: Float32Array | None = None
     lent: ExitStack = field(default_factory=ExitStack)
 
 
@@ -71,9 +73,10 @@ class RequestPath:
         features: VersionFeatures,
         states: States,
         begin: Callable[[RankItem], Fetch],
+        embedded: EmbeddedInputs | None = None,
     ) -> None:
         self.manifest, self.schema, self.catalogue = manifest, manifest.schema, catalogue
-        self.features, self.states, self._begin = features, states, begin
+        self.features, self.states, self._begin, self._embedded = features, states, begin, embedded
         self.packing = Packing()
         self._staging = WeakKeyDictionary[Executor, InputBuffers]()  # of executors that are in use
         self._weights = np.asarray([task.rank_weight for task in self.schema.tasks], np.float32)
@@ -141,6 +144,8 @@ class RequestPath:
         fill_item_columns(self.schema, items, rows, into)
         self.features.fill_items(item.fetch, into, part.first, part.count)
         fill_request_columns(self.schema, items, item.history, rows, item.user, item.now, into)
+        if self._embedded is not None:
+            self._look_up(self._embedded, item, into, part.count)
         if part.first == 0:
             item.clock.lap("features")
 
@@ -187,6 +192,14 @@ class RequestPath:
     def drop(self, item: RankItem) -> None:
         """Give the state back."""
         item.lent.close()
+
+    def _look_up(self, embedded: EmbeddedInputs, item: RankItem, into: Mapping[str, Array], count: int) -> None:
+        """Rows of tables that are not in the graph, pooled: for a part, and once for the request."""
+        embedded.fill_candidates(into, count)
+        if "context_embedded" in into:
+            if item.context is None:  # two executors may both compute it: they find the same
+                item.context = embedded.context(_held(item).state.arrays, into)
+            into["context_embedded"][0] = item.context
 
     def _history(self, item: RankItem) -> UserHistory:
         """The events up to the moment of the request, which is found on the way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,18 +12,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rankd import Ranker, RankRequest
+from rankd.bench.parity import stored_features
 from rankd.build.checks import kept_state, reference_logits
 from rankd.build.pack import BuildOptions, build_artifact, next_version, parity_requests
+from rankd.embeddings.table_spec import TableStorage
 from rankd.engine.backend import EngineConfig, Precision
-from rankd.errors import BuildError, ConfigError
+from rankd.errors import ArtifactError, BuildError, ConfigError
 from rankd.features.schema import FeatureSchema
-from rankd.models.protocol import create_model
+from rankd.models.protocol import EmbeddedModel, create_model
 from rankd.train.batches import sample_features
 from rankd.train.evaluation import make_test_events
 from rankd.train.recipe import ModelChoice
+from rankd.types import Features
 from tests.train.small_log import RECIPE, small_dataset
 
 DATASET = small_dataset()
@@ -181,3 +186,55 @@ def test_an_extend_that_forgets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="a state that was extended"):
         build_artifact(tmp_path, ForgetsTheState(DATASET.schema), DATASET, RECIPE, BuildOptions("films", "1"))
     assert not (tmp_path / "films" / "1").exists()
+
+
+@pytest.mark.parametrize(("storage", "bound"), [("fp32", 1e-3), ("fp16", 0.05), ("int8", 0.3)])
+def test_tables_beside_the_graph_give_the_scores_of_those_in_it(tmp_path: Path, storage: str, bound: float) -> None:
+    """From requests through the whole server path, and from the artifact's own evaluation."""
+    model = made("dlrm")
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("dlrm", {}))
+    options = BuildOptions("films", "1", tables=TableStorage(storage))
+    place = build_artifact(tmp_path, model, DATASET, recipe, options)
+    names = {path.name for path in (place / "embeddings").iterdir()}
+    assert names == {f"{name}.safetensors" for name in dlrm_tables(model)}
+    assert not any("tokens" in name for name in load_file(place / "weights.safetensors"))
+    users, items = DATASET.log.user_ids, DATASET.log.item_ids
+    with Ranker.load(place, EngineConfig(executors=1)) as ranker:
+        for user in (*users[:5], "nobody"):
+            candidates = (*items[:9], "unheard of", items[3])
+            given = ranker.rank(RankRequest(user, candidates)).scores
+            features = stored_features(ranker.features, RankRequest(user, candidates))
+            plain = {name: array for name, array in features.candidates.items() if not name.endswith("_embedded")}
+            expected = reference_logits(model, Features(features.history, plain, features.num_candidates))
+            expected[-2] = DATASET.schema.missing_item_score
+            np.testing.assert_allclose(given, expected, atol=bound)
+            assert np.abs(given - expected).max() > 0 or storage == "fp32"
+
+
+def test_a_model_with_its_tables_in_its_graph_keeps_them_there(tmp_path: Path) -> None:
+    options = BuildOptions("films", "1", tables=TableStorage.FP32)
+    with pytest.raises(BuildError, match="build it without --tables"):
+        build_artifact(tmp_path, made("sasrec"), DATASET, RECIPE, options)
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "other rows"])
+def test_damaged_tables_are_refused(tmp_path: Path, harm: str) -> None:
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("dlrm", {}))
+    options = BuildOptions("films", "1", tables=TableStorage.FP32)
+    place = build_artifact(tmp_path, made("dlrm"), DATASET, recipe, options)
+    table = place / "embeddings" / "item.safetensors"
+    if harm == "missing":
+        table.unlink()
+    elif harm == "cut":
+        table.write_bytes(table.read_bytes()[:-4])
+    else:
+        content = bytearray(table.read_bytes())
+        content[100] ^= 1
+        table.write_bytes(bytes(content))
+    with pytest.raises(ArtifactError, match=r"item\.safetensors"):
+        Ranker.load(place, EngineConfig(executors=1))
+
+
+def dlrm_tables(model: nn.Module) -> dict[str, Any]:
+    assert isinstance(model, EmbeddedModel)
+    return model.tables()

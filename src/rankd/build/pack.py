@@ -20,13 +20,15 @@ from torch import nn
 from rankd.artifact import FORMAT, Artifact, EngineRecord, Manifest, list_versions, write_artifact
 from rankd.build.checks import check_split, measure_parity
 from rankd.build.export import export
+from rankd.build.outside_tables import embedded_requests, write_tables
+from rankd.embeddings.table_spec import TableStorage
 from rankd.engine.backend import Precision
 from rankd.engine.targets import PRECISIONS, check_target, runs_here, why_not, why_not_model
 from rankd.errors import BuildError
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
 from rankd.features.schema import FeatureSchema, candidate_specs, history_specs
-from rankd.models.protocol import is_extendable, is_split
+from rankd.models.protocol import EmbeddedModel, is_extendable, is_split
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset
 from rankd.types import Features, UserHistory
@@ -38,6 +40,9 @@ PARITY_REQUESTS = 32
 class BuildOptions:
     """What the artifact is called, the targets it is built for, and the precision it is served in by default.
 
+    `tables` says how the embedding tables of a model that can do without them in its graph are kept beside it; None:
+    they stay in the graph.
+
     A target that cannot compute in that precision is refused, or with `fall_back` served in one that it can; whatever
     else it can is checked and recorded too. No targets: OpenVINO, and the native engine if it computes in that
     precision and suits the model and this machine.
@@ -48,6 +53,7 @@ class BuildOptions:
     precision: Precision = Precision.FP32
     targets: tuple[str, ...] = ()
     fall_back: bool = False
+    tables: TableStorage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,11 @@ def build_artifact(
 
 def pack(root: Path, contents: Contents, options: BuildOptions) -> Path:
     """Export, check and write an artifact; raises as `build_artifact`."""
+    if options.tables is not None:
+        if not isinstance(contents.model, EmbeddedModel):
+            raise BuildError(f"model '{contents.kind}' has its tables in its graph; build it without --tables")
+        schema = msgspec.structs.replace(contents.schema, embedded=contents.model.embedded())
+        contents = replace(contents, schema=schema)
     if not options.targets:
         native = options.precision in PRECISIONS["native"] and not _unsuitable("native", contents)
         options = replace(options, targets=("openvino", "native") if native else ("openvino",))
@@ -114,21 +125,23 @@ def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
     model, schema = contents.model, contents.schema
     for target in options.targets:
         state = export(model, schema, target, folder / "engines" / target)
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    outside = write_tables(folder, model, options.tables) if options.tables is not None else frozenset()
+    weights = {name: t.detach().contiguous() for name, t in model.state_dict().items() if t.data_ptr() not in outside}
     save_file(weights, folder / "weights.safetensors")
     contents.catalogue.save(folder / "tables")
+    requests = embedded_requests(folder, schema, contents.requests)
     unchecked = Manifest(
         format=FORMAT,
         name=options.name,
         version=options.version,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=contents.kind,
-        split=is_split(model),
+        split=is_split(model) and not schema.embedded,
         schema=schema,
         history_inputs=history_specs(schema),
         candidate_inputs=candidate_specs(schema),
         state=state,
-        extends=is_extendable(model),
+        extends=is_extendable(model) and not schema.embedded,
         engines={},
         options=dict(contents.options),
         metrics=dict(contents.metrics),
@@ -139,7 +152,7 @@ def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
         served = options.precision if options.precision in usable else usable[0]
         record = EngineRecord(served.value, {precision.value: 0.0 for precision in usable})
         draft = Artifact(folder, msgspec.structs.replace(unchecked, engines={target: record}))
-        parity = {p.value: measure_parity(model, draft, target, p, contents.requests) for p in usable}
+        parity = {p.value: measure_parity(model, draft, target, p, requests) for p in usable}
         engines[target] = msgspec.structs.replace(record, parity=parity)
     return msgspec.structs.replace(unchecked, engines=engines)
 

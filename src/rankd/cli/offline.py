@@ -111,6 +111,11 @@ def evaluate(
     help="openvino, native, onnxruntime, reference; several times for several. Left out: openvino; in bf16 native too.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Served so by default.")
+@click.option(
+    "--tables",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    help="Embedding tables beside the graph, kept so (dlrm); left out: in the graph.",
+)
 @click.option("--data", type=click.Path(path_type=Path), help="Where the log is now, if it was moved.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
 def build(
@@ -120,6 +125,7 @@ def build(
     version: str | None,
     targets: tuple[str, ...],
     precision: str,
+    tables: str | None,
     data: Path | None,
     as_json: bool,
 ) -> None:
@@ -130,12 +136,14 @@ def build(
     _need_torch("rankd build")
     from rankd.artifact import Artifact
     from rankd.build.pack import BuildOptions, build_artifact, next_version
+    from rankd.embeddings.table_spec import TableStorage
     from rankd.engine.backend import Precision
     from rankd.train.run import open_run, read_metrics
 
     about, dataset, model = open_run(run, data)
     name = name or about.description.name
-    options = BuildOptions(name, version or next_version(out / name), Precision(precision), targets)
+    storage = None if tables is None else TableStorage(tables)
+    options = BuildOptions(name, version or next_version(out / name), Precision(precision), targets, tables=storage)
     place = build_artifact(out, model, dataset, about.recipe, options, read_metrics(run))
     parities = {target: record.parity for target, record in Artifact.open(place).manifest.engines.items()}
     if as_json:

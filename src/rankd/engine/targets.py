@@ -51,6 +51,8 @@ def why_not_model(target: str, model: str, options: Mapping[str, Any], schema: F
 
     `model` is a name of `models.protocol`, `options` are those of its constructor.
     """
+    if target == "reference" and schema.embedded:
+        return "the reference computes with the tables in the graph; build it without --tables"
     return native.why_not(options, schema, model) or "" if target == "native" else ""
 
 

@@ -70,6 +70,33 @@ class Numeric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log1p: bool = False
 
 
+class EmbeddedSide(Enum):
+    """Whose rows an embedded feature pools."""
+
+    ITEM = "item"  # the candidate's own row
+    ITEM_COLUMN = "item_column"  # the values of one of its categorical columns
+    USER_COLUMN = "user_column"  # those of the user's
+    HISTORY = "history"  # the items of a sub-sequence
+
+
+class EmbeddedFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A sum of rows of an embedding table that is not in the graph: looked up beside it, and one of its inputs.
+
+    `index` counts the columns, or the sub-sequences, of its side. Row 0 of a table is nobody's: code 0 and padding are
+    left out. A column's first value is row 1 of its table.
+    """
+
+    table: str
+    dim: int
+    side: EmbeddedSide
+    index: int = 0
+
+    @property
+    def of_request(self) -> bool:
+        """Whether all candidates of a request share it."""
+        return self.side in (EmbeddedSide.USER_COLUMN, EmbeddedSide.HISTORY)
+
+
 class DefaultTime(Enum):
     """What "now" is for a request that does not say: the wall clock, or the end of the log (for old logs)."""
 
@@ -114,6 +141,7 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_end: int = 0
     default_time: DefaultTime = DefaultTime.WALL
     missing_item_score: float = -30.0
+    embedded: tuple[EmbeddedFeature, ...] = ()
 
     @property
     def num_sub_sequences(self) -> int:
@@ -144,6 +172,21 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def candidate_numeric(self) -> int:
         """F of candidates: the items' own numeric columns, then the match features."""
         return len(self.item_numeric) + len(self.match)
+
+    @property
+    def candidate_embedded(self) -> tuple[EmbeddedFeature, ...]:
+        """What is looked up for each candidate, in the order of the columns of `candidate_embedded`."""
+        return tuple(feature for feature in self.embedded if not feature.of_request)
+
+    @property
+    def context_embedded(self) -> tuple[EmbeddedFeature, ...]:
+        """What is looked up once for a request, in the order of the columns of `context_embedded`."""
+        return tuple(feature for feature in self.embedded if feature.of_request)
+
+    @property
+    def embedded_widths(self) -> dict[str, int]:
+        """Numbers a row of each embedding table that is not in the graph, by name."""
+        return {feature.table: feature.dim for feature in self.embedded}
 
     @property
     def max_candidates(self) -> int:
@@ -202,4 +245,17 @@ def candidate_specs(schema: FeatureSchema) -> tuple[TensorSpec, ...]:
         specs.append(TensorSpec("context_categories", "int32", ("B", schema.user_columns)))
     if schema.user_numeric:
         specs.append(TensorSpec("context_numeric", "float32", ("B", len(schema.user_numeric))))
+    if schema.candidate_embedded:
+        specs.append(TensorSpec("candidate_embedded", "float32", ("B", "C", _width(schema.candidate_embedded))))
+    if schema.context_embedded:
+        specs.append(TensorSpec("context_embedded", "float32", ("B", _width(schema.context_embedded))))
     return tuple(specs)
+
+
+def graph_specs(schema: FeatureSchema) -> tuple[TensorSpec, ...]:
+    """Of `candidate_specs` those that are inputs of a graph whose tables are outside: no ids, and no moment."""
+    return tuple(spec for spec in candidate_specs(schema) if spec.name.endswith(("_numeric", "_embedded")))
+
+
+def _width(features: tuple[EmbeddedFeature, ...]) -> int:
+    return sum(feature.dim for feature in features)

@@ -3,7 +3,8 @@ summing, a small network over the numbers, and the interaction of the two.
 
 `DlrmNet` is the dense part alone: numbers and pooled embeddings in, logits out. `Dlrm` is a ranker around it, whose
 tables are those of a FeatureSchema: items, each categorical column of items and of users, and the items of the user's
-history. What is pooled of the history is the state: a sum, so that new events are added to it.
+history. What is pooled of the history is the state: a sum, so that new events are added to it. Built with its tables
+beside the graph, it reads what was pooled (`score_embedded`), and the state is looked up with the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-from rankd.features.schema import PADDING_ROW, UNKNOWN_ROW, Categorical, FeatureSchema
+from rankd.features.schema import (
+    PADDING_ROW,
+    UNKNOWN_ROW,
+    Categorical,
+    EmbeddedFeature,
+    EmbeddedSide,
+    FeatureSchema,
+)
 from rankd.models.protocol import Tensors
 
 BOTTOM = (512, 256)
@@ -132,7 +140,23 @@ class Dlrm(nn.Module):
     def score(self, state: Tensors, candidates: Tensors) -> Tensor:
         """Logits (B, C, K)."""
         pooled = self.dropout(self.tokens.candidates(state["pooled"], candidates))
-        logits: Tensor = self.net(_numbers(candidates), pooled)
+        logits: Tensor = self.net(_numbers(candidates, pooled[..., 0, :1]), pooled)
+        return logits
+
+    def embedded(self) -> tuple[EmbeddedFeature, ...]:
+        """What is pooled, in the order of the vectors."""
+        return self.tokens.embedded()
+
+    def tables(self) -> dict[str, Tensor]:
+        """The tables (rows, D) by name."""
+        return self.tokens.tables()
+
+    def score_embedded(self, candidates: Tensors) -> Tensor:
+        """Logits (B, C, K) where rows were looked up and pooled elsewhere."""
+        own = candidates["candidate_embedded"].unflatten(-1, (-1, self.tokens.dim))
+        shared = candidates["context_embedded"].unflatten(-1, (-1, self.tokens.dim)).unsqueeze(1)
+        pooled = torch.cat([own, shared.expand(-1, own.shape[1], -1, -1)], -2)
+        logits: Tensor = self.net(_numbers(candidates, own[..., 0, :1]), pooled)
         return logits
 
 
@@ -141,13 +165,31 @@ class PooledTables(nn.Module):
 
     def __init__(self, schema: FeatureSchema, dim: int, item_dropout: float) -> None:
         super().__init__()
-        self.item_dropout = item_dropout
+        self.dim, self.item_dropout = dim, item_dropout
         self.item = _table(schema.num_item_rows, dim)
         self.item_columns = nn.ModuleList(_table(column.size + 1, dim) for column in schema.item_categorical)
         self.user_columns = nn.ModuleList(_table(column.size + 1, dim) for column in schema.user_categorical)
         self._item_places = _places(schema.item_categorical)
         self._user_places = _places(schema.user_categorical)
-        self.features = 1 + len(self.item_columns) + len(self.user_columns) + schema.num_sub_sequences
+        self._item_names = tuple(f"item.{column.name}" for column in schema.item_categorical)
+        self._user_names = tuple(f"user.{column.name}" for column in schema.user_categorical)
+        self._blocks = schema.num_sub_sequences
+        self.features = len(self.embedded())
+
+    def embedded(self) -> tuple[EmbeddedFeature, ...]:
+        """F features, those of a candidate before those of a request."""
+        dim = self.dim
+        return (
+            EmbeddedFeature("item", dim, EmbeddedSide.ITEM),
+            *(EmbeddedFeature(n, dim, EmbeddedSide.ITEM_COLUMN, i) for i, n in enumerate(self._item_names)),
+            *(EmbeddedFeature("item", dim, EmbeddedSide.HISTORY, block) for block in range(self._blocks)),
+            *(EmbeddedFeature(n, dim, EmbeddedSide.USER_COLUMN, i) for i, n in enumerate(self._user_names)),
+        )
+
+    def tables(self) -> dict[str, Tensor]:
+        """(rows, D) by name."""
+        columns = zip((*self._item_names, *self._user_names), (*self.item_columns, *self.user_columns), strict=True)
+        return {"item": self.item.weight, **{name: table.get_parameter("weight") for name, table in columns}}
 
     def history(self, history: Tensors) -> Tensor:
         """(B, N, D): of each sub-sequence the sum of its items; padding counts nothing."""
@@ -160,9 +202,10 @@ class PooledTables(nn.Module):
         """(B, C, F, D) from what was pooled of the history, the candidates and the context."""
         items = _sum_of_rows(self.item, self._shown(candidates["candidate_item"]).unsqueeze(-1)).unsqueeze(-2)
         shape = (*items.shape[:2], -1, -1)
-        vectors = [items, history.unsqueeze(1).expand(shape)]
+        vectors = [items]
         for table, (first, last, offset) in zip(self.item_columns, self._item_places, strict=True):
             vectors.append(_pooled(table, candidates["candidate_categories"][..., first:last], offset))
+        vectors.append(history.unsqueeze(1).expand(shape))
         for table, (first, last, offset) in zip(self.user_columns, self._user_places, strict=True):
             user = _pooled(table, candidates["context_categories"][..., first:last], offset)
             vectors.append(user.unsqueeze(1).expand(shape))
@@ -200,14 +243,15 @@ def _sum_of_rows(table: nn.Module, rows: Tensor) -> Tensor:
     return pooled
 
 
-def _numbers(candidates: Tensors) -> Tensor:
-    """(B, C, M): numbers of the candidates, then those of the user; one zero where there are none."""
-    shape = (*candidates["candidate_item"].shape, -1)
+def _numbers(candidates: Tensors, like: Tensor) -> Tensor:
+    """(B, C, M): numbers of the candidates, then those of the user; one zero where there are none. `like` is (B, C,
+    1)."""
+    shape = (*like.shape[:2], -1)
     parts = [candidates["candidate_numeric"]] if "candidate_numeric" in candidates else []
     if "context_numeric" in candidates:
         parts.append(candidates["context_numeric"].unsqueeze(1).expand(shape))
     if not parts:
-        return torch.zeros_like(candidates["candidate_item"], dtype=torch.float32).unsqueeze(-1)
+        return torch.zeros_like(like)
     return torch.cat(parts, -1)
 
 

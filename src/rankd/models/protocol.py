@@ -25,7 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from rankd.errors import ArtifactError, ConfigError, nearest
-from rankd.features.schema import FeatureSchema
+from rankd.features.schema import EmbeddedFeature, FeatureSchema
 
 Tensors = Mapping[str, Tensor]
 
@@ -56,6 +56,23 @@ class ExtendableModel(RankingModel, Protocol):
         ...
 
 
+@runtime_checkable
+class EmbeddedModel(Protocol):
+    """A ranker whose embedding tables can live outside of its graph: it scores what was looked up and pooled."""
+
+    def embedded(self) -> tuple[EmbeddedFeature, ...]:
+        """What is pooled, those features of a candidate before those of a request."""
+        ...
+
+    def tables(self) -> dict[str, Tensor]:
+        """The tables (rows, D) by name; row 0 is nobody's."""
+        ...
+
+    def score_embedded(self, candidates: Tensors) -> Tensor:
+        """Logits (B, C, K) of `candidate_embedded` and `context_embedded` with the numbers of candidates and user."""
+        ...
+
+
 def is_extendable(model: nn.Module) -> bool:
     """Whether new events can be appended to the model's state."""
     return isinstance(model, ExtendableModel)
@@ -67,7 +84,9 @@ def is_split(model: nn.Module) -> bool:
 
 
 def logits_of(model: nn.Module, history: Tensors, candidates: Tensors) -> Tensor:
-    """Logits (B, C, K), whichever of the two shapes the model has. Training and parity checks call this."""
+    """Logits (B, C, K), whichever of the shapes the model has. Training and parity checks call this."""
+    if "candidate_embedded" in candidates and isinstance(model, EmbeddedModel):
+        return model.score_embedded(candidates)
     if isinstance(model, RankingModel):
         return model.score(model.encode(history), candidates)
     result: Tensor = model(history, candidates)

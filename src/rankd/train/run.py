@@ -19,9 +19,11 @@ from torch import nn
 
 from rankd.artifact import Artifact
 from rankd.config import read_struct
+from rankd.embeddings.model_tables import open_model_tables
 from rankd.engine.backend import EngineConfig, Precision
 from rankd.engine.targets import load_backend
 from rankd.errors import ConfigError, DataError, nearest
+from rankd.features.embedded import EmbeddedInputs
 from rankd.models.protocol import create_model
 from rankd.train.baselines import baselines
 from rankd.train.batches import sample_features
@@ -159,15 +161,17 @@ def engine_scorer(artifact: Path, precision: Precision, dataset: Dataset) -> Sco
         ConfigError: the artifact was built for another schema.
     """
     opened = Artifact.open(artifact)
-    if opened.schema != dataset.schema:
+    if msgspec.structs.replace(opened.schema, embedded=()) != dataset.schema:
         raise ConfigError(f"{artifact} was built from another log or recipe than this run")
     executor = load_backend(opened, EngineConfig(precision=precision, executors=1)).executor()
-    widest = dataset.schema.max_candidates
+    widest, widths = dataset.schema.max_candidates, opened.schema.embedded_widths
+    embedded = EmbeddedInputs(opened.schema, open_model_tables(opened.path, widths)) if widths else None
 
     def scorer(sample: Sample, rows: Int32Array) -> Float32Array:
         parts = []
         for start in range(0, len(rows), widest):
             features = sample_features(dataset, dataset.schema, sample, rows[start : start + widest])
+            features = features if embedded is None else embedded.embed(features)
             lengths = tuple(features.history["history_length"][0].tolist())
             state = UserState(executor.encode(features.history), lengths)
             parts.append(executor.score([state], features.candidates)[0, : features.num_candidates])

@@ -15,8 +15,9 @@ SOURCE = Path(rankd.__file__).parent
 # Each folder or file may import those before it (and itself). `cli`, `demo` and `bench` stand above all.
 FLOORS = [
     ["errors", "types"],
-    ["config", "observe"],
+    ["config", "observe", "picture"],
     ["embeddings"],
+    ["plan"],
     ["features"],
     ["artifact"],
     ["models"],

@@ -131,11 +131,11 @@ def states(
     Replays who came when: hit rates of every policy at several budgets for the whole trace, then latencies with the
     engine at the same budgets, without states, and with states on disk.
     """
-    from rankd.bench.picture import check_picture
     from rankd.bench.report import print_report
     from rankd.bench.state_suite.states import StatesOptions, draw_picture, run_states
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.picture import check_picture
     from rankd.states.state_config import Storage
 
     if picture is not None:

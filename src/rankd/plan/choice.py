@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from rankd.errors import ConfigError
 from rankd.plan.byte_sizes import show_bytes
 from rankd.plan.cost_model import CostModel
-from rankd.plan.layout import MemoryLimits, Plan, Strategy
 from rankd.plan.prediction import Prediction, predict
+from rankd.plan.shard_layout import MemoryLimits, Plan, Strategy
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_statistics import TableLoad
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankd.plan.cost_model import CostModel
-from rankd.plan.layout import Plan
 from rankd.plan.request_work import RequestWork
+from rankd.plan.shard_layout import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """A cluster without servers: requests go through a plan's steps (`request_work.py`) event by event, in made-up time.
 
 In: when requests come and how large they are, what one takes, and how many servers there are. Out: when each was done,
-and how busy servers were. Servers have cores and a queue; a task has one core. What is started is finished first: a
-main server takes answered requests before new ones. Requests go to the servers of a kind in turn. Not simulated: links
-that several requests share, and memory bandwidth that cores share.
+and how busy servers were. Servers have cores and a queue; a task has one core. A main server sends the calls of new
+requests before it finishes answered ones, so that shards work meanwhile; the other way round calls wait for dense
+parts, come in bunches, and p99 was twice as long on slow wires. Requests go to the servers of a kind in turn. Not
+simulated: links that several requests share, and memory bandwidth that cores share.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class _Task:
 @dataclass(slots=True)
 class _Server:
     idle: int
-    answered: deque[_Task] = field(default_factory=deque)
     new: deque[_Task] = field(default_factory=deque)
+    answered: deque[_Task] = field(default_factory=deque)
     worked_us: float = 0.0
 
 
@@ -143,7 +144,7 @@ class _Simulation:
 
     def _serve(self, server: _Server, now: float) -> None:
         """Give idle cores work, if there is any."""
-        while server.idle and (queue := server.answered or server.new):
+        while server.idle and (queue := server.new or server.answered):
             task = queue.popleft()
             server.idle -= 1
             server.worked_us += task.takes_us

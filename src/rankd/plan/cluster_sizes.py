@@ -15,9 +15,9 @@ from rankd.plan.choice import ALONE
 from rankd.plan.cluster_shape import ClusterShape, spread_servers
 from rankd.plan.cluster_simulation import Stragglers, poisson_requests, simulate_cluster
 from rankd.plan.cost_model import CostModel
-from rankd.plan.layout import MemoryLimits, Plan, Strategy
 from rankd.plan.prediction import predict
 from rankd.plan.request_work import request_work
+from rankd.plan.shard_layout import MemoryLimits, Plan, Strategy
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_statistics import TableLoad
 

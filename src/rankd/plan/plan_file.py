@@ -9,8 +9,8 @@ import msgspec
 from rankd.config import read_struct
 from rankd.errors import ConfigError
 from rankd.plan.declaration import Declaration, Net, check_declaration
-from rankd.plan.layout import Plan, check_plan
 from rankd.plan.prediction import Prediction
+from rankd.plan.shard_layout import Plan, check_plan
 
 FORMAT = 1
 

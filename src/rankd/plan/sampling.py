@@ -141,6 +141,6 @@ def _jagged(column: pl.Series, path: Path) -> tuple[Int64Array, Int64Array]:
 
 
 def _int64(ids: pl.Series) -> Int64Array:
-    if ids.dtype.is_float():
-        raise TypeError("these are fractions")
+    if ids.dtype != pl.String and not ids.dtype.is_integer():
+        raise TypeError("these are no whole numbers")
     return ids.cast(pl.Int64).to_numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_a_file_is_read_and_joined(tmp_path: Path) -> None:
     user, item = loads_of(read(tmp_path, GOOD), [TableStatistics("user", lookups=5.0)])
     assert (user.net, user.spec.storage, user.statistics.lookups) == ("who", TableStorage.INT8, 5.0)
     assert (item.net, item.spec.storage, item.statistics.lookups) == ("what", TableStorage.FP32, 3.0)
+
+
+def test_what_the_page_shows_can_be_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    block = page[page.index('    name = "shop"') : page.index("## Statistics")]
+    (load,) = loads_of(read(tmp_path, textwrap.dedent(block)))
+    assert (load.name, load.net, load.spec.storage) == ("user", "who", TableStorage.INT8)
 
 
 def test_given_statistics_go_before_the_declared_ones(tmp_path: Path) -> None:

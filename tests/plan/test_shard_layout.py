@@ -17,7 +17,7 @@ GOOD = Plan(
     shards=(Shard((EVEN, TablePart("b"))), Shard((ODD,))),
     replicated=("c",),
     hot_rows=(HotRows("a", 1),),
-    limits=MemoryLimits(144, 48),
+    limits=MemoryLimits(144, 48, hot_row_bytes=16),
 )
 
 
@@ -58,8 +58,9 @@ def test_the_worked_example_is_right() -> None:
             "by 2 in shard 0 and by 3 in shard 1",
         ),
         (changed(shards=(Shard((EVEN, TablePart("b"))), Shard((TablePart("a", 2, 2),)))), "no rows with remainder 2"),
-        (changed(limits=MemoryLimits(143)), r"shard 0 needs 144 B \(144 bytes\), and 143 B"),
-        (changed(limits=MemoryLimits(None, 47)), "the main process needs 48 B"),
+        (changed(limits=MemoryLimits(hot_row_bytes=15)), "the cache of hot rows needs 16 B"),
+        (changed(limits=MemoryLimits(143, hot_row_bytes=16)), r"shard 0 needs 144 B \(144 bytes\), and 143 B"),
+        (changed(limits=MemoryLimits(None, 47, hot_row_bytes=16)), "the main process needs 48 B"),
     ],
 )
 def test_what_is_wrong_is_named(plan: Plan, message: str) -> None:

@@ -23,7 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 AUTO = "auto"
 STRATEGIES = ("singular", "one-shard", "capacity-balanced", "load-balanced", "net-aware")
 SERVERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MOST_SHARDS = 1024
+MOST_SHARDS = 256
 
 
 class PlanGroup(click.Group):
@@ -108,7 +108,7 @@ def layout(
     print_option(choice.best)
     if len(choice.options) > 1:
         print_options(choice.options)
-    for refused in dict.fromkeys(choice.refused):
+    for refused in choice.refused:
         click.echo(f"refused: {refused}")
     click.echo(choice.reason)
 

@@ -13,7 +13,7 @@ from rankd.errors import ConfigError
 from rankd.plan.byte_sizes import show_bytes
 from rankd.plan.cost_model import CostModel
 from rankd.plan.prediction import Prediction, predict
-from rankd.plan.shard_layout import MemoryLimits, Plan, Strategy
+from rankd.plan.shard_layout import MemoryLimits, Plan, Strategy, show_shards
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_statistics import TableLoad
 
@@ -33,7 +33,7 @@ class Option:
         """ "load-balanced on 4 shards"."""
         if self.plan.strategy in ALONE:
             return self.plan.strategy.value
-        return f"{self.plan.strategy.value} on {len(self.plan.shards)} shards"
+        return f"{self.plan.strategy.value} on {show_shards(len(self.plan.shards))}"
 
     @property
     def p99_ms(self) -> float:
@@ -43,7 +43,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The best option and why, all options that fit, and why others do not."""
+    """The best option and why, all options that fit, and of each strategy why others do not."""
 
     best: Option
     reason: str
@@ -58,18 +58,19 @@ def all_options(
     limits: MemoryLimits,
     costs: CostModel,
 ) -> tuple[list[Option], list[str]]:
-    """Every strategy with every number of shards that fits, and the refusals of those that do not."""
-    options, refused = [], []
+    """Every strategy with every number of shards that fits, and of each that does not, its last refusal."""
+    options: list[Option] = []
+    refused: dict[Strategy, str] = {}
     numbers = list(shards)
     for strategy in strategies:
         for number in numbers[:1] if strategy in ALONE else numbers:
             try:
                 plan = make_plan(strategy, loads, number, limits)
             except ConfigError as error:
-                refused.append(str(error))
+                refused[strategy] = str(error)
                 continue
             options.append(Option(plan, predict(plan, loads, costs)))
-    return options, refused
+    return options, list(refused.values())
 
 
 def choose(
@@ -87,7 +88,7 @@ def choose(
     """
     options, refused = all_options(loads, strategies, shards, limits, costs)
     if not options:
-        raise ConfigError(f"nothing fits: {'; '.join(dict.fromkeys(refused))}")
+        raise ConfigError(f"nothing fits: {'; '.join(refused)}")
     quickest = min(options, key=lambda one: (one.p99_ms, one.prediction.busiest))
     if quickest.p99_ms == math.inf:
         raise ConfigError(

@@ -23,7 +23,8 @@ from rankd.plan.table_statistics import TableLoad
 
 REQUESTS_A_SERVER = 50
 FEWEST_REQUESTS = 3000
-MOST_SHARDS = 256
+SEARCHED_SHARDS = 256
+"""The fewest shards that fit are looked for up to so many."""
 
 
 class ClusterRow(msgspec.Struct, frozen=True):
@@ -60,9 +61,9 @@ def smallest_plans(
     size = sum(load.spec.size_bytes for load in loads if load.spec.size_bytes > limits.replicate_bytes)
     for strategy in strategies:
         fewest = max(2, -(-size // limits.shard_bytes)) if limits.shard_bytes else 2
-        numbers = [num_shards or min(fewest, MOST_SHARDS)]
+        numbers = [num_shards or min(fewest, SEARCHED_SHARDS)]
         if num_shards is None and strategy not in ALONE:
-            numbers = list(range(numbers[0], MOST_SHARDS + 1))
+            numbers = list(range(numbers[0], SEARCHED_SHARDS + 1))
         why = ""
         for number in numbers:
             try:

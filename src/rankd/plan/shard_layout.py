@@ -75,8 +75,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def main_bytes(self) -> int:
         """Of the tables and rows in a main process."""
         specs = self.specs
-        cached = sum(hot.rows * specs[hot.table].row_bytes for hot in self.hot_rows)
-        return cached + sum(specs[name].size_bytes for name in self.replicated)
+        return self.hot_row_bytes + sum(specs[name].size_bytes for name in self.replicated)
+
+    @property
+    def hot_row_bytes(self) -> int:
+        """Of the rows that a main process caches."""
+        specs = self.specs
+        return sum(hot.rows * specs[hot.table].row_bytes for hot in self.hot_rows)
 
     @property
     def shard_bytes(self) -> tuple[int, ...]:
@@ -88,6 +93,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def part_bytes(part: TablePart, spec: TableSpec) -> int:
     """Of the rows of a part."""
     return part.rows_of(spec) * spec.row_bytes
+
+
+def show_shards(number: int) -> str:
+    """ "1 shard", "2 shards"."""
+    return f"{number} shard" if number == 1 else f"{number} shards"
 
 
 def check_plan(plan: Plan, source: str) -> None:
@@ -156,16 +166,21 @@ def _check_cover(table: TableSpec, places: list[tuple[int, TablePart]], copies: 
             )
         owner[part.remainder] = number
         shards_of.add(number)
-    if lost := [one for one in range(min(modulus, table.rows)) if one not in owner]:
+    parts = min(modulus, table.rows)
+    if len(owner) < parts:
+        lost = next(remainder for remainder in range(parts) if remainder not in owner)
         raise ConfigError(
-            f"{source}: nobody has the rows of table '{name}' with remainder {lost[0]} by modulus {modulus} "
-            f"({len(lost)} of {min(modulus, table.rows)} parts are missing)"
+            f"{source}: nobody has the rows of table '{name}' with remainder {lost} by modulus {modulus} "
+            f"({parts - len(owner)} of {parts} parts are missing)"
         )
 
 
 def _check_limits(plan: Plan, source: str) -> None:
     limits = plan.limits
-    places = [("the main process", plan.main_bytes, limits.main_bytes)]
+    places = [
+        ("the cache of hot rows", plan.hot_row_bytes, limits.hot_row_bytes),
+        ("the main process", plan.main_bytes, limits.main_bytes),
+    ]
     places += [(f"shard {number}", size, limits.shard_bytes) for number, size in enumerate(plan.shard_bytes)]
     for place, size, limit in places:
         if limit is not None and size > limit:

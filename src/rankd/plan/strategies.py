@@ -7,8 +7,10 @@
     net-aware           a shard serves as few nets as possible, so that a request makes the fewest calls; then bytes
 
 Small tables are replicated by all of them. Tables are split by row modulus where that makes them fit or balances
-shards, into few parts: each sends back sums of its own. Rows are taken as equally hot in all parts of a table. Shards
-that would have nothing are left out.
+shards, into few parts: each sends back sums of its own. Without limits the heaviest shard has at most 1.25 fair shares
+and one row, so 1.25 times the least possible: tables in a part for each shard weigh on all alike, other parts are a
+quarter of a fair share at most, and shards differ by no more than a part (`part_packing.py`). Rows are taken as equally
+hot in all parts of a table. Shards that would have nothing are left out.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from rankd.errors import ConfigError
 from rankd.plan.byte_sizes import show_bytes
 from rankd.plan.hot_rows import spend_on_hot_rows
 from rankd.plan.part_packing import Bin, Piece, pack
-from rankd.plan.shard_layout import MemoryLimits, Plan, Shard, Strategy, check_plan, part_bytes
+from rankd.plan.shard_layout import MemoryLimits, Plan, Shard, Strategy, check_plan, part_bytes, show_shards
 from rankd.plan.table_statistics import TableLoad, hot_share
 
 GRAINS = (1, 2, 4)
 WIDE = 5
 """Tables are cut into parts of a fair share, a half, a quarter, and up to so many heavy ones into a part a shard."""
 ROUNDING = 1e-9
+"""Of a part: a weight of just one share is one part, whatever the last digit says."""
 BALANCED = 1.1
 """A shard may have so many times its fair share before tables are cut into more parts."""
 Weights = Mapping[str, float]
@@ -197,10 +200,10 @@ def _refusal(strategy: Strategy, loads: Sequence[TableLoad], num_shards: int, li
     specs = [load.spec for load in loads]
     size, limit = sum(spec.size_bytes for spec in specs), limits.shard_bytes or 0
     needed = -(-size // limit) if limit else 0
-    more = f"{max(needed, num_shards + 1)} shards have the room" if limit else "give shards memory"
+    more = f"take {show_shards(max(needed, num_shards + 1))}" if limit else "give shards memory"
     return (
-        f"{strategy.value} needs {show_bytes(size)} on {num_shards} shards, and {show_bytes(limit)} each are allowed; "
-        f"{_largest(specs)}; {more}, or {_smaller(specs)}"
+        f"{strategy.value} needs {show_bytes(size)} on {show_shards(num_shards)}, and {show_bytes(limit)} each are "
+        f"allowed; {_largest(specs)}; {more}, or {_smaller(specs)}"
     )
 
 

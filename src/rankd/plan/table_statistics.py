@@ -6,6 +6,7 @@ reckon with.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -30,7 +31,8 @@ class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hot: tuple[Share, Share, Share, Share] = HOT_SHARES
 
 
-class TableLoad(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class TableLoad:
     """A table, the net that it belongs to, and how it is asked: what a strategy places."""
 
     spec: TableSpec

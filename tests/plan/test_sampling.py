@@ -98,6 +98,13 @@ def test_files_of_both_kinds_say_the_same(tmp_path: Path) -> None:
     assert (b.table, b.lookups, b.used) == ("b", 0.75, 0.75)
 
 
+def test_a_csv_column_may_begin_with_single_ids(tmp_path: Path) -> None:
+    path = tmp_path / "sample.csv"
+    path.write_text("a\n" + "1\n" * 200 + "2 3 4\n")
+    (one,) = count_file(path, {"a": 5}).tables
+    assert one.lookups == pytest.approx(203 / 201)
+
+
 def test_without_a_declaration_all_columns_are_tables(tmp_path: Path) -> None:
     path = tmp_path / "sample.parquet"
     pl.DataFrame({"a": [[0, 9], [9]], "b": [1, 2]}).write_parquet(path)

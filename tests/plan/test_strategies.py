@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankd.embeddings.table_spec import TableSpec
+from rankd.embeddings.table_spec import TableSpec, TableStorage
 from rankd.errors import ConfigError
 from rankd.plan.declaration import loads_of, read_declaration
 from rankd.plan.shard_layout import MemoryLimits, Plan, Strategy
@@ -165,6 +165,12 @@ def test_a_refusal_says_what_would_help(strategy: Strategy) -> None:
         make_plan(strategy, loads, 4, MemoryLimits(10 * GIB))
     assert "the largest table is 't00' with 19.1 GiB" in str(refusal.value)
     assert "take 10 shards, or keep tables as int8, 25.9 GiB in all" in str(refusal.value)
+
+
+def test_a_refusal_of_int8_tables_does_not_say_int8() -> None:
+    load = TableLoad(TableSpec("a", 1000, 64, TableStorage.INT8), "all", load_of("a", 1).statistics)
+    with pytest.raises(ConfigError, match=r"'a' with 70.3 KiB; take 8 shards$"):
+        make_plan(Strategy.CAPACITY_BALANCED, [load], 2, MemoryLimits(10 * 1024, replicate_bytes=0))
 
 
 def test_what_the_main_process_cannot_have_is_refused() -> None:

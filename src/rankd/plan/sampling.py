@@ -117,7 +117,7 @@ def _check_ids(table: str, ids: Int64Array, rows: Mapping[str, int]) -> None:
 
 def _read(path: Path) -> pl.DataFrame:
     try:
-        return pl.read_csv(path) if path.suffix == ".csv" else pl.read_parquet(path)
+        return pl.read_csv(path, infer_schema=False) if path.suffix == ".csv" else pl.read_parquet(path)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet, or CSV if its name ends so: {error}") from error
 

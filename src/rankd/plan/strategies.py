@@ -192,7 +192,7 @@ def _check_main(specs: Sequence[TableSpec], limits: MemoryLimits) -> None:
     if limits.main_bytes is not None and size > limits.main_bytes:
         raise ConfigError(
             f"singular needs {show_bytes(size)} in the main process, and {show_bytes(limits.main_bytes)} are allowed; "
-            f"{_largest(specs)}; put tables on shards, or {_smaller(specs)}"
+            f"{_largest(specs)}; put tables on shards{_smaller(specs)}"
         )
 
 
@@ -203,7 +203,7 @@ def _refusal(strategy: Strategy, loads: Sequence[TableLoad], num_shards: int, li
     more = f"take {show_shards(max(needed, num_shards + 1))}" if limit else "give shards memory"
     return (
         f"{strategy.value} needs {show_bytes(size)} on {show_shards(num_shards)}, and {show_bytes(limit)} each are "
-        f"allowed; {_largest(specs)}; {more}, or {_smaller(specs)}"
+        f"allowed; {_largest(specs)}; {more}{_smaller(specs)}"
     )
 
 
@@ -213,8 +213,7 @@ def _largest(specs: Sequence[TableSpec]) -> str:
 
 
 def _smaller(specs: Sequence[TableSpec]) -> str:
-    """What int8 would save."""
-    size = sum(
-        min(spec.size_bytes, TableSpec(spec.name, spec.rows, spec.dim, TableStorage.INT8).size_bytes) for spec in specs
-    )
-    return f"keep tables as int8, {show_bytes(size)} in all"
+    """What int8 would save; nothing is said if it saves nothing."""
+    int8 = [TableSpec(spec.name, spec.rows, spec.dim, TableStorage.INT8).size_bytes for spec in specs]
+    size = sum(min(spec.size_bytes, other) for spec, other in zip(specs, int8, strict=True))
+    return f", or keep tables as int8, {show_bytes(size)} in all" if size < sum(s.size_bytes for s in specs) else ""

@@ -1,4 +1,4 @@
-"""Configuration: one reader for TOML files, environment variables and flags, the later over the earlier.
+"""Configuration: one reader for TOML and JSON files, environment variables and flags, the later over the earlier.
 
 A folder declares its configuration as a frozen msgspec Struct; this file fills it. An unknown key or a bad value stops
 the program with the path of the key and the nearest known one. In the environment a key `a.b` is RANKD_A__B, and a list
@@ -7,6 +7,7 @@ is separated by commas.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,13 +57,30 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ConfigError: not there, not JSON, or not an object.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} holds a {type(document).__name__}; it has to be one JSON object")
+    return document
+
+
 def read_struct(kind: type[T], path: Path) -> T:
-    """A TOML file as a Struct, keys and types checked.
+    """A TOML file, or JSON if its name ends so, as a Struct, keys and types checked.
 
     Raises:
         ConfigError: unreadable, an unknown key, or a bad value.
     """
-    return convert(read_toml(path), kind, str(path))
+    return convert(read_json(path) if path.suffix == ".json" else read_toml(path), kind, str(path))
 
 
 def convert(document: Mapping[str, Any], kind: type[T], source: str, lax: bool = False) -> T:

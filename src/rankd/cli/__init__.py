@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "rankd.cli.offline",
     "build": "rankd.cli.offline",
     "features": "rankd.cli.feature_tables",
+    "plan": "rankd.cli.planning",
     "bench": "rankd.cli.benchmarks",
 }
 HELP = {
@@ -27,6 +28,7 @@ HELP = {
     "eval": "Evaluate a trained ranker against baselines on held-out time.",
     "build": "Build a servable artifact from a trained ranker.",
     "features": "Fill and inspect a feature store.",
+    "plan": "Plan where embedding tables live on shards, and predict what that costs.",
     "bench": "Measure this machine, with the contestants in one run.",
 }
 

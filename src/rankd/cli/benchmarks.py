@@ -164,11 +164,11 @@ def states(
     Replays who came when: hit rates of every policy at several budgets for the whole trace, then latencies with the
     engine at the same budgets, without states, and with states on disk.
     """
-    from rankd.bench.picture import check_picture
     from rankd.bench.report import print_report
     from rankd.bench.state_suite.states import StatesOptions, draw_picture, run_states
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.picture import check_picture
     from rankd.states.state_config import Storage
 
     if picture is not None:
@@ -284,13 +284,13 @@ def schedule(
     around the same model. With --simulate the same arrivals go through the schedules in made-up time, in seconds.
     """
     from rankd.bench.peers.peer_process import parse_peer
-    from rankd.bench.picture import check_picture
     from rankd.bench.report import print_report
     from rankd.bench.schedule_suite.latency_curves import draw_curves
     from rankd.bench.schedule_suite.live_schedule import LiveOptions, run_live
     from rankd.bench.schedule_suite.simulated_schedule import SimulationOptions, run_simulated
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.picture import check_picture
 
     workload, arrivals, others = load_workload(name), arrivals_of(trace, trace_column), tuple(map(parse_peer, peers))
     if picture is not None:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rankd.bench.picture import new_picture
 from rankd.bench.report import Report
+from rankd.picture import new_picture
 
 
 def draw_curves(report: Report, path: Path) -> None:

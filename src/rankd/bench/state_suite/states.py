@@ -347,7 +347,7 @@ def draw_picture(report: Report, path: Path) -> None:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    from rankd.bench.picture import new_picture
+    from rankd.picture import new_picture
 
     figure, (left, right) = new_picture(path, 2)
     for policy in Policy:

@@ -1,4 +1,4 @@
-"""Pictures of reports, with matplotlib and without a display."""
+"""Pictures of reports and plans, with matplotlib and without a display."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_picture(path: Path) -> None:
         MissingExtra: matplotlib is not installed. ConfigError: not a kind of picture, or no folder for it.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("rankd bench --picture", "bench")
+        raise MissingExtra("--picture", "bench")
     if path.suffix not in FORMATS or not path.parent.is_dir():
         raise ConfigError(f"--picture {path}: give a file that ends in {', '.join(FORMATS)} in a folder that is there")
 

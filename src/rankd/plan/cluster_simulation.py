@@ -1,0 +1,196 @@
+"""A cluster without servers: requests go through a plan's steps (`request_work.py`) event by event, in made-up time.
+
+In: when requests come and how large they are, what one takes, and how many servers there are. Out: when each was done,
+and how busy servers were. Servers have cores and a queue; a task has one core. A main server sends the calls of new
+requests before it finishes answered ones, so that shards work meanwhile; the other way round calls wait for dense
+parts, come in bunches, and p99 was twice as long on slow wires. Requests go to the servers of a kind in turn. Not
+simulated: links that several requests share, and memory bandwidth that cores share.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from rankd.plan.cluster_shape import ClusterShape
+from rankd.plan.cost_model import CostModel
+from rankd.plan.queueing import Times
+from rankd.plan.request_work import RequestWork
+
+Happens = Callable[[float], None]
+WARM = 0.2
+"""Of the requests: the first ones find an empty cluster and are left out of quantiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRequests:
+    """When each comes, ascending, in us, and how many samples it has; (n,) float64 both."""
+
+    at_us: Times
+    samples: Times
+
+
+@dataclass(frozen=True, slots=True)
+class Stragglers:
+    """This share of calls takes so many times as long on its shard."""
+
+    share: float = 0.0
+    times: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedCluster:
+    """`latency_us` (n,) of each request; the CPU in us of each main server and of each server of each shard; and when
+    all was over."""
+
+    latency_us: Times
+    main_us: tuple[float, ...]
+    shard_us: tuple[tuple[float, ...], ...]
+    ended_us: float
+
+    def quantile_ms(self, share: float) -> float:
+        """Of the requests after the first ones."""
+        return float(np.quantile(self.latency_us[int(len(self.latency_us) * WARM) :], share)) / 1e3
+
+    def busiest(self, costs: CostModel) -> float:
+        """The busy share of main servers, or of the servers of the busiest shard, each kind as a whole."""
+        kinds = [(self.main_us, costs.main_cores), *((replicas, costs.shard_cores) for replicas in self.shard_us)]
+        return max(sum(worked) / (len(worked) * cores * self.ended_us) for worked, cores in kinds)
+
+
+@dataclass(slots=True)
+class _Task:
+    """Takes a core for `takes_us`; `starts` and `ends` are told the moment."""
+
+    takes_us: float
+    ends: Happens
+    starts: Happens | None = None
+
+
+@dataclass(slots=True)
+class _Server:
+    idle: int
+    new: deque[_Task] = field(default_factory=deque)
+    answered: deque[_Task] = field(default_factory=deque)
+    worked_us: float = 0.0
+
+
+class _Simulation:
+    def __init__(self, work: RequestWork, shape: ClusterShape, costs: CostModel, stragglers: Stragglers) -> None:
+        self._work, self._stragglers = work, stragglers
+        self.mains = [_Server(costs.main_cores) for _ in range(shape.mains)]
+        self.shards = [[_Server(costs.shard_cores) for _ in range(number)] for number in shape.replicas]
+        self._random = np.random.default_rng(0)
+        self._events: list[tuple[float, int, Happens]] = []
+        self._numbers = count()
+
+    def at(self, moment: float, happens: Happens) -> None:
+        heapq.heappush(self._events, (moment, next(self._numbers), happens))
+
+    def run(self) -> float:
+        now = 0.0
+        while self._events:
+            now, _, happens = heapq.heappop(self._events)
+            happens(now)
+        return now
+
+    def arrives(self, number: int, samples: float, ended: Happens, now: float) -> None:
+        """Request `number` comes to a main server, which sends its calls and looks up what it has itself."""
+        work = self._work
+        main = self.mains[number % len(self.mains)]
+        waiting_for, ready = 1 + len(work.calls), 0.0
+
+        def answer(then: float) -> None:
+            nonlocal waiting_for, ready
+            waiting_for, ready = waiting_for - 1, max(ready, then)
+            if not waiting_for:
+                self.at(ready, lambda now: self._join(main, work.finish_us.at(samples), ended, now))
+
+        def send(then: float) -> None:
+            self._call(number, samples, answer, then + work.send_us.at(samples))
+
+        if not work.calls:
+            main.new.append(_Task(work.main_us.at(samples), ended))
+        else:
+            main.new.append(_Task((work.send_us + work.local_us).at(samples), answer, send))
+        self._serve(main, now)
+
+    def _call(self, number: int, samples: float, answer: Happens, sent: float) -> None:
+        """All calls of a request leave at `sent`; each answer comes after the wire, the queue and the service."""
+        way_us = self._work.wire_us.at(samples) / 2
+        for call in self._work.calls:
+            replicas = self.shards[call.shard]
+            takes_us = call.serve_us.at(samples)
+            if self._stragglers.share and self._random.random() < self._stragglers.share:
+                takes_us *= self._stragglers.times
+            task = _Task(takes_us, lambda then: answer(then + way_us))
+            self.at(sent + way_us, self._comes(replicas[number % len(replicas)], task))
+
+    def _comes(self, server: _Server, task: _Task) -> Happens:
+        def comes(now: float) -> None:
+            server.new.append(task)
+            self._serve(server, now)
+
+        return comes
+
+    def _join(self, main: _Server, takes_us: float, ended: Happens, now: float) -> None:
+        main.answered.append(_Task(takes_us, ended))
+        self._serve(main, now)
+
+    def _serve(self, server: _Server, now: float) -> None:
+        """Give idle cores work, if there is any."""
+        while server.idle and (queue := server.new or server.answered):
+            task = queue.popleft()
+            server.idle -= 1
+            server.worked_us += task.takes_us
+            if task.starts is not None:
+                task.starts(now)
+            self.at(now + task.takes_us, self._ends(server, task))
+
+    def _ends(self, server: _Server, task: _Task) -> Happens:
+        def ends(now: float) -> None:
+            server.idle += 1
+            task.ends(now)
+            self._serve(server, now)
+
+        return ends
+
+
+def poisson_requests(costs: CostModel, number: int, seed: int = 0) -> ClusterRequests:
+    """So many requests at the cost model's rate and sizes."""
+    random = np.random.default_rng(seed)
+    at_us = np.cumsum(random.exponential(1e6 / costs.rate, number))
+    return ClusterRequests(at_us, random.choice(np.asarray(costs.samples, np.float64), number))
+
+
+def simulate_cluster(
+    requests: ClusterRequests,
+    work: RequestWork,
+    shape: ClusterShape,
+    costs: CostModel,
+    stragglers: Stragglers | None = None,
+) -> SimulatedCluster:
+    """Run all requests to their end."""
+    simulation = _Simulation(work, shape, costs, stragglers or Stragglers())
+    latency_us = np.zeros(len(requests.at_us))
+
+    def comes(number: int, at_us: float, samples: float) -> Happens:
+        def ended(now: float) -> None:
+            latency_us[number] = now - at_us
+
+        return lambda now: simulation.arrives(number, samples, ended, now)
+
+    for number, (at_us, samples) in enumerate(zip(requests.at_us.tolist(), requests.samples.tolist(), strict=True)):
+        simulation.at(at_us, comes(number, at_us, samples))
+    ended_us = simulation.run()
+    return SimulatedCluster(
+        latency_us,
+        tuple(server.worked_us for server in simulation.mains),
+        tuple(tuple(server.worked_us for server in replicas) for replicas in simulation.shards),
+        ended_us,
+    )

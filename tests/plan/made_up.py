@@ -1,0 +1,58 @@
+"""Tables that are small enough to look at, and all kinds of them."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from rankd.embeddings.table_spec import TableSpec, TableStorage
+from rankd.plan.cost_model import CostModel
+from rankd.plan.shard_layout import MemoryLimits
+from rankd.plan.table_statistics import HOT_SHARES, TableLoad, TableStatistics
+
+ROOMY = MemoryLimits(replicate_bytes=0)
+FREE = CostModel(
+    call_us=0,
+    serialise_byte_us=0,
+    lookup_us=0,
+    lookup_byte_us=0,
+    pooled_value_us=0,
+    dense_sample_us=0,
+    wire_us=0,
+    wire_bytes_us=1e300,
+    main_cores=1,
+    shard_cores=1,
+)
+"""Nothing takes any time."""
+
+
+def load_of(
+    name: str,
+    rows: int,
+    dim: int = 4,
+    lookups: float = 1.0,
+    net: str = "all",
+    hot: tuple[float, float, float, float] = HOT_SHARES,
+) -> TableLoad:
+    """A table in float32 and how it is asked."""
+    return TableLoad(TableSpec(name, rows, dim), net, TableStatistics(name, lookups, min(lookups, 1.0), hot))
+
+
+@st.composite
+def some_loads(draw: st.DrawFn) -> list[TableLoad]:
+    """One to six tables of one to 5,000 rows in up to three nets."""
+    loads = []
+    for number in range(draw(st.integers(1, 6))):
+        spec = TableSpec(
+            f"t{number}", draw(st.integers(1, 5000)), draw(st.integers(1, 64)), draw(st.sampled_from(TableStorage))
+        )
+        hot = sorted(draw(st.lists(st.floats(0, 1), min_size=4, max_size=4)))
+        lookups = draw(st.floats(0, 100))
+        statistics = TableStatistics(spec.name, lookups, min(lookups, 1.0), (hot[0], hot[1], hot[2], hot[3]))
+        loads.append(TableLoad(spec, draw(st.sampled_from(["user", "item", "shop"])), statistics))
+    return loads
+
+
+sizes = st.none() | st.integers(0, 2_000_000)
+some_limits = st.builds(
+    MemoryLimits, sizes, sizes, replicate_bytes=st.integers(0, 20_000), hot_row_bytes=st.integers(0, 20_000)
+)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rankd.embeddings.table_spec import TableSpec, TableStorage
 from rankd.plan.cost_model import CostModel
-from rankd.plan.shard_layout import MemoryLimits
+from rankd.plan.table_plan import MemoryLimits
 from rankd.plan.table_statistics import HOT_SHARES, TableLoad, TableStatistics
 
 ROOMY = MemoryLimits(replicate_bytes=0)

@@ -13,7 +13,7 @@ from rankd.errors import ConfigError
 from rankd.plan.choice import Option, choose
 from rankd.plan.cost_model import CostModel
 from rankd.plan.declaration import loads_of, read_declaration
-from rankd.plan.shard_layout import MemoryLimits, Strategy
+from rankd.plan.table_plan import MemoryLimits, Strategy
 from rankd.plan.table_statistics import TableLoad
 from tests.plan.made_up import ROOMY, some_loads
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rankd.plan.cluster_shape import ClusterShape, smallest_shape, spread_servers
 from rankd.plan.cost_model import CostModel
 from rankd.plan.request_work import RequestWork, request_work
-from rankd.plan.shard_layout import Strategy
 from rankd.plan.strategies import make_plan
+from rankd.plan.table_plan import Strategy
 from rankd.plan.table_statistics import TableLoad
 from tests.plan.made_up import ROOMY, load_of, some_loads
 

@@ -15,8 +15,8 @@ from rankd.plan.cluster_simulation import ClusterRequests, Stragglers, poisson_r
 from rankd.plan.cost_model import CostModel
 from rankd.plan.queueing import erlang_c
 from rankd.plan.request_work import RequestWork, request_work
-from rankd.plan.shard_layout import Strategy
 from rankd.plan.strategies import make_plan
+from rankd.plan.table_plan import Strategy
 from rankd.plan.table_statistics import TableLoad
 from tests.plan.made_up import FREE, ROOMY, load_of, some_loads
 

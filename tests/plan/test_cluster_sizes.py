@@ -8,7 +8,7 @@ from rankd.plan.cluster_simulation import Stragglers
 from rankd.plan.cluster_sizes import ClusterRow, SizeOptions, simulate_sizes, smallest_plans
 from rankd.plan.cost_model import CostModel
 from rankd.plan.declaration import loads_of, read_declaration
-from rankd.plan.shard_layout import MemoryLimits, Strategy
+from rankd.plan.table_plan import MemoryLimits, Strategy
 
 TERABYTE = loads_of(read_declaration("dlrm-v2x10"))
 LIMITS = MemoryLimits(128 * 1024**3, 128 * 1024**3)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankd.plan.hot_rows import spend_on_hot_rows
-from rankd.plan.shard_layout import HotRows
+from rankd.plan.table_plan import HotRows
 from rankd.plan.table_statistics import TableLoad, hot_share
 from tests.plan.made_up import load_of, some_loads
 

@@ -16,8 +16,8 @@ from rankd.plan.cost_model import CostModel
 from rankd.plan.declaration import Declaration, Net, loads_of
 from rankd.plan.plan_file import read_plan, write_plan
 from rankd.plan.prediction import predict
-from rankd.plan.shard_layout import MemoryLimits, Strategy
 from rankd.plan.strategies import make_plan
+from rankd.plan.table_plan import MemoryLimits, Strategy
 from rankd.plan.table_statistics import TableLoad
 from tests.plan.made_up import load_of, some_limits, some_loads
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from rankd.cli.planning import STRATEGIES, plan, shard_numbers
 from rankd.errors import ConfigError
 from rankd.plan.plan_file import read_plan
-from rankd.plan.shard_layout import Strategy
+from rankd.plan.table_plan import Strategy
 
 DECLARED = """
 name = "shop"

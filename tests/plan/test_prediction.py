@@ -14,8 +14,8 @@ from rankd.plan.cost_model import MLPERF_SAMPLES, CostModel
 from rankd.plan.declaration import loads_of, read_declaration
 from rankd.plan.prediction import predict
 from rankd.plan.request_work import request_work
-from rankd.plan.shard_layout import MemoryLimits, Strategy
 from rankd.plan.strategies import make_plan
+from rankd.plan.table_plan import MemoryLimits, Strategy
 from tests.plan.made_up import FREE, ROOMY, load_of
 
 DLRM = loads_of(read_declaration("dlrm-v2"))

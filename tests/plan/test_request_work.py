@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from rankd.plan.cost_model import CostModel
 from rankd.plan.request_work import Line, request_work
-from rankd.plan.shard_layout import MemoryLimits, Strategy
 from rankd.plan.strategies import make_plan
+from rankd.plan.table_plan import MemoryLimits, Strategy
 from rankd.plan.table_statistics import TableLoad
 from tests.plan.made_up import FREE, ROOMY, load_of, some_loads
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rankd.embeddings.table_spec import TableSpec, TableStorage
 from rankd.errors import ConfigError
 from rankd.plan.declaration import loads_of, read_declaration
-from rankd.plan.shard_layout import MemoryLimits, Plan, Strategy
 from rankd.plan.strategies import make_plan, shards_of_nets
+from rankd.plan.table_plan import MemoryLimits, Plan, Strategy
 from rankd.plan.table_statistics import TableLoad
 from tests.plan.made_up import ROOMY, load_of, some_limits, some_loads
 

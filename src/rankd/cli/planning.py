@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rankd.plan.choice import Choice
     from rankd.plan.cost_model import CostModel
     from rankd.plan.declaration import Declaration
-    from rankd.plan.shard_layout import MemoryLimits, Strategy
+    from rankd.plan.table_plan import MemoryLimits, Strategy
     from rankd.plan.table_statistics import TableLoad
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -227,7 +227,7 @@ def _read_task(
     from rankd.plan.byte_sizes import read_bytes
     from rankd.plan.cost_model import CostModel
     from rankd.plan.declaration import StatisticsFile, check_statistics, loads_of, read_declaration
-    from rankd.plan.shard_layout import MemoryLimits
+    from rankd.plan.table_plan import MemoryLimits
 
     declaration = read_declaration(tables)
     counted = () if stats is None else read_struct(StatisticsFile, stats).tables
@@ -242,7 +242,7 @@ def _read_task(
 
 
 def _strategies(name: str) -> Sequence[Strategy]:
-    from rankd.plan.shard_layout import Strategy
+    from rankd.plan.table_plan import Strategy
 
     return tuple(Strategy) if name == AUTO else (Strategy(name),)
 

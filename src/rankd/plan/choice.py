@@ -13,8 +13,8 @@ from rankd.errors import ConfigError
 from rankd.plan.byte_sizes import show_bytes
 from rankd.plan.cost_model import CostModel
 from rankd.plan.prediction import Prediction, predict
-from rankd.plan.shard_layout import MemoryLimits, Plan, Strategy, show_shards
 from rankd.plan.strategies import make_plan
+from rankd.plan.table_plan import MemoryLimits, Plan, Strategy, show_shards
 from rankd.plan.table_statistics import TableLoad
 
 ALONE = (Strategy.SINGULAR, Strategy.ONE_SHARD)

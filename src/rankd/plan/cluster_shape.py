@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rankd.plan.cost_model import CostModel
 from rankd.plan.request_work import RequestWork
-from rankd.plan.shard_layout import Plan
+from rankd.plan.table_plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from rankd.plan.cluster_simulation import Stragglers, poisson_requests, simulate
 from rankd.plan.cost_model import CostModel
 from rankd.plan.prediction import predict
 from rankd.plan.request_work import request_work
-from rankd.plan.shard_layout import MemoryLimits, Plan, Strategy
 from rankd.plan.strategies import make_plan
+from rankd.plan.table_plan import MemoryLimits, Plan, Strategy
 from rankd.plan.table_statistics import TableLoad
 
 REQUESTS_A_SERVER = 50

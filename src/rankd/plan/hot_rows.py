@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from rankd.plan.shard_layout import HotRows
+from rankd.plan.table_plan import HotRows
 from rankd.plan.table_statistics import TableLoad, hot_curve
 
 

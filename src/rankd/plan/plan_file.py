@@ -10,7 +10,7 @@ from rankd.config import read_struct
 from rankd.errors import ConfigError
 from rankd.plan.declaration import Declaration, Net, check_declaration
 from rankd.plan.prediction import Prediction
-from rankd.plan.shard_layout import Plan, check_plan
+from rankd.plan.table_plan import Plan, check_plan
 
 FORMAT = 1
 

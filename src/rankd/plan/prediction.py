@@ -18,7 +18,7 @@ from rankd.plan.cluster_shape import ClusterShape, smallest_shape
 from rankd.plan.cost_model import CostModel
 from rankd.plan.queueing import Queue, Times, queue_of
 from rankd.plan.request_work import RequestWork, request_work
-from rankd.plan.shard_layout import Plan
+from rankd.plan.table_plan import Plan
 from rankd.plan.table_statistics import TableLoad
 
 DRAWS = 20_000

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from rankd.embeddings.table_spec import TablePart
 from rankd.plan.cost_model import CostModel
-from rankd.plan.shard_layout import Plan
+from rankd.plan.table_plan import Plan
 from rankd.plan.table_statistics import TableLoad, hot_share
 
 ID_BYTES = OFFSET_BYTES = 8

@@ -23,7 +23,7 @@ from rankd.errors import ConfigError
 from rankd.plan.byte_sizes import show_bytes
 from rankd.plan.hot_rows import spend_on_hot_rows
 from rankd.plan.part_packing import Bin, Piece, pack
-from rankd.plan.shard_layout import MemoryLimits, Plan, Shard, Strategy, check_plan, part_bytes, show_shards
+from rankd.plan.table_plan import MemoryLimits, Plan, Shard, Strategy, check_plan, part_bytes, show_shards
 from rankd.plan.table_statistics import TableLoad, hot_share
 
 GRAINS = (1, 2, 4)

@@ -7,7 +7,7 @@ import pytest
 
 from rankd.embeddings.table_spec import TablePart, TableSpec
 from rankd.errors import ConfigError
-from rankd.plan.shard_layout import HotRows, MemoryLimits, Plan, Shard, Strategy, check_plan
+from rankd.plan.table_plan import HotRows, MemoryLimits, Plan, Shard, Strategy, check_plan
 
 A, B, C = TableSpec("a", 10, 4), TableSpec("b", 4, 4), TableSpec("c", 2, 4)  # 160, 64 and 32 bytes
 EVEN, ODD = TablePart("a", 2, 0), TablePart("a", 2, 1)

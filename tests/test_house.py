@@ -17,6 +17,7 @@ FLOORS = [
     ["errors", "types"],
     ["config", "observe"],
     ["embeddings"],
+    ["shards"],
     ["features"],
     ["artifact"],
     ["models"],

@@ -76,7 +76,9 @@ class Source(Protocol):
         ...
 
 
-def frame(kind: Kind, number: int, payload: Sequence[memoryview] = (), budget_us: int = UNLIMITED_US) -> list[memoryview]:
+def frame(
+    kind: Kind, number: int, payload: Sequence[memoryview] = (), budget_us: int = UNLIMITED_US
+) -> list[memoryview]:
     """The buffers of a frame: its header, then those of the payload as they are; none of them is copied.
 
     Raises:
@@ -105,7 +107,9 @@ def parse_header(data: bytes, limit: int) -> Header:
     """
     magic, version, kind, flags, number, budget_us, length = _FRONT.unpack_from(data)
     if magic != MAGIC:
-        raise ShardFailure(f"what came begins with {magic!r}, a frame with {MAGIC!r}: no shard is there", Trouble.BROKEN)
+        raise ShardFailure(
+            f"what came begins with {magic!r}, a frame with {MAGIC!r}: no shard is there", Trouble.BROKEN
+        )
     if version != VERSION or flags:
         raise ShardFailure(
             f"a frame of version {version} with flags {flags:#x} came, read here is version {VERSION} without flags: "
@@ -120,7 +124,7 @@ def parse_header(data: bytes, limit: int) -> Header:
             Trouble.BROKEN,
         )
     (expected,) = _CHECKSUM.unpack_from(data, CHECKED_BYTES)
-    return Header(Kind(kind), number, budget_us, length, expected, bytes(data[:CHECKED_BYTES]))
+    return Header(Kind(kind), number, budget_us, length, expected, data[:CHECKED_BYTES])
 
 
 def read_header(source: Source, limit: int, idle_until: float | None, frame_s: float) -> Header:
@@ -135,7 +139,7 @@ def read_header(source: Source, limit: int, idle_until: float | None, frame_s: f
     view = memoryview(data)
     begun = source.receive(view, idle_until)
     _fill(source, view[begun:], frame_s)
-    return parse_header(data, limit)
+    return parse_header(bytes(data), limit)
 
 
 def read_payload(source: Source, header: Header, frame_s: float) -> Array:

@@ -31,7 +31,12 @@ from rankd.shards.shard_layout import ServedNet
 from rankd.types import Array
 
 _REQUEST, _BLOCK, _PART = struct.Struct("<HH"), struct.Struct("<IHH"), struct.Struct("<HBBI")
-_UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_UNSIGNED: dict[int, np.dtype[np.unsignedinteger]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
 _COUNT_BYTES, _ID_BYTES = (1, 2, 4), (2, 4, 8)
 
 
@@ -150,7 +155,7 @@ class _Numbers:
             raise InvalidRequest(
                 f"{count} numbers of {size} bytes are said to follow in {self._left.nbytes} bytes; sizes are {allowed}"
             )
-        numbers = np.frombuffer(self._left, _UNSIGNED[size], count)
+        numbers: Array = np.frombuffer(self._left, _UNSIGNED[size], count)
         self._left = self._left[count * size :]
         return numbers
 
@@ -164,8 +169,3 @@ def _check_answer(net: ServedNet, headers: list[tuple[int, list[tuple[int, int, 
             answer_bytes += 4 * num_samples * net.parts[part].dim
     if answer_bytes > most:
         raise PayloadTooLarge(f"the answer would have {answer_bytes} bytes, sent are {most}: ask for fewer samples")
-
-
-def answer_bytes(net: ServedNet, blocks: Sequence[Block]) -> int:
-    """Of the payload of a POOLED frame."""
-    return 4 * sum(block.num_samples * net.parts[part.part].dim for block in blocks for part in block.parts)

@@ -83,7 +83,8 @@ class PoolQueue:
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def put(self, job: PoolJob) -> None:
         """Stand in the line.

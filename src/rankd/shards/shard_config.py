@@ -30,10 +30,10 @@ class ShardSecurity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ShardServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A shard: where it listens (port 0: a free one), and what it takes.
 
-    `workers` threads pool, one for each core that is to work. At most `max_waiting` requests of `max_waiting_bytes` wait
-    for them; one has at most `max_request_bytes` and is answered by at most `max_answer_bytes`. A client is let go that
-    is not let in within `handshake_seconds`, stops within a frame for `frame_seconds`, or does not take an answer for
-    `answer_seconds` (a worker waits for it). Draining takes at most `drain_seconds`.
+    `workers` threads pool, one for each core that is to work. At most `max_waiting` requests of `max_waiting_bytes`
+    wait for them; one has at most `max_request_bytes` and is answered by at most `max_answer_bytes`. A client is let go
+    that is not let in within `handshake_seconds`, stops within a frame for `frame_seconds`, or does not take an answer
+    for `answer_seconds` (a worker waits for it). Draining takes at most `drain_seconds`.
     """
 
     host: str = "127.0.0.1"

@@ -7,8 +7,8 @@ Worked example, tables "item" (7 rows, split by modulus 2), "user" and "city" (w
     a serves  net user: [user]     net item: [item 0 of 2, 4 rows]
     b serves  net user: [city]     net item: [item 1 of 2, 3 rows]
 
-On the wire a net is its place in that list, and a part its place in its net: both sides list them in the same order, and
-compare the lists when they connect.
+On the wire a net is its place in that list, and a part its place in its net: both sides list them in the same order,
+and compare the lists when they connect.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Net(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A process, or several equal ones (`addresses`, "host:port"), and the parts that it has; at most one of a table."""
+    """A process, or several equal ones (`addresses`, "host:port"), and its parts, at most one of a table."""
 
     name: str
     addresses: tuple[str, ...]
@@ -104,13 +104,14 @@ def _check_shard(shard: Shard, tables: list[str]) -> None:
         if name not in tables:
             raise ConfigError(f"shard '{shard.name}' has a part of '{name}', which no net has.{nearest(name, tables)}")
         if names.count(name) > 1:
-            raise ConfigError(f"shard '{shard.name}' has two parts of '{name}'; join them, or split by a smaller modulus")
+            raise ConfigError(f"shard '{shard.name}' has two parts of '{name}'; split it by a smaller modulus")
 
 
 def _check_parts(table: str, parts: list[TablePart]) -> None:
     moduli = {part.modulus for part in parts}
     if len(moduli) != 1:
-        raise ConfigError(f"table '{table}' is split by {sorted(moduli) or 'nobody'}; all of its parts have one modulus")
+        words = " and by ".join(map(str, sorted(moduli))) or "nothing"
+        raise ConfigError(f"table '{table}' is split by {words}; all of its rows are in parts of one modulus")
     (modulus,) = moduli
     remainders = sorted(part.remainder for part in parts)
     if remainders != list(range(modulus)):

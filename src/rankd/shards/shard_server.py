@@ -1,7 +1,7 @@
 """A shard: it listens, lets clients in, pools for them near its tables, and leaves without losing a request.
 
-In: any `Pooling` that knows the shard's parts under the names of their tables, rows counted in the part. Out: sums, over
-framed TCP. A thread for each connection reads; `workers` threads pool. Next: `shard_connection.py`.
+In: any `Pooling` that knows the shard's parts under the names of their tables, rows counted in the part. Out: sums,
+over framed TCP. A thread for each connection reads; `workers` threads pool. Next: `shard_connection.py`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class ShardServer:
 
     def _stop_accepting(self) -> None:
         self._leaving.set()
-        self._accepting.join()
+        if self._accepting.ident is not None:
+            self._accepting.join()
         self._listening.close()
 
     def _accept(self) -> None:

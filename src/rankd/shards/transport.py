@@ -119,7 +119,9 @@ def _context(kind: int, security: ShardSecurity) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     try:
-        context.load_cert_chain(security.tls_cert, security.tls_key, password="")  # an encrypted key would ask a terminal
+        context.load_cert_chain(
+            security.tls_cert, security.tls_key, password=""
+        )  # an encrypted key would ask a terminal
         context.load_verify_locations(security.tls_ca)
     except OSError as error:
         raise ConfigError(

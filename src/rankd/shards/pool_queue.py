@@ -114,29 +114,27 @@ class PoolQueue:
                 self._waiting -= 1
                 self._waiting_bytes -= job.payload.nbytes
             begun = time.perf_counter()
-            ending = self._serve(job, begun)
+            ending, answer = self._served(job, begun)
+            # Counted before it is sent: who has an answer finds it in the counts.
             self._tally.ended(ending, begun - job.arrived, time.perf_counter() - begun)
+            job.asker.answer(Kind.POOLED if ending is Ending.ANSWERED else Kind.ERROR, job.number, answer)
 
-    def _serve(self, job: PoolJob, now: float) -> Ending:
+    def _served(self, job: PoolJob, now: float) -> tuple[Ending, list[memoryview]]:
+        """How a request ended, and the payload that says so."""
         if job.asker.gone:
-            return Ending.GONE
+            return Ending.GONE, []
         try:
             if job.deadline is not None and now >= job.deadline:
                 raise DeadlineExceeded(
                     f"the request waited {(now - job.arrived) * 1e3:.1f} ms, and its time is over: allow more, or ask "
                     "for less at once"
                 )
-            answer = self._pooled(job)
+            return Ending.ANSWERED, self._pooled(job)
         except RankdError as error:
-            job.asker.answer(Kind.ERROR, job.number, error_payload(error))
-            return _ending_of(error)
+            return _ending_of(error), error_payload(error)
         except Exception as error:  # the edge: a worker has to go on, whatever a table does
             log.exception("shard: a request failed")
-            failure = EngineFailure(f"the look-up failed: {type(error).__name__}: {error}")
-            job.asker.answer(Kind.ERROR, job.number, error_payload(failure))
-            return Ending.FAILED
-        job.asker.answer(Kind.POOLED, job.number, answer)
-        return Ending.ANSWERED
+            return Ending.FAILED, error_payload(EngineFailure(f"the look-up failed: {type(error).__name__}: {error}"))
 
     def _pooled(self, job: PoolJob) -> list[memoryview]:
         request = read_pool(job.payload.data, self._nets, self._config.max_answer_bytes)

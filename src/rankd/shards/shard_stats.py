@@ -23,7 +23,7 @@ class ShardStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Since the start, save `waiting` and `connections`: now.
 
     `requests` by Ending value; `lookups`: rows that were read; `rows`: sums that were sent, a sample and table each;
-    `queue_ms` and `service_ms`: of all requests together.
+    `queue_ms` and `service_ms`: of all requests together, without sending.
     """
 
     requests: dict[str, int]

@@ -27,7 +27,7 @@ from rankd.shards.shard_stats import ShardStats, ShardTally
 from rankd.shards.transport import accepted, listen, server_tls
 
 LOOK_S = 0.1
-"""How often it is looked whether accepting is to end: closing a socket does not wake who accepts everywhere."""
+"""How often it is looked whether accepting is to end, where shutting the socket does not wake who accepts."""
 
 log = logging.getLogger("rankd")
 
@@ -93,6 +93,8 @@ class ShardServer:
 
     def _stop_accepting(self) -> None:
         self._leaving.set()
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes who accepts, on Linux
         if self._accepting.ident is not None:
             self._accepting.join()
         self._listening.close()

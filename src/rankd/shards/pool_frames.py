@@ -28,7 +28,7 @@ import numpy as np
 from rankd.embeddings.jagged import JaggedIds
 from rankd.errors import InvalidRequest, PayloadTooLarge
 from rankd.shards.shard_layout import ServedNet
-from rankd.types import Array
+from rankd.types import Array, Int64Array
 
 _REQUEST, _BLOCK, _PART = struct.Struct("<HH"), struct.Struct("<IHH"), struct.Struct("<HBBI")
 _UNSIGNED: dict[int, np.dtype[np.unsignedinteger]] = {
@@ -42,11 +42,11 @@ _COUNT_BYTES, _ID_BYTES = (1, 2, 4), (2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class PartIds:
-    """Rows of a part for B samples. `part`: its place in its net; counts (B,) int64: of each sample; ids (n,): rows in
-    the part, by sample, unsigned of 2, 4 or 8 bytes."""
+    """Rows of a part for B samples. `part`: its place in its net; counts (B,) int64: of each sample, None if all have
+    the same number; ids (n,): rows in the part, by sample, unsigned of 2, 4 or 8 bytes."""
 
     part: int
-    counts: Array
+    counts: Int64Array | None
     ids: Array
 
 
@@ -77,11 +77,12 @@ def pool_payload(net: int, blocks: Sequence[Block]) -> list[memoryview]:
     for block in blocks:
         headers.append(_BLOCK.pack(block.num_samples, len(block.parts), 0))
         for part in block.parts:
-            least, most = int(part.counts.min()), int(part.counts.max())
-            count_bytes = 0 if least == most else 1 if most < 1 << 8 else 2 if most < 1 << 16 else 4
-            headers.append(_PART.pack(part.part, count_bytes, part.ids.itemsize, len(part.ids)))
-            if count_bytes:
+            count_bytes = 0
+            if part.counts is not None:
+                most = int(part.counts.max())
+                count_bytes = 1 if most < 1 << 8 else 2 if most < 1 << 16 else 4
                 numbers.append(part.counts.astype(_UNSIGNED[count_bytes]).data.cast("B"))
+            headers.append(_PART.pack(part.part, count_bytes, part.ids.itemsize, len(part.ids)))
             if len(part.ids):
                 numbers.append(part.ids.data.cast("B"))
     return [memoryview(b"".join(headers)), *numbers]

@@ -105,7 +105,10 @@ class ShardServer:
                 connected, _ = self._listening.accept()
             except TimeoutError:
                 continue
-            except OSError as error:  # of one client, or no file descriptor is left: others may be served yet
+            except OSError as error:
+                if self._leaving.is_set():
+                    return
+                # Of one client, or no file descriptor is left: others may be served yet
                 log.warning("shard: a client could not be accepted: %s", error)
                 self._leaving.wait(LOOK_S)
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rankd.shards.streams import Stream
 
@@ -23,6 +23,8 @@ def liar(answer: Callable[[Stream], None]) -> Iterator[str]:
                 stream = Stream(listening.accept()[0])
             except TimeoutError:
                 continue
+            except OSError:  # it was shut
+                return
             try:
                 answer(stream)
             except OSError:
@@ -36,5 +38,7 @@ def liar(answer: Callable[[Stream], None]) -> Iterator[str]:
         yield f"127.0.0.1:{listening.getsockname()[1]}"
     finally:
         ended.set()
+        with suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)
         thread.join()
         listening.close()

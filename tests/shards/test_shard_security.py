@@ -145,7 +145,7 @@ def test_security_that_is_none_is_refused_on_both_sides(security: ShardSecurity,
         ShardedPooling(LAYOUT, ShardClientConfig(security=security))
 
 
-@pytest.mark.parametrize("address", ["host", "host:", ":80", "host:0", "host:70000", "host:x"])
+@pytest.mark.parametrize("address", ["host", "host:", ":80", "host:0", "host:70000", "host:x", "h..h:80"])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="host:port"):
         parse_address(address)

@@ -252,6 +252,10 @@ def test_the_first_frame_is_a_hello_and_nothing_large() -> None:
             assert len(msgspec.msgpack.decode(payload, type=Challenge).nonce) == 32
             client.send(Kind.PROOF, 0, b"\xc1")
             assert "cannot be read" in str(client.next_error()[1])
+        with raw(address) as client:  # an error of ours, from the wrong side
+            client.send(Kind.ERROR, 0, b"\1\0words")
+            assert "words" in str(client.next_error()[1])
+            assert client.ended()
 
 
 def test_without_secret_and_tls_only_this_machine_is_listened_to() -> None:

@@ -30,7 +30,7 @@ class ErrorCode(IntEnum):
     TOO_LARGE = 2  # likewise
     LATE = 3  # its budget had passed
     OVERLOADED = 4  # another replica may have room
-    UNAVAILABLE = 5  # it drains
+    UNAVAILABLE = 5  # the tables cannot be asked now
     DENIED = 6  # another secret or plan
     BROKEN = 7  # what was sent is not of this protocol
     FAILED = 8  # the look-up failed on a valid request

@@ -19,12 +19,13 @@ import struct
 import time
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from rankd.errors import ShardFailure, Trouble
+from rankd.shards.streams import Stream
 from rankd.types import Array
 
 MAGIC, VERSION = b"RKSH", 1
@@ -58,22 +59,6 @@ class Header(NamedTuple):
     length: int
     checksum: int
     front: bytes
-
-
-class Source(Protocol):
-    """Where bytes come from. Deadlines are in seconds of `time.perf_counter`."""
-
-    def receive(self, view: memoryview, deadline: float | None) -> int:
-        """At least one byte and at most all of the view; how many.
-
-        Raises:
-            OSError: the connection has ended (ConnectionError), or the deadline has passed (TimeoutError).
-        """
-        ...
-
-    def fill(self, view: memoryview, deadline: float | None) -> None:
-        """The whole view. Raises as `receive` does."""
-        ...
 
 
 def frame(
@@ -127,8 +112,9 @@ def parse_header(data: bytes, limit: int) -> Header:
     return Header(Kind(kind), number, budget_us, length, expected, data[:CHECKED_BYTES])
 
 
-def read_header(source: Source, limit: int, idle_until: float | None, frame_s: float) -> Header:
-    """The next header. It may begin at any time up to `idle_until`; then the rest has to follow within `frame_s`.
+def read_header(stream: Stream, limit: int, idle_until: float | None, frame_s: float) -> Header:
+    """The next header. It may begin at any time up to `idle_until` (seconds of `time.perf_counter`, None: no limit);
+    then the rest has to follow within `frame_s`.
 
     Raises:
         TimeoutError: none began.
@@ -137,12 +123,12 @@ def read_header(source: Source, limit: int, idle_until: float | None, frame_s: f
     """
     data = bytearray(HEADER_BYTES)
     view = memoryview(data)
-    begun = source.receive(view, idle_until)
-    _fill(source, view[begun:], frame_s)
+    begun = stream.receive(view, idle_until)
+    _fill(stream, view[begun:], frame_s)
     return parse_header(bytes(data), limit)
 
 
-def read_payload(source: Source, header: Header, frame_s: float) -> Array:
+def read_payload(stream: Stream, header: Header, frame_s: float) -> Array:
     """The payload (length,) uint8 that follows a header.
 
     Raises:
@@ -152,16 +138,16 @@ def read_payload(source: Source, header: Header, frame_s: float) -> Array:
     payload = np.empty(header.length, np.uint8)
     view = payload.data
     if header.length:
-        _fill(source, view, frame_s)
+        _fill(stream, view, frame_s)
     if checksum(header.front, [view] if header.length else []) != header.checksum:
         raise ShardFailure(f"the checksum of frame {header.number} does not fit: it was altered", Trouble.BROKEN)
     return payload
 
 
-def _fill(source: Source, view: memoryview, frame_s: float) -> None:
+def _fill(stream: Stream, view: memoryview, frame_s: float) -> None:
     if not view.nbytes:
         return
     try:
-        source.fill(view, time.perf_counter() + frame_s)
+        stream.fill(view, time.perf_counter() + frame_s)
     except TimeoutError:
         raise ShardFailure(f"a frame began and did not go on within {frame_s:g} s", Trouble.BROKEN) from None

@@ -68,7 +68,7 @@ def let_in(stream: Stream, ready: Ready, secret: str, within_s: float) -> None:
 
     Raises:
         OSError: the client has gone, or was not done in time.
-        ShardFailure: it sent something else, or is not let in; the caller tells it so.
+        RankdError: it sent something else, or is not let in; the caller tells it so.
     """
     until = time.perf_counter() + within_s
     hello = _next(stream, Kind.HELLO, Hello, HELLO_BYTES, until, "the client")

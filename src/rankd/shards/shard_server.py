@@ -112,7 +112,7 @@ class ShardServer:
                 log.warning("shard: a client could not be accepted: %s", error)
                 self._leaving.wait(LOOK_S)
                 continue
-            with contextlib.suppress(OSError):  # it has gone already
+            with contextlib.suppress(OSError):  # it has gone again
                 self._begin(connected)
 
     def _begin(self, connected: socket.socket) -> None:

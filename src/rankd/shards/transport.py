@@ -78,11 +78,19 @@ def client_tls(security: ShardSecurity) -> ssl.SSLContext | None:
 
 
 def accepted(connected: socket.socket, tls: ssl.SSLContext | None) -> Stream:
-    """A client's stream; with TLS its handshake is still to come."""
-    if tls is None:
+    """A client's stream; with TLS its handshake is still to come.
+
+    Raises:
+        OSError: the client has gone again.
+    """
+    try:
+        connected.setblocking(False)
+        if tls is not None:
+            connected = tls.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
         return Stream(connected)
-    connected.setblocking(False)
-    return Stream(tls.wrap_socket(connected, server_side=True, do_handshake_on_connect=False))
+    except OSError:
+        connected.close()
+        raise
 
 
 def connect(address: str, tls: ssl.SSLContext | None, within_s: float) -> Stream:
@@ -93,10 +101,14 @@ def connect(address: str, tls: ssl.SSLContext | None, within_s: float) -> Stream
     """
     host, port = parse_address(address)
     connected = socket.create_connection((host, port), timeout=within_s)
-    connected.setblocking(False)
-    if tls is not None:
-        connected = tls.wrap_socket(connected, server_hostname=host, do_handshake_on_connect=False)
-    return Stream(connected)
+    try:
+        connected.setblocking(False)
+        if tls is not None:
+            connected = tls.wrap_socket(connected, server_hostname=host, do_handshake_on_connect=False)
+        return Stream(connected)
+    except OSError:  # it has gone again
+        connected.close()
+        raise
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -105,10 +117,16 @@ def parse_address(address: str) -> tuple[str, int]:
     Raises:
         ConfigError: it is neither.
     """
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        host.encode("idna")
+        fits = bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
+    except UnicodeError:
+        fits = False
+    if not fits:
         raise ConfigError(f"'{address}' is no address of a shard; it is host:port, as 10.0.0.7:7400 or [fd00::7]:7400")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host, int(port)
 
 
 def _context(kind: int, security: ShardSecurity) -> ssl.SSLContext | None:

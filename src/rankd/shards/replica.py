@@ -54,12 +54,13 @@ class Replica:
     def link(self) -> ShardLink | None:
         """The connection, if it may be asked."""
         link = self._link
-        return link if link is not None and link.open else None
+        return link if link is not None and link.ended is None else None
 
     @property
     def trouble(self) -> RankdError:
         """What was wrong last."""
-        return self._trouble
+        link = self._link
+        return (link.ended if link is not None else None) or self._trouble
 
     def start(self) -> None:
         """Begin to connect."""

@@ -51,16 +51,15 @@ class ShardLink:
         self._lock = threading.Lock()  # guards what follows
         self._asked: dict[int, Question] = {}
         self._forgotten: set[int] = set()  # of those: nobody waits for their answers, which will still come
-        self._open = True
         self._misses = 0
-        self._given_up: ShardFailure | None = None
+        self._ended: RankdError | None = None
         self.worked = False
         """Whether an answer has come in time."""
 
     @property
-    def open(self) -> bool:
-        """Whether it may be asked."""
-        return self._open
+    def ended(self) -> RankdError | None:
+        """Why it is not asked any more; None if it may be."""
+        return self._ended
 
     @property
     def load(self) -> int:
@@ -75,7 +74,7 @@ class ShardLink:
         """
         self._check_size(question)
         with self._lock:
-            if not self._open:
+            if self._ended is not None:
                 return False
             self._asked[question.number] = question
         now = time.perf_counter()
@@ -95,25 +94,22 @@ class ShardLink:
             if number in self._asked:
                 self._forgotten.add(number)
             self._misses += missed
-            if self._misses < self._config.misses_in_a_row or self._given_up is not None:
+            if self._misses < self._config.misses_in_a_row:
                 return
-            self._open = False
-            self._given_up = ShardFailure(f"{self._shown} missed {self._misses} deadlines in a row", Trouble.TIMEOUT)
+        self._end(ShardFailure(f"{self._shown} missed {self._misses} deadlines in a row", Trouble.TIMEOUT))
         self._stream.shut()
 
     def run(self) -> RankdError:
         """Read until it ends; why it did. Whoever still waits is told."""
-        reason: RankdError = ShardFailure(f"{self._shown} has said goodbye")
         try:
             self._read()
         except RankdError as error:
-            reason = error
+            self._end(error)
         except OSError as error:
-            reason = ShardFailure(f"{self._shown} cannot be reached any more: {error}")
+            self._end(ShardFailure(f"{self._shown} cannot be reached any more: {error}"))
         finally:
+            reason = self._end(ShardFailure(f"{self._shown} is not read from any more"))
             with self._lock:
-                self._open = False
-                reason = self._given_up or reason
                 waiting = [asked for number, asked in self._asked.items() if number not in self._forgotten]
                 self._asked.clear()
             self._stream.close()
@@ -124,6 +120,12 @@ class ShardLink:
     def shut(self) -> None:
         """End it; `run` returns."""
         self._stream.shut()
+
+    def _end(self, reason: RankdError) -> RankdError:
+        """Ask no more; the first reason is the one that counts."""
+        with self._lock:
+            self._ended = self._ended or reason
+            return self._ended
 
     def _check_size(self, question: Question) -> None:
         size = sum(view.nbytes for view in question.payload)
@@ -140,7 +142,7 @@ class ShardLink:
 
     def _read(self) -> None:
         config, pinged = self._config, False
-        while self._open or self._asked:
+        while self._ended is None or self._asked:
             try:
                 idle_until = time.perf_counter() + config.heartbeat_seconds
                 header = read_header(self._stream, config.max_answer_bytes, idle_until, config.frame_seconds)
@@ -164,8 +166,7 @@ class ShardLink:
         if header.kind is Kind.ERROR:
             raise read_error(payload.data, self._shown)
         if header.kind is Kind.GOODBYE:
-            with self._lock:
-                self._open = False
+            self._end(ShardFailure(f"{self._shown} has said goodbye"))
         elif header.kind is not Kind.PONG:
             raise ShardFailure(f"{self._shown} sent {header.kind.name}, which is no answer", Trouble.BROKEN)
 

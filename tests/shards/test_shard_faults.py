@@ -417,3 +417,33 @@ def test_closing_the_client_tells_whoever_waits() -> None:
         with pytest.raises(Unavailable):
             pending.result()
         hold.let_go()
+
+
+def test_after_a_deadline_the_connection_is_in_step() -> None:
+    hold = Hold()
+    config = quick(misses_in_a_row=100)
+    server = make_server(one_shard(), before=hold)
+    with serving(server) as (address,), asking(one_shard(address), config) as pooling:
+        for _ in range(5):
+            with pytest.raises(DeadlineExceeded):
+                pooling.begin(ASKED, time.perf_counter() + 0.01).result()
+        hold.let_go()
+        for seed in range(5):
+            other = random_ids(one_shard(), 3, seed)
+            np.testing.assert_allclose(pooling.pool(other), whole(one_shard()).pool(other), rtol=1e-5, atol=1e-6)
+        assert server.stats().connections == 1
+        assert server.stats().requests["late"] >= 3  # of those that were not being worked on
+
+
+def test_the_caller_may_do_other_work_meanwhile_and_wait_for_less() -> None:
+    hold = Hold()
+    with serving(make_server(one_shard(), before=hold)) as (address,), asking(one_shard(address), quick()) as pooling:
+        pending, given_up = pooling.begin(ASKED), pooling.begin(ASKED)
+        assert hold.entered.acquire(timeout=10)
+        with pytest.raises(DeadlineExceeded):
+            given_up.result(time.perf_counter() + 0.01)
+        hold.let_go()
+        assert pending.result().values.shape == (3, 4)
+        early = pooling.begin(ASKED, time.perf_counter() + 0.2)
+        time.sleep(0.3)  # the answer has come while the caller was busy past the deadline
+        assert early.result().values.shape == (3, 4)

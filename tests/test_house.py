@@ -19,6 +19,7 @@ FLOORS = [
     ["machine_code"],
     ["embeddings"],
     ["plan"],
+    ["shards"],
     ["features"],
     ["artifact"],
     ["models"],

@@ -7,7 +7,8 @@
     ├── NotFound                404  NOT_FOUND            no such model, version or user
     ├── Unavailable             503  UNAVAILABLE          not ready, or draining
     │   ├── Overloaded          503  RESOURCE_EXHAUSTED   too much waits, or it would be late; carries retry_after_s
-    │   └── StoreFailure        503  UNAVAILABLE          the feature store did not do what was asked; carries trouble
+    │   ├── StoreFailure        503  UNAVAILABLE          the feature store did not do what was asked; carries trouble
+    │   └── ShardFailure        503  UNAVAILABLE          a shard did not do what was asked; carries trouble
     ├── DeadlineExceeded        504  DEADLINE_EXCEEDED    timeout_ms ran out before the scores were there
     ├── EngineFailure           500  INTERNAL             the engine itself failed on a valid request
     ├── ConfigError              -   (start-up)           an unknown key or a bad value in a file, flag or variable
@@ -77,11 +78,11 @@ class Overloaded(Unavailable):
 
 
 class Trouble(Enum):
-    """What is wrong with a feature store."""
+    """What is wrong with a feature store or a shard."""
 
     DOWN = "down"  # nobody answers at its address
     TIMEOUT = "timeout"  # it did not answer in time
-    DENIED = "denied"  # it does not let us in: wrong password, user or certificate
+    DENIED = "denied"  # it does not let us in: wrong password, user, certificate or plan
     FULL = "full"  # it takes no more writes
     EVICTING = "evicting"  # its memory policy may throw away histories, so that it cannot keep events
     BROKEN = "broken"  # it answered what cannot be read: another type of value, a damaged record
@@ -89,6 +90,14 @@ class Trouble(Enum):
 
 class StoreFailure(Unavailable):
     """A feature store could not do what was asked; `trouble` says why."""
+
+    def __init__(self, message: str, trouble: Trouble = Trouble.DOWN) -> None:
+        super().__init__(message)
+        self.trouble = trouble
+
+
+class ShardFailure(Unavailable):
+    """A shard of embedding tables could not be asked or did not answer; `trouble` says why."""
 
     def __init__(self, message: str, trouble: Trouble = Trouble.DOWN) -> None:
         super().__init__(message)

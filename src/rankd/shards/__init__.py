@@ -1,0 +1,13 @@
+"""Embedding tables in other processes: who has a part of them pools near the data and sends sums.
+
+    shard_layout.py      which shard has which parts, and in which net a table is asked for; shard_config.py: the rest
+    streams.py           bytes over TCP or TLS, by a deadline; transport.py: who may listen and connect where
+    frames.py            the frame: a header of 32 bytes and a payload; frame_errors.py: errors on the wire
+    pool_frames.py       what is asked and answered; handshake.py: who is there, with which plan
+    shard_server.py      a shard: shard_connection.py for each client, pool_queue.py for the work
+    routing.py           ids of a request -> what each shard is asked
+    shard_link.py        the client's side of a connection; replica.py keeps one; shard_client.py has those of a shard
+    sharded_pooling.py   all shards as one `Pooling`; pending.py waits, hedges and adds up
+
+A request: route -> a call for each shard and net, all at once -> sums by sample -> added in the order of the layout.
+"""

@@ -1,0 +1,34 @@
+"""What a client of shards has done since its start."""
+
+from __future__ import annotations
+
+import threading
+from enum import Enum
+
+
+class Counted(Enum):
+    """What is counted."""
+
+    CALLS = "calls"  # one for each shard and net of a request
+    HEDGED = "hedged"  # sent to a second replica, since the first took long
+    RETRIED = "retried"  # sent to another replica, since the one before failed
+    DEGRADED_TABLES = "degraded_tables"  # whose defaults were given
+    FAILED = "failed"  # requests of which a table without a default could not be had
+
+
+class ClientCounts:
+    """Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(Counted, 0)
+
+    def add(self, what: Counted, number: int = 1) -> None:
+        """So many more."""
+        with self._lock:
+            self._counts[what] += number
+
+    def snapshot(self) -> dict[str, int]:
+        """By Counted value."""
+        with self._lock:
+            return {what.value: number for what, number in self._counts.items()}

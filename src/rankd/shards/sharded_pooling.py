@@ -1,0 +1,107 @@
+"""All shards of a layout as one `Pooling`.
+
+In: JaggedIds over whole tables. Out: their sums, as if all tables were here: the same to the bit each time, since parts
+of a table are added in the order of their remainders. `begin` sends and returns, so that its caller has other work done
+meanwhile; `pool` also waits. Next: `routing.py`, then `pending.py`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from rankd.embeddings.jagged import JaggedIds
+from rankd.errors import ConfigError, nearest
+from rankd.shards.client_counts import ClientCounts
+from rankd.shards.pending import Pending
+from rankd.shards.routing import Router
+from rankd.shards.shard_client import ShardClient
+from rankd.shards.shard_config import ShardClientConfig, TableDefault
+from rankd.shards.shard_layout import ShardLayout
+from rankd.shards.shard_stats import ShardStats
+from rankd.types import Float32Array
+
+
+class ShardedPooling:
+    """Asks the shards of a layout. Thread-safe.
+
+    Raises:
+        ConfigError: the layout does not hold together, or the configuration does not fit it.
+    """
+
+    def __init__(self, layout: ShardLayout, config: ShardClientConfig) -> None:
+        self._router, self._config = Router(layout), config
+        self._defaults = dict(_default(default, layout) for default in config.defaults)
+        self._clients = [ShardClient(shard, layout.plan, layout.served_by(shard), config) for shard in layout.shards]
+        self._counts = ClientCounts()
+
+    def start(self) -> None:
+        """Begin to connect; it goes on until `close`."""
+        for client in self._clients:
+            client.start()
+
+    def wait_up(self, within_s: float) -> None:
+        """Do nothing if each shard can be asked, at one replica at least, within this time.
+
+        Raises:
+            ShardFailure: one cannot.
+        """
+        until = time.perf_counter() + within_s
+        for client in self._clients:
+            client.wait_up(until)
+
+    def replicas_up(self) -> dict[str, int]:
+        """How many replicas of each shard can be asked."""
+        return {client.name: client.replicas_up for client in self._clients}
+
+    def close(self) -> None:
+        """End all connections; whoever waits is told."""
+        for client in self._clients:
+            client.close()
+
+    def begin(self, asked: JaggedIds, deadline: float | None = None) -> Pending:
+        """Ask all shards and do not wait. `deadline` in seconds of `time.perf_counter`, else `timeout_ms` from now.
+
+        Raises:
+            InvalidRequest: an unknown table, offsets that do not fit, an id outside of its table, or more than a shard
+                takes at once.
+        """
+        if deadline is None:
+            deadline = time.perf_counter() + self._config.timeout_ms / 1e3
+        places = self._router.places(asked)
+        calls = self._router.route(asked, places)
+        pending = Pending(asked, places, self._defaults, deadline, self._counts)
+        for call in calls:
+            pending.send(self._clients[call.shard], call)
+        return pending
+
+    def pool(self, asked: JaggedIds) -> Float32Array:
+        """As `Pooling.pool`; tables that cannot be had have their defaults.
+
+        Raises:
+            InvalidRequest: as `begin`.
+            DeadlineExceeded: a table without a default was not there within `timeout_ms`.
+            Unavailable: a table without a default could not be had.
+        """
+        return self.begin(asked).result().values
+
+    def counts(self) -> dict[str, int]:
+        """What was done since the start, by `client_counts.Counted` value."""
+        return self._counts.snapshot()
+
+    def stats(self, within_s: float) -> dict[str, ShardStats]:
+        """What each replica that answers in time has done, by its address."""
+        return {address: stats for client in self._clients for address, stats in client.stats(within_s).items()}
+
+
+def _default(default: TableDefault, layout: ShardLayout) -> tuple[str, Float32Array]:
+    specs = {spec.name: spec for net in layout.nets for spec in net.tables}
+    if default.table not in specs:
+        raise ConfigError(f"there is no table '{default.table}' to have a default.{nearest(default.table, specs)}")
+    dim = specs[default.table].dim
+    if default.vector and len(default.vector) != dim:
+        raise ConfigError(
+            f"the default of table '{default.table}' has {len(default.vector)} numbers; its rows have {dim}"
+        )
+    return default.table, np.asarray(default.vector or (0.0,) * dim, np.float32)

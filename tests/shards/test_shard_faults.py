@@ -1,0 +1,449 @@
+"""What goes wrong with shards, and what a request gets then: an answer by its deadline, and never a wrong one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from rankd.errors import DeadlineExceeded, ShardFailure, Trouble, Unavailable
+from rankd.shards.frames import Kind, frame, read_header, read_payload
+from rankd.shards.handshake import Ready, let_in
+from rankd.shards.shard_config import ShardClientConfig, ShardServerConfig, TableDefault
+from rankd.shards.shard_layout import ShardLayout
+from rankd.shards.sharded_pooling import ShardedPooling
+from rankd.shards.streams import Stream
+from tests.shards.false_shard import liar
+from tests.shards.plain_tables import (
+    Hold,
+    asking,
+    jagged,
+    make_server,
+    one_shard,
+    random_ids,
+    serving,
+    two_shards,
+    until,
+    whole,
+)
+from tests.shards.shard_process import ShardProcess
+
+ASKED = jagged(["item"], [[[3], [], [4, 4]]])
+LATE_S = 1.0
+"""More than this after a deadline is not a machine's hiccup."""
+
+
+@contextmanager
+def processes(layout: ShardLayout, *shards: int) -> Iterator[list[ShardProcess]]:
+    """Shards of a layout in processes of their own."""
+    running = [ShardProcess(layout, shard) for shard in shards]
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.end()
+
+
+class Load:
+    """Threads that ask all the time; each answer is checked, and that it came by its deadline."""
+
+    def __init__(self, pooling: ShardedPooling, layout: ShardLayout, timeout_s: float) -> None:
+        self._pooling, self._timeout_s = pooling, timeout_s
+        self._asked = [random_ids(layout, 3, seed) for seed in range(20)]
+        self._expected = [whole(layout).pool(asked) for asked in self._asked]
+        self._stop = threading.Event()
+        self.sent = self.right = 0
+        self.failed: list[Exception] = []
+        self.wrong: list[str] = []
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(4)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def settle(self, more: int = 40) -> None:
+        """Until so many more requests were answered."""
+        end = self.right + more
+        until(lambda: self.right >= end)
+
+    def _run(self, number: int) -> None:
+        while not self._stop.is_set():
+            number = (number + 1) % len(self._asked)
+            with self._lock:
+                self.sent += 1
+            begun = time.perf_counter()
+            try:
+                pooled = self._pooling.begin(self._asked[number], begun + self._timeout_s).result()
+            except (DeadlineExceeded, Unavailable) as error:
+                with self._lock:
+                    self.failed.append(error)
+                time.sleep(0.002)
+                continue
+            finally:
+                if time.perf_counter() > begun + self._timeout_s + LATE_S:
+                    self.wrong.append("late")
+            if not np.allclose(pooled.values, self._expected[number], rtol=1e-5, atol=1e-5):
+                self.wrong.append("another's sums")
+            with self._lock:
+                self.right += 1
+
+
+def quick(**more: float) -> ShardClientConfig:
+    """Reconnects and looks for signs of life soon."""
+    config = {"timeout_ms": 2000.0, "first_wait_seconds": 0.01, "longest_wait_seconds": 0.1, "heartbeat_seconds": 0.2}
+    config.update(connect_seconds=0.5, hedge_least_ms=5.0)
+    return ShardClientConfig(**(config | more))  # type: ignore[arg-type]
+
+
+def test_a_killed_shard_costs_requests_only_while_it_is_away() -> None:
+    with processes(two_shards(), 0, 1) as (first, second):
+        layout = two_shards([first.address], [second.address])
+        with asking(layout, quick()) as pooling, Load(pooling, layout, 2.0) as load:
+            load.settle()
+            second.signal(signal.SIGKILL)
+            second.wait()
+            until(lambda: len(load.failed) >= 5)
+            assert all(isinstance(error, Unavailable) for error in load.failed)  # at once, not at the deadline
+            again = ShardProcess(layout, 1, second.port)
+            try:
+                until(lambda: pooling.replicas_up()["b"] == 1)
+                load.settle()
+            finally:
+                again.end()
+        assert load.wrong == []
+        assert load.sent == load.right + len(load.failed)
+
+
+def test_a_killed_replica_costs_nothing() -> None:
+    with processes(one_shard(), 0, 0) as (first, second):
+        layout = one_shard(first.address, second.address)
+        with asking(layout, quick()) as pooling, Load(pooling, layout, 2.0) as load:
+            load.settle()
+            first.signal(signal.SIGKILL)
+            load.settle(200)
+        assert (load.failed, load.wrong) == ([], [])
+        assert load.sent == load.right
+        assert pooling.counts()["retried"] <= 8
+
+
+def test_a_replica_that_hangs_costs_hedges_and_no_request_and_comes_back() -> None:
+    with processes(one_shard(), 0, 0) as (first, second):
+        layout = one_shard(first.address, second.address)
+        with asking(layout, quick()) as pooling, Load(pooling, layout, 2.0) as load:
+            load.settle(100)
+            first.freeze()
+            load.settle(200)
+            until(lambda: pooling.replicas_up() == {"a": 1})
+            assert pooling.counts()["hedged"] >= 1
+            first.signal(signal.SIGCONT)
+            until(lambda: pooling.replicas_up() == {"a": 2})
+            load.settle()
+        assert (load.failed, load.wrong) == ([], [])
+
+
+def test_a_shard_that_hangs_alone_is_given_up_and_asked_again_when_it_answers() -> None:
+    with processes(one_shard(), 0) as (only,):
+        layout = one_shard(only.address)
+        with asking(layout, quick(timeout_ms=50.0)) as pooling:
+            only.freeze()
+            with pytest.raises(DeadlineExceeded, match="shards a were not there in time"):
+                pooling.pool(ASKED)
+            until(lambda: pooling.replicas_up() == {"a": 0})
+            with pytest.raises(Unavailable, match="'a' cannot be asked"):
+                pooling.pool(ASKED)
+            only.signal(signal.SIGCONT)
+            until(lambda: pooling.replicas_up() == {"a": 1})
+            np.testing.assert_allclose(pooling.begin(ASKED, time.perf_counter() + 5).result().values[1], 0.0)
+
+
+def test_after_misses_in_a_row_a_replica_is_passed_over() -> None:
+    hold = Hold()
+    config = quick(timeout_ms=30.0, misses_in_a_row=3, heartbeat_seconds=30.0, first_wait_seconds=30.0)
+    with serving(make_server(one_shard(), before=hold)) as (address,), asking(one_shard(address), config) as pooling:
+        for _ in range(3):
+            with pytest.raises(DeadlineExceeded):
+                pooling.pool(ASKED)
+        with pytest.raises(Unavailable, match="missed 3 deadlines in a row"):
+            pooling.pool(ASKED)
+        hold.let_go()
+
+
+def test_a_slow_replica_is_hedged_and_its_late_answer_dropped() -> None:
+    slow = Hold()
+    layout = one_shard()
+    with serving(make_server(layout, before=slow), make_server(layout)) as (first, second):
+        layout = one_shard(first, second)
+        with asking(layout, quick(timeout_ms=2000.0)) as pooling:
+            expected = whole(layout).pool(ASKED)
+            for _ in range(40):  # until some went to the slow one
+                np.testing.assert_allclose(pooling.pool(ASKED), expected, rtol=1e-5)
+            assert 1 <= pooling.counts()["hedged"] <= 2 * 40 * 0.1 + 2
+            slow.let_go()
+            other = jagged(["item"], [[[5], [6], [7]]])
+            for _ in range(40):
+                np.testing.assert_allclose(pooling.pool(other), whole(layout).pool(other), rtol=1e-5)
+            assert pooling.replicas_up() == {"a": 2}
+
+
+def test_an_overloaded_replica_is_passed_over_for_the_next_one() -> None:
+    hold = Hold()
+    full = ShardServerConfig(workers=1, max_waiting=1)
+    layout = one_shard()
+    with serving(make_server(layout, config=full, before=hold), make_server(layout)) as (first, second):
+        busy, layout = one_shard(first), one_shard(first, second)
+        with asking(busy, quick(timeout_ms=10_000.0)) as crowd, asking(layout, quick(hedge_share=0.0)) as pooling:
+            waiting = [crowd.begin(ASKED)]
+            assert hold.entered.acquire(timeout=10)
+            waiting.append(crowd.begin(ASKED))
+            for _ in range(10):
+                pooling.pool(ASKED)
+            assert pooling.counts()["retried"] >= 1
+            hold.let_go()
+            for pending in waiting:
+                pending.result()
+
+
+def test_tables_that_cannot_be_had_have_their_defaults_and_are_named() -> None:
+    defaults = (TableDefault("item", (1.0, 2.0, 3.0, 4.0)), TableDefault("city"))
+    asked = jagged(["user", "item", "city"], [[[1], [2], [3]], [[2, 3], [], [5]], [[1], [1], [1]]])
+    layout = two_shards()
+    with serving(make_server(layout, 0)) as (first,):
+        layout = two_shards([first])
+        pooling = ShardedPooling(layout, ShardClientConfig(timeout_ms=5000, defaults=defaults))
+        pooling.start()
+        try:
+            until(lambda: pooling.replicas_up() == {"a": 1, "b": 0})
+            pooled = pooling.begin(asked).result()
+            expected = whole(layout).pool(asked)
+            assert pooled.degraded == ("item", "city")
+            np.testing.assert_allclose(pooled.values[:, :3], expected[:, :3], rtol=1e-5)
+            assert pooled.values[:, 3:7].tolist() == [[1, 2, 3, 4], [0, 0, 0, 0], [1, 2, 3, 4]]
+            assert not pooled.values[:, 7:].any()
+            assert pooling.counts()["degraded_tables"] == 2
+            whole_only = jagged(["item"], [[[2, 4], [6]]])  # even rows are on the shard that is there
+            assert pooling.begin(whole_only).result().degraded == ()
+        finally:
+            pooling.close()
+
+
+def test_a_table_without_a_default_fails_the_request_by_name() -> None:
+    pooling = ShardedPooling(one_shard(), ShardClientConfig(timeout_ms=5000))
+    pooling.start()
+    try:
+        with pytest.raises(Unavailable, match=r"1 tables \(item\).*shard 'a' cannot be asked.*defaults"):
+            pooling.pool(ASKED)
+        with pytest.raises(ShardFailure, match="cannot be asked"):
+            pooling.wait_up(0.01)
+    finally:
+        pooling.close()
+
+
+def says(data: bytes) -> Callable[[Stream], None]:
+    """Sends some bytes and waits for the client to go."""
+
+    def answer(stream: Stream) -> None:
+        stream.send([memoryview(data)], time.perf_counter() + 1.0)
+        stream.fill(memoryview(bytearray(1 << 20)), time.perf_counter() + 1.0)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("data", "words", "trouble"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", "begins with b'HTTP'", Trouble.BROKEN),
+        (b"".join(frame(Kind.CHALLENGE, 0, [memoryview(b"\xc1")])), "cannot be read", Trouble.BROKEN),
+        (b"".join(frame(Kind.GOODBYE, 0)), "is draining", Trouble.DOWN),
+        (b"".join(frame(Kind.POOLED, 1)), "sent POOLED, expected was CHALLENGE", Trouble.BROKEN),
+        (b"", "deadline has passed", Trouble.DOWN),
+    ],
+)
+def test_a_server_that_is_no_shard_is_never_asked(data: bytes, words: str, trouble: Trouble) -> None:
+    with liar(says(data)) as address:
+        pooling = ShardedPooling(one_shard(address), quick(connect_seconds=0.1))
+        pooling.start()
+        try:
+            with pytest.raises(ShardFailure, match=words) as caught:
+                pooling.wait_up(0.3)
+            assert caught.value.trouble is trouble
+        finally:
+            pooling.close()
+
+
+def cheat(layout: ShardLayout, answer: Callable[[int, int], bytes]) -> Callable[[Stream], None]:
+    """Does the handshake as a shard would, then sends `answer(number, length)` to each request, `length` being the
+    bytes that its answer is to have."""
+    ready = Ready(layout.plan, b"", layout.served_by(layout.shards[0]), 1 << 20)
+
+    def serve(stream: Stream) -> None:
+        let_in(stream, ready, "", 1.0)
+        while True:
+            header = read_header(stream, 1 << 20, time.perf_counter() + 1.0, 1.0)
+            read_payload(stream, header, 1.0)
+            if header.kind is Kind.POOL:
+                stream.send([memoryview(answer(header.number, 3 * 4 * 4))], time.perf_counter() + 1.0)
+
+    return serve
+
+
+def framed(kind: Kind, number: int, payload: bytes) -> bytes:
+    """A frame's bytes."""
+    return b"".join(frame(kind, number, [memoryview(payload)]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda number, length: bytes(64), "begins with"),
+        (lambda number, length: framed(Kind.POOLED, number, bytes(length))[:-1] + b"!", "checksum"),
+        (lambda number, length: framed(Kind.POOLED, number + 1, bytes(length)), "which was not asked"),
+        (lambda number, length: framed(Kind.POOLED, number, bytes(length + 4)), "expected was POOLED of 48"),
+        (lambda number, length: framed(Kind.STATS, number, bytes(length)), "expected was POOLED of 48"),
+        (lambda number, length: framed(Kind.READY, number, bytes(length)), "READY, which is no answer"),
+        (lambda number, length: framed(Kind.ERROR, number, b"?"), "an error of 1 bytes"),
+        (lambda number, length: framed(Kind.ERROR, 0, b"\7\0words"), "words"),
+    ],
+)
+def test_a_shard_that_answers_nonsense_is_let_go_and_the_next_one_asked(
+    answer: Callable[[int, int], bytes], words: str
+) -> None:
+    layout = one_shard()
+    config = quick(first_wait_seconds=30.0, longest_wait_seconds=30.0, hedge_share=0.0)
+    with liar(cheat(layout, answer)) as bad, serving(make_server(layout)) as (good,):
+        with asking(one_shard(bad), config) as alone, pytest.raises(Unavailable, match=words):
+            alone.pool(ASKED)
+        layout = one_shard(bad, good)
+        with asking(layout, config) as pooling:
+            expected = whole(layout).pool(ASKED)
+            for _ in range(4):
+                np.testing.assert_allclose(pooling.pool(ASKED), expected, rtol=1e-5)
+            assert pooling.counts()["retried"] == 1
+            assert pooling.replicas_up() == {"a": 1}
+
+
+def test_an_answer_that_is_cut_at_any_byte_is_none() -> None:
+    layout = one_shard()
+    config = quick(first_wait_seconds=30.0)
+    for end in range(32 + 48):
+
+        def cut(number: int, length: int, end: int = end) -> bytes:
+            return framed(Kind.POOLED, number, bytes(length))[:end]
+
+        def serve(stream: Stream, end: int = end) -> None:
+            def closing(number: int, length: int) -> bytes:
+                stream.send([memoryview(cut(number, length))], time.perf_counter() + 1.0)
+                raise ConnectionResetError
+
+            cheat(layout, closing)(stream)
+
+        with (
+            liar(serve) as address,
+            asking(one_shard(address), config) as pooling,
+            pytest.raises(Unavailable, match="cannot be reached any more"),
+        ):
+            pooling.pool(ASKED)
+
+
+def test_a_shard_that_is_restarted_with_another_plan_is_not_asked() -> None:
+    layout = one_shard()
+    other = ShardLayout("plan-2", layout.nets, layout.shards)
+    server = make_server(layout)
+    port = int(server.address.rpartition(":")[2])
+    with serving(server) as (address,), asking(one_shard(address), quick()) as pooling:
+        pooling.pool(ASKED)
+        server.close()
+        with serving(make_server(other, config=ShardServerConfig(port=port))):
+            until(lambda: "plan" in _trouble(pooling))
+            assert "has plan 'plan-2', and the client asks for plan 'plan-1'" in _trouble(pooling)
+        with serving(make_server(layout, config=ShardServerConfig(port=port))):
+            until(lambda: pooling.replicas_up() == {"a": 1})
+            pooling.pool(ASKED)
+
+
+def _trouble(pooling: ShardedPooling) -> str:
+    try:
+        pooling.pool(ASKED)
+    except Unavailable as error:
+        return str(error)
+    return ""
+
+
+def test_sigterm_under_load_loses_no_request() -> None:
+    with processes(one_shard(), 0, 0) as (first, second):
+        layout = one_shard(first.address, second.address)
+        with asking(layout, quick()) as pooling, Load(pooling, layout, 2.0) as load:
+            load.settle(100)
+            first.signal(signal.SIGTERM)
+            assert first.wait() == 0
+            load.settle(100)
+        assert (load.failed, load.wrong) == ([], [])
+        assert pooling.counts()["retried"] == 0  # what was sent before the goodbye was answered
+
+
+def test_a_drain_answers_what_waits_and_ends_without_a_client_that_stays() -> None:
+    hold = Hold()
+    server = make_server(one_shard(), config=ShardServerConfig(workers=1, drain_seconds=0.5), before=hold)
+    with serving(server) as (address,), asking(one_shard(address), quick(timeout_ms=5000.0)) as pooling:
+        pending = [pooling.begin(ASKED) for _ in range(5)]
+        assert hold.entered.acquire(timeout=10)
+        draining = threading.Thread(target=server.drain)
+        draining.start()
+        until(lambda: pooling.replicas_up() == {"a": 0})
+        hold.let_go()
+        for one in pending:
+            one.result()
+        draining.join(10.0)
+        assert server.stats().requests["answered"] == 5
+
+
+def test_closing_the_client_tells_whoever_waits() -> None:
+    hold = Hold()
+    with serving(make_server(one_shard(), before=hold)) as (address,):
+        with asking(one_shard(address), quick(timeout_ms=10_000.0)) as pooling:
+            pending = pooling.begin(ASKED)
+            assert hold.entered.acquire(timeout=10)
+        with pytest.raises(Unavailable):
+            pending.result()
+        hold.let_go()
+
+
+def test_after_a_deadline_the_connection_is_in_step() -> None:
+    hold = Hold()
+    config = quick(misses_in_a_row=100)
+    server = make_server(one_shard(), before=hold)
+    with serving(server) as (address,), asking(one_shard(address), config) as pooling:
+        for _ in range(5):
+            with pytest.raises(DeadlineExceeded):
+                pooling.begin(ASKED, time.perf_counter() + 0.01).result()
+        hold.let_go()
+        for seed in range(5):
+            other = random_ids(one_shard(), 3, seed)
+            np.testing.assert_allclose(pooling.pool(other), whole(one_shard()).pool(other), rtol=1e-5, atol=1e-6)
+        assert server.stats().connections == 1
+        assert server.stats().requests["late"] >= 3  # of those that were not being worked on
+
+
+def test_the_caller_may_do_other_work_meanwhile_and_wait_for_less() -> None:
+    hold = Hold()
+    with serving(make_server(one_shard(), before=hold)) as (address,), asking(one_shard(address), quick()) as pooling:
+        pending, given_up = pooling.begin(ASKED), pooling.begin(ASKED)
+        assert hold.entered.acquire(timeout=10)
+        with pytest.raises(DeadlineExceeded):
+            given_up.result(time.perf_counter() + 0.01)
+        hold.let_go()
+        assert pending.result().values.shape == (3, 4)
+        early = pooling.begin(ASKED, time.perf_counter() + 0.2)
+        time.sleep(0.3)  # the answer has come while the caller was busy past the deadline
+        assert early.result().values.shape == (3, 4)

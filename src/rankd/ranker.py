@@ -17,8 +17,7 @@ from typing import Self
 import numpy as np
 
 from rankd.artifact import Artifact
-from rankd.embeddings.local_tables import LocalTables
-from rankd.embeddings.model_tables import open_model_tables
+from rankd.embeddings.pooling import TableSource
 from rankd.engine import thread_plan
 from rankd.engine.backend import Backend, EngineConfig, Executor
 from rankd.engine.targets import load_backend
@@ -41,6 +40,7 @@ from rankd.schedule.policy import Priority
 from rankd.schedule.schedule_config import ScheduleConfig, make_rules
 from rankd.schedule.scheduler import Scheduler
 from rankd.schedule.served import Asked
+from rankd.shards.table_config import TableConfig, open_tables
 from rankd.states.lending import States
 from rankd.states.open_states import engine_state_type, open_states
 from rankd.states.state_config import StateConfig
@@ -61,7 +61,7 @@ class Ranker:
         backend: Backend,
         states: States,
         schedule: ScheduleConfig | None = None,
-        tables: LocalTables | None = None,
+        tables: TableSource | None = None,
     ) -> None:
         self.artifact, self.catalogue, self.features, self.backend = artifact, catalogue, features, backend
         self.manifest, self.schema, self.states = artifact.manifest, artifact.schema, states
@@ -84,17 +84,20 @@ class Ranker:
         states: StateConfig | None = None,
         features: FeatureService | None = None,
         schedule: ScheduleConfig | None = None,
+        tables: TableConfig | None = None,
     ) -> Self:
         """Open, verify, compile and warm a version folder (or a model folder: its latest version).
 
         `histories` and `items` are Parquet files that take the place of the artifact's own (`features.parquet`).
-        `features` is the server's; without it there is one in memory, for this ranker alone.
+        `features` is the server's; without it there is one in memory, for this ranker alone. `tables` says where
+        embedding tables are that the model has beside its graph: in this process, or on shards.
 
         Raises:
             ArtifactError: the artifact is missing, damaged, or not built for this engine.
             ConfigError: an unknown target, states that cannot be kept as configured, or a feature store whose columns
                 are of another kind than the model's.
             DataError: a Parquet file that does not fit the model.
+            Unavailable: a shard with embedding tables cannot be asked.
         """
         artifact = Artifact.open(Path(path))
         catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
@@ -107,9 +110,8 @@ class Ranker:
         backend = load_backend(artifact, engine or EngineConfig(), engine_state_type(keep))
         service = features or FeatureService(FeatureConfig())
         version = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))
-        widths = artifact.schema.embedded_widths
-        tables = open_model_tables(artifact.path, widths) if widths else None
-        ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule, tables)
+        source = open_tables(artifact.path, artifact.schema.embedded_widths, tables or TableConfig())
+        ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule, source)
         ranker._own_service = None if features is not None else service
         ranker.start()
         return ranker

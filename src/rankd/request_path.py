@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from rankd.artifact import Manifest
+from rankd.embeddings.pooling import Pooled
 from rankd.engine.backend import Executor
 from rankd.errors import DeadlineExceeded
 from rankd.features.assembly import fill_history, fill_item_columns, fill_request_columns, until
@@ -56,7 +57,8 @@ class RankItem:
     held: HeldState | None = None
     alone: bool = False
     user: UserFeatures | None = None
-    context: Float32Array | None = None
+    context: Pooled | None = None
+    lost_tables: set[str] = field(default_factory=set)
     lent: ExitStack = field(default_factory=ExitStack)
 
 
@@ -177,7 +179,7 @@ class RequestPath:
             scores=scores if order is None else scores[order],
             unknown=tuple(request.candidates[i] for i in np.flatnonzero(rows == UNKNOWN_ROW)),
             unknown_user=item.unknown_user,
-            degraded=self.features.degraded(item.fetch),
+            degraded=(*self.features.degraded(item.fetch), *(f"table_{name}" for name in sorted(item.lost_tables))),
             rows=dict(item.fetch.counts),
             state=_held(item).origin.value,
             request_id=request.request_id,
@@ -195,11 +197,12 @@ class RequestPath:
 
     def _look_up(self, embedded: EmbeddedInputs, item: RankItem, into: Mapping[str, Array], count: int) -> None:
         """Rows of tables that are not in the graph, pooled: for a part, and once for the request."""
-        embedded.fill_candidates(into, count)
         if "context_embedded" in into:
-            if item.context is None:  # two executors may both compute it: they find the same
-                item.context = embedded.context(_held(item).state.arrays, into)
-            into["context_embedded"][0] = item.context
+            context = item.context or embedded.context(_held(item).state.arrays, into, item.deadline)
+            into["context_embedded"][...] = context.values
+            item.context = context  # two executors may both have looked it up: they found the same
+            item.lost_tables.update(context.degraded)
+        item.lost_tables.update(embedded.fill_candidates(into, count, item.deadline))
 
     def _history(self, item: RankItem) -> UserHistory:
         """The events up to the moment of the request, which is found on the way."""

@@ -18,6 +18,7 @@ COMMANDS = {
     "build": "rankd.cli.offline",
     "features": "rankd.cli.feature_tables",
     "plan": "rankd.cli.planning",
+    "shard": "rankd.cli.shards",
     "bench": "rankd.cli.benchmarks",
 }
 HELP = {
@@ -29,6 +30,7 @@ HELP = {
     "build": "Build a servable artifact from a trained ranker.",
     "features": "Fill and inspect a feature store.",
     "plan": "Plan where embedding tables live on shards, and predict what that costs.",
+    "shard": "Serve embedding tables of a plan from a process of their own.",
     "bench": "Measure this machine, with the contestants in one run.",
 }
 

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from rankd.embeddings.jagged import JaggedIds
 from rankd.types import Float32Array
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """`values` (B, W) float32 as `Pooling.pool` gives them. `degraded` names the tables, in the order asked, that could
+    not be had, whose default stands in their place."""
+
+    values: Float32Array
+    degraded: tuple[str, ...] = ()
+
+
+class TableSource(Protocol):
+    """What a ranker knows of the tables that are not in its graph."""
+
+    def look_up(self, asked: JaggedIds, deadline: float | None = None) -> Pooled:
+        """The sums, by `deadline` (seconds of `time.perf_counter`).
+
+        Raises:
+            InvalidRequest: as `Pooling.pool`.
+            DeadlineExceeded, Unavailable: a table without a default was not there in time, or could not be had.
+        """
+        ...
+
+    def close(self) -> None:
+        """Nothing is asked for after this."""
+        ...
 
 
 class Pooling(Protocol):

@@ -15,43 +15,48 @@ from types import ModuleType
 import numpy as np
 
 from rankd.embeddings.jagged import JaggedIds
-from rankd.embeddings.pooling import Pooling
+from rankd.embeddings.pooling import Pooled, TableSource
 from rankd.features.schema import Categorical, EmbeddedFeature, EmbeddedSide, FeatureSchema
-from rankd.types import Array, Features, Float32Array, Int32Array, Int64Array
+from rankd.types import Array, Features, Int32Array, Int64Array
 
 OWN_ROW = (-1, 0, 0)
 
 
 class EmbeddedInputs:
-    """The embedded features of a schema. Thread-safe as far as `pooling` is."""
+    """The embedded features of a schema. Thread-safe as far as `tables` is."""
 
-    def __init__(self, schema: FeatureSchema, pooling: Pooling) -> None:
-        self._pooling = pooling
+    def __init__(self, schema: FeatureSchema, tables: TableSource) -> None:
+        self._tables = tables
         self._own = _Columns(schema.candidate_embedded, schema.item_categorical)
         self._shared = schema.context_embedded
         users = tuple(one for one in self._shared if one.side is EmbeddedSide.USER_COLUMN)
         self._user = _Columns(users, schema.user_categorical)
         self._histories = tuple(one for one in self._shared if one.side is EmbeddedSide.HISTORY)
 
-    def fill_candidates(self, into: Mapping[str, Array], count: int) -> None:
+    def fill_candidates(self, into: Mapping[str, Array], count: int, deadline: float | None = None) -> tuple[str, ...]:
         """Write candidate_embedded (1, C, W) of the first `count` candidates from their rows and codes; zeros follow.
+        Names the tables that could not be had.
 
         Raises:
-            InvalidRequest: a row or code that the tables do not have.
+            InvalidRequest, DeadlineExceeded, Unavailable: see `TableSource.look_up`.
         """
         if "candidate_embedded" not in into:
-            return
+            return ()
         rows = into["candidate_item"][0, :count]
         codes = into["candidate_categories"][0, :count] if "candidate_categories" in into else _no_codes(count)
         sums = into["candidate_embedded"][0]
-        sums[:count] = self._pooling.pool(self._own.asked(rows, codes))
+        pooled = self._tables.look_up(self._own.asked(rows, codes), deadline)
+        sums[:count] = pooled.values
         sums[count:] = 0.0
+        return pooled.degraded
 
-    def context(self, history: Mapping[str, Array], candidates: Mapping[str, Array]) -> Float32Array:
-        """context_embedded (W,) of a request's history tokens and its user's codes.
+    def context(
+        self, history: Mapping[str, Array], candidates: Mapping[str, Array], deadline: float | None = None
+    ) -> Pooled:
+        """context_embedded (1, W) of a request's history tokens and its user's codes.
 
         Raises:
-            InvalidRequest: a row or code that the tables do not have.
+            InvalidRequest, DeadlineExceeded, Unavailable: see `TableSource.look_up`.
         """
         tables, ids = [], list[Int64Array]()
         for feature in self._histories:
@@ -65,9 +70,7 @@ class EmbeddedInputs:
             ids += np.split(asked.ids, asked.offsets[1:-1])
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         whole = np.concatenate(ids) if ids else np.zeros(0, np.int64)
-        (pooled,) = self._pooling.pool(JaggedIds(tuple(tables), offsets, whole))
-        row: Float32Array = pooled
-        return row
+        return self._tables.look_up(JaggedIds(tuple(tables), offsets, whole), deadline)
 
     def embed(self, features: Features) -> Features:
         """Packed features with their embedded inputs: what checks and offline evaluation feed a graph."""
@@ -77,7 +80,7 @@ class EmbeddedInputs:
             candidates["candidate_embedded"] = np.zeros((1, padded, self._own.width), np.float32)
             self.fill_candidates(candidates, padded)
         if self._shared:
-            candidates["context_embedded"] = self.context(features.history, candidates)[None]
+            candidates["context_embedded"] = self.context(features.history, candidates).values
         return Features(features.history, candidates, features.num_candidates)
 
 

@@ -17,7 +17,8 @@ they are asked.
     table = "user"
     lookups = 1
 
-"dlrm-v2" is packaged; "dlrm-v2/20" has a twentieth of its rows, "dlrm-v2x10" ten times as many.
+A folder of a model version declares the tables that are beside its graph. "dlrm-v2" is
+packaged; "dlrm-v2/20" has a twentieth of its rows, "dlrm-v2x10" ten times as many.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from pathlib import Path
 import msgspec
 
 from rankd.config import read_struct
+from rankd.embeddings.model_tables import FOLDER
+from rankd.embeddings.table_format import SUFFIX, read_header
 from rankd.embeddings.table_spec import TableSpec
 from rankd.errors import ConfigError, nearest
 from rankd.plan.table_statistics import TableLoad, TableStatistics
@@ -72,9 +75,11 @@ def read_declaration(name: str) -> Declaration:
     scaled = re.fullmatch(rf"({'|'.join(map(re.escape, packaged))})(?:([/x])([1-9]\d*))?", name)
     if scaled is None:
         path = Path(name)
+        if (path / FOLDER).is_dir():
+            return tables_of(path)
         if not path.is_file():
             raise ConfigError(
-                f"there is no file '{name}', and packaged models are {', '.join(packaged)} "
+                f"there is no file or model version '{name}', and packaged models are {', '.join(packaged)} "
                 f"(rows by a factor: {packaged[0]}/20, {packaged[0]}x10).{nearest(name, packaged)}"
             )
         declaration = read_struct(Declaration, path)
@@ -86,6 +91,18 @@ def read_declaration(name: str) -> Declaration:
             tables = tuple(msgspec.structs.replace(t, rows=-(-t.rows * times // over)) for t in declaration.tables)
             declaration = msgspec.structs.replace(declaration, name=name, tables=tables)
     check_declaration(declaration, name)
+    return declaration
+
+
+def tables_of(version: Path) -> Declaration:
+    """The tables that a model version has beside its graph.
+
+    Raises:
+        ArtifactError: one of them is damaged. ConfigError: there are none.
+    """
+    files = sorted((version / FOLDER).glob(f"*{SUFFIX}"))
+    declaration = Declaration(version.resolve().parent.name, tuple(read_header(file)[0] for file in files))
+    check_declaration(declaration, str(version))
     return declaration
 
 

@@ -248,7 +248,14 @@ class ModelRepository:
         """A warm ranker of a folder, which nobody else knows yet."""
         folder, config = self.root / name / version, self.config
         ranker = Ranker.load(
-            folder, config.engine, config.histories, config.items, config.states, self.features, config.schedule
+            folder,
+            config.engine,
+            config.histories,
+            config.items,
+            config.states,
+            self.features,
+            config.schedule,
+            config.tables,
         )
         own = (ranker.manifest.name, ranker.manifest.version)
         if own != (name, version):

@@ -12,6 +12,7 @@ from rankd.engine.backend import EngineConfig
 from rankd.features.feature_config import FeatureConfig
 from rankd.features.stores.store_config import redacted
 from rankd.schedule.schedule_config import ScheduleConfig
+from rankd.shards.table_config import TableConfig
 from rankd.states.state_config import StateConfig
 
 
@@ -36,6 +37,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     states: StateConfig = StateConfig()
     features: FeatureConfig = FeatureConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    tables: TableConfig = TableConfig()
 
 
 def durable(config: ServeConfig, models: Path) -> ServeConfig:
@@ -51,4 +53,7 @@ def without_secrets(config: ServeConfig) -> ServeConfig:
     """A configuration that can be shown."""
     store = config.features.store
     shown = replace(store, url=redacted(store.url), password="***" if store.password else "")
-    return replace(config, features=replace(config.features, store=shown))
+    client = config.tables.client
+    secret = replace(client.security, secret="***" if client.security.secret else "")
+    tables = replace(config.tables, client=replace(client, security=secret))
+    return replace(config, features=replace(config.features, store=shown), tables=tables)

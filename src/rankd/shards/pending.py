@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rankd.embeddings.jagged import JaggedIds
+from rankd.embeddings.pooling import Pooled
 from rankd.errors import DeadlineExceeded, InvalidRequest, RankdError, Unavailable
 from rankd.shards.client_counts import ClientCounts, Counted
 from rankd.shards.frames import Kind
@@ -26,15 +27,6 @@ from rankd.types import Array, Float32Array
 
 MOST_REPLICAS = 3
 """Asked for one call: a request that breaks whoever reads it should not be shown to all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pooled:
-    """`values` (B, W) float32 as `Pooling.pool` gives them. `degraded` names the tables, in the order asked, that could
-    not be had, whose default stands in their place."""
-
-    values: Float32Array
-    degraded: tuple[str, ...]
 
 
 @dataclass(slots=True)

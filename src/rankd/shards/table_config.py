@@ -1,0 +1,74 @@
+"""Where a server's embedding tables are: in its own process, or on the shards of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from rankd.embeddings.model_tables import open_model_tables
+from rankd.embeddings.pooling import TableSource
+from rankd.errors import ConfigError
+from rankd.plan.plan_file import PlanFile, read_plan
+from rankd.shards.placed_tables import PlacedTables
+from rankd.shards.planned_shards import layout_of
+from rankd.shards.shard_config import ShardClientConfig
+from rankd.shards.sharded_pooling import ShardedPooling
+
+REPLICAS = "|"
+
+
+class TableConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`threads` look up in tables of this process. `plan` is a file of `rankd plan`; `shards` are the addresses of its
+    shards, in their order, "host:port", of replicas "host:port|host:port". The server is ready when each shard can be
+    asked, which has `start_seconds`. `client`: how shards are asked."""
+
+    threads: Annotated[int, Meta(ge=1)] = 1
+    plan: str = ""
+    shards: tuple[str, ...] = ()
+    start_seconds: Annotated[float, Meta(gt=0)] = 30.0
+    client: ShardClientConfig = ShardClientConfig()
+
+
+def open_tables(version: Path, widths: Mapping[str, int], config: TableConfig) -> TableSource | None:
+    """The tables that a model version reads beside its graph, by name with their widths; None if there are none.
+
+    Raises:
+        ArtifactError: tables of this process that are missing or damaged.
+        ConfigError: a plan that is of other tables, or does not fit the addresses.
+        ShardFailure: a shard cannot be asked in time.
+    """
+    if not widths:
+        return None
+    if not config.plan:
+        return open_model_tables(version, widths, config.threads)
+    file = read_plan(Path(config.plan))
+    _check_tables(file, widths, config.plan)
+    replicated = {name: widths[name] for name in file.plan.replicated}
+    if not file.plan.shards:
+        return open_model_tables(version, widths, config.threads)
+    layout = layout_of(file, [shard.split(REPLICAS) for shard in config.shards])
+    sharded = ShardedPooling(layout, config.client)
+    sharded.start()
+    try:
+        sharded.wait_up(config.start_seconds)
+        here = open_model_tables(version, replicated, config.threads)
+    except BaseException:
+        sharded.close()
+        raise
+    return PlacedTables(here, layout, sharded)
+
+
+def _check_tables(file: PlanFile, widths: Mapping[str, int], source: str) -> None:
+    planned = {table.name: table.dim for table in file.plan.tables}
+    if planned != dict(widths):
+        raise ConfigError(
+            f"{source} is of the tables {_said(planned)}; the model reads {_said(widths)}: plan again for this model"
+        )
+
+
+def _said(widths: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({dim})" for name, dim in sorted(widths.items())) or "none"

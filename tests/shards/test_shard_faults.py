@@ -447,3 +447,16 @@ def test_the_caller_may_do_other_work_meanwhile_and_wait_for_less() -> None:
         early = pooling.begin(ASKED, time.perf_counter() + 0.2)
         time.sleep(0.3)  # the answer has come while the caller was busy past the deadline
         assert early.result().values.shape == (3, 4)
+
+
+def test_late_answers_do_not_make_up_for_misses() -> None:
+    server = make_server(one_shard(), before=lambda: time.sleep(0.1))
+    config = quick(misses_in_a_row=2, first_wait_seconds=30.0)
+    with serving(server) as (address,), asking(one_shard(address), config) as pooling:
+        for answered in (1, 2):
+            assert pooling.replicas_up() == {"a": 1}
+            with pytest.raises(DeadlineExceeded):
+                pooling.begin(ASKED, time.perf_counter() + 0.05).result()
+            until(lambda answered=answered: server.stats().requests["answered"] == answered)  # type: ignore[misc]
+            time.sleep(0.05)  # for the answer to arrive
+        assert pooling.replicas_up() == {"a": 0}

@@ -146,6 +146,13 @@ def asking(layout: ShardLayout, config: ShardClientConfig | None = None) -> Iter
         pooling.close()
 
 
+def quick(**more: float) -> ShardClientConfig:
+    """Reconnects and looks for signs of life soon."""
+    config = {"timeout_ms": 2000.0, "first_wait_seconds": 0.01, "longest_wait_seconds": 0.1, "heartbeat_seconds": 0.2}
+    config.update(connect_seconds=0.5, hedge_least_ms=5.0)
+    return ShardClientConfig(**(config | more))  # type: ignore[arg-type]
+
+
 def until(true: Callable[[], bool], within_s: float = 10.0) -> None:
     """Wait until something is so."""
     end = time.perf_counter() + within_s

@@ -91,3 +91,17 @@ def test_a_layout_that_does_not_hold_together_is_refused(
 def test_a_shard_without_an_address_is_refused() -> None:
     with pytest.raises(ConfigError, match="no address"):
         Router(ShardLayout("p", TABLES, (Shard("a", (), (TablePart("t"), TablePart("u"))),)))
+
+
+def test_ids_travel_as_one_sample_only_if_all_samples_have_them() -> None:
+    layout = two_shards()
+    router = Router(layout)
+    for ids, alike in (
+        ([[1, 2], [1, 2], [1, 2]], True),
+        ([[1, 2], [1, 3], [1, 2]], False),
+        ([[1, 2], [1], [1, 2]], False),
+        ([[1, 2]], True),
+    ):
+        asked = jagged(["user"], [ids])
+        (call,) = router.route(asked, router.places(asked))
+        assert (len(call.same), len(call.each)) == ((1, 0) if alike else (0, 1)), ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 
@@ -22,12 +23,15 @@ from rankd.errors import (
     Trouble,
 )
 from rankd.shards.frames import HEADER_BYTES, Kind, frame
-from rankd.shards.handshake import Challenge, Hello
+from rankd.shards.handshake import Challenge, Hello, Ready
+from rankd.shards.pool_queue import PoolQueue
 from rankd.shards.shard_config import ShardSecurity, ShardServerConfig
+from rankd.shards.shard_connection import ShardConnection
 from rankd.shards.shard_server import ShardServer
-from rankd.shards.shard_stats import ShardStats
+from rankd.shards.shard_stats import ShardStats, ShardTally
+from rankd.shards.streams import Stream
 from rankd.types import Float32Array
-from tests.shards.plain_tables import Hold, asking, jagged, make_server, one_shard, serving, until, whole
+from tests.shards.plain_tables import Hold, PlainPooling, asking, jagged, make_server, one_shard, serving, until, whole
 from tests.shards.raw_client import let_in, pool_request, raw, sums
 
 LAYOUT = one_shard()
@@ -278,3 +282,20 @@ def test_wrong_ids_are_refused_by_the_shard_too() -> None:
     with serving(make_server(LAYOUT)) as (address,), let_in(address, LAYOUT) as client:
         client.send(Kind.POOL, 1, REQUEST[:-2] + b"\xff\xff")
         assert isinstance(client.next_error()[1], InvalidRequest)
+
+
+def test_a_client_whose_answer_cannot_even_begin_is_let_go() -> None:
+    ours, theirs = socket.socketpair()
+    stream = Stream(ours)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(1 << 16))
+    config = ShardServerConfig(answer_seconds=0.05)
+    line = PoolQueue(PlainPooling({}), (), config, ShardTally())
+    connection = ShardConnection(stream, Ready("p", b"", (), 1024), line, lambda: ShardStats({}), config)
+    connection.answer(Kind.PONG, 1)
+    assert connection.gone
+    while theirs.recv(1 << 20):  # to the end, which is there
+        pass
+    stream.close()
+    theirs.close()

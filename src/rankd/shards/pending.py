@@ -122,7 +122,8 @@ class Pending:
         for call in {id(call): call for call in self._waiting.values()}.values():
             if call.hedge_at <= now:
                 call.hedge_at = math.inf
-                if call.client.hedging.allowed() and self._try(call):
+                others = call.client.replicas_up > len(call.asked)
+                if others and call.client.hedging.allowed() and self._try(call):
                     self._counts.add(Counted.HEDGED)
 
     def _take(self, outcome: Outcome) -> None:

@@ -1,8 +1,9 @@
 """One address of a shard: a connection to it is kept, by a thread of its own that connects again when it has ended.
 
-up      it is asked
-down    it is passed over: nobody waits for it. Meanwhile it is tried again, later each time; since a connection
-        counts only after the handshake, a replica that hangs, has another plan or sends garbage stays down
+    up      it is asked
+    down    it is passed over: nobody waits for it. Meanwhile it is tried again, later each time
+
+A connection counts only after the handshake: a replica that hangs, has another plan or sends garbage stays down.
 """
 
 from __future__ import annotations

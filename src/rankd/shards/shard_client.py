@@ -21,6 +21,7 @@ from rankd.shards.shard_layout import ServedNet, Shard
 from rankd.shards.shard_link import Outcome, Question, ShardLink
 from rankd.shards.shard_stats import ShardStats
 from rankd.shards.transport import client_tls, connect, parse_address
+from rankd.types import Array
 
 NUMBERS = itertools.count(1)
 """Of requests: one row for all shards, so that no two ever have the same. `next` of it is atomic."""
@@ -88,7 +89,11 @@ class ShardClient:
         return ShardFailure(f"shard '{self.name}' cannot be asked: {reasons}", kind)
 
     def stats(self, within_s: float) -> dict[str, ShardStats]:
-        """What each replica that can be asked has done, by address; those that do not answer in time are left out."""
+        """What each replica that can be asked has done, by address; those that do not answer in time are left out.
+
+        Raises:
+            ShardFailure: one answers something else.
+        """
         inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         deadline, addresses = time.perf_counter() + within_s, {}
         for replica in self._replicas:
@@ -104,7 +109,7 @@ class ShardClient:
                 break
             address = addresses.pop(outcome.number)
             if outcome.payload is not None:
-                found[address] = msgspec.json.decode(outcome.payload.data, type=ShardStats)
+                found[address] = _read_stats(outcome.payload, address)
         return found
 
     def _replica(self, address: str, tls: ssl.SSLContext | None) -> Replica:
@@ -125,3 +130,10 @@ class ShardClient:
             stream.close()
             raise
         return ShardLink(stream, ready, config, shown)
+
+
+def _read_stats(payload: Array, address: str) -> ShardStats:
+    try:
+        return msgspec.json.decode(payload.data, type=ShardStats)
+    except msgspec.DecodeError as error:
+        raise ShardFailure(f"shard at {address} sent stats that cannot be read: {error}", Trouble.BROKEN) from error

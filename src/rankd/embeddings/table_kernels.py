@@ -1,6 +1,6 @@
 """Pooled look-up in many tables, compiled by numba. In: arrays that `local_tables.py` has checked. Out: sums.
 
-Importing this file imports numba and compiles what follows (10 s), or reads the machine code that an earlier process
+Importing this file imports numba and compiles what follows (1.2 s), or reads the machine code that an earlier process
 kept.
 """
 

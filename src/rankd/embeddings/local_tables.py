@@ -33,7 +33,7 @@ class LocalTables:
     """Pools rows of tables with `threads` threads. Thread-safe: any number of callers at once, who share the helpers.
 
     Ids of a table of which a part is open are rows of that part (`table_spec.py`). The first of a process compiles the
-    loops (1.2 s; kept on disk for the next process).
+    loops (2 s; kept on disk for the next process).
 
     Raises:
         ConfigError: two tables of the same name, or no thread.

@@ -25,8 +25,6 @@ _extending: Any = importlib.import_module("numba.extending")
 AHEAD = 32
 """Rows are asked for so many ids before they are added: random rows of a large table are what a sum waits for. 12 to 64
 measure the same, 4 takes a third longer (`rankd bench tables`, fp32 and int8 of 128 numbers)."""
-TAIL_LANES = 16
-"""Most columns of a sum under a mask, which reads nothing past the end of a row."""
 
 Code = Any  # an llvmlite builder
 Value = Any  # an llvmlite value
@@ -63,7 +61,7 @@ class _Sum(NamedTuple):
 
 def sum_of_rows(storage: TableStorage, lanes: int, masked: bool) -> Callable[..., None]:
     """A numba intrinsic of the int64 arguments of `_Sum`: `lanes` columns of a bag's rows summed, or, masked, the first
-    `columns` of them."""
+    `columns` of them: then nothing past them is read or written."""
 
     def codegen(context: Any, code: Code, _signature: Any, arguments: Any) -> Value:
         _write_sum(code, storage, lanes, masked, _Sum(*arguments))

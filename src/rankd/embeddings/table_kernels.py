@@ -25,8 +25,8 @@ from rankd.machine_code import kernel, part, read, types, written
 from rankd.types import Float32Array, Int64Array
 
 LANES = (128, 64, 32, 16)
-"""Columns that are summed at once, the most first: the usual widths take one pass over the ids, 100 takes three (64, 32,
-and 4 under a mask). 128 are eight registers of AVX-512."""
+"""Columns that are summed at once, the most first: the usual widths take one pass over the ids; 100 takes three, of 64,
+of 32, and of 4 under a mask. 128 are eight registers of AVX-512."""
 _FLOAT_BYTES, _ID_BYTES, _BYTE_BITS = 4, 8, 8
 _FP32, _FP16, _INT8, _INT4 = (STORAGES.index(one) for one in TableStorage)
 _Sum = Callable[[Int64Array, int, int, int, int, int], None]

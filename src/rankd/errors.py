@@ -13,7 +13,7 @@
     ├── ConfigError              -   (start-up)           an unknown key or a bad value in a file, flag or variable
     ├── DataError                -   (offline)            the interaction log does not fit its description
     ├── ArtifactError            -   (start-up, load)     missing, truncated, altered or of another format
-    ├── BuildError               -   (offline)            a model or a table that cannot be made: no compilation, no parity
+    ├── BuildError               -   (offline)            a model or a table that cannot be made as it was asked for
     └── MissingExtra             -   (start-up)           the command needs an optional dependency
 
 A message says what was given, what is allowed and what to do.

@@ -14,7 +14,7 @@
     ├── ConfigError              -   (start-up)           an unknown key or a bad value in a file, flag or variable
     ├── DataError                -   (offline)            the interaction log does not fit its description
     ├── ArtifactError            -   (start-up, load)     missing, truncated, altered or of another format
-    ├── BuildError               -   (offline)            a model that cannot be compiled, or fails its parity check
+    ├── BuildError               -   (offline)            a model or a table that cannot be made as it was asked for
     └── MissingExtra             -   (start-up)           the command needs an optional dependency
 
 A message says what was given, what is allowed and what to do.
@@ -128,7 +128,8 @@ class ArtifactError(RankdError):
 
 
 class BuildError(RankdError):
-    """A model cannot be compiled for a target, or its compiled scores differ from the reference."""
+    """A model cannot be compiled for a target, its compiled scores differ from the reference, or a table cannot be kept
+    in the storage that was asked for."""
 
 
 class MissingExtra(RankdError):

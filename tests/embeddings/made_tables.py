@@ -13,7 +13,7 @@ from rankd.embeddings.table_file import Table
 from rankd.embeddings.table_spec import TablePart, TableSpec, TableStorage
 from rankd.types import Float32Array
 
-WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 64, 65, 100, 128, 129, 207)
+WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 48, 64, 65, 100, 128, 129, 207, 256, 257)
 """Below, at and above each number of columns that is summed at once."""
 
 

@@ -213,4 +213,3 @@ def test_what_is_constructed_is_checked() -> None:
         LocalTables([table, table])
     with pytest.raises(ConfigError, match="0 threads"):
         LocalTables([table], threads=0)
-    assert LocalTables([table]).tables["shop"] is table

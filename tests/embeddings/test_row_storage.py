@@ -57,6 +57,15 @@ def test_integers_are_at_most_half_a_scale_away(storage: TableStorage, numbers: 
 
 
 @pytest.mark.parametrize("storage", SCALED)
+def test_the_smallest_numbers_stay_in_range(storage: TableStorage) -> None:
+    """A scale is rounded up: of 1.4 times the smallest float there is only 1 or 2."""
+    numbers = (np.asarray([[0, 8, 21, 100, 357]]) * 2.0**-149).astype(np.float32)
+    records = pack_rows(numbers, storage)
+    scale = np.ascontiguousarray(records[:, -8:]).view(np.float32)[0, 0]
+    assert np.abs(unpack_rows(records, storage, 5) - numbers).max() <= max(scale / 2, 2.0**-149)
+
+
+@pytest.mark.parametrize("storage", SCALED)
 @pytest.mark.parametrize("number", [0.0, -3.25, 1e30])
 def test_constant_rows_are_exact(storage: TableStorage, number: float) -> None:
     numbers = np.full((2, 5), number, np.float32)

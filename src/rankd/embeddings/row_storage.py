@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rankd.embeddings.table_spec import VALUE_BITS, TableStorage
+from rankd.embeddings.table_spec import ROW_BYTES, VALUE_BITS, TableStorage
 from rankd.errors import BuildError
 from rankd.types import Array, Float32Array
 
@@ -58,12 +58,12 @@ def unpack_rows(records: Array, storage: TableStorage, dim: int) -> Float32Array
     if storage not in SCALED:
         kind = np.float32 if storage is TableStorage.FP32 else np.float16
         return records.view(kind).astype(np.float32)
-    integers = records[:, :-8]
+    integers, scales = np.split(records, [-ROW_BYTES[storage]], axis=1)
     if storage is TableStorage.INT4:
         integers = np.stack([integers & 15, integers >> _PAIR_BITS], axis=2)
         integers = integers.reshape(len(records), 2 * integers.shape[1])[:, :dim]
-    scales = np.ascontiguousarray(records[:, -8:]).view(np.float32)
-    unpacked: Float32Array = integers.astype(np.float32) * scales[:, :1] + scales[:, 1:]
+    scale, offset = np.split(np.ascontiguousarray(scales).view(np.float32), 2, axis=1)
+    unpacked: Float32Array = integers.astype(np.float32) * scale + offset
     return unpacked
 
 

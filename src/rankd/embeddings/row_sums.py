@@ -25,8 +25,6 @@ _extending: Any = importlib.import_module("numba.extending")
 AHEAD = 32
 """Rows are asked for so many ids before they are added: random rows of a large table are what a sum waits for. 12 to 64
 measure the same, 4 takes a third longer (`rankd bench tables`, fp32 and int8 of 128 numbers)."""
-TAIL_LANES = 16
-"""Most columns of a sum under a mask, which reads nothing past the end of a row."""
 
 Code = Any  # an llvmlite builder
 Value = Any  # an llvmlite value
@@ -63,7 +61,7 @@ class _Sum(NamedTuple):
 
 def sum_of_rows(storage: TableStorage, lanes: int, masked: bool) -> Callable[..., None]:
     """A numba intrinsic of the int64 arguments of `_Sum`: `lanes` columns of a bag's rows summed, or, masked, the first
-    `columns` of them."""
+    `columns` of them, of 16 at most: then nothing past their record is read, and nothing past them is written."""
 
     def codegen(context: Any, code: Code, _signature: Any, arguments: Any) -> Value:
         _write_sum(code, storage, lanes, masked, _Sum(*arguments))
@@ -172,11 +170,9 @@ def _loader(code: Code, address: Value, columns: Value | None, total: int) -> Lo
     def load(kind: Any, lanes: int) -> Value:
         vector = ir.VectorType(kind, lanes)
         pointer = _pointer(code, address, vector)
-        if columns is None:
+        if columns is None or lanes < total:  # int4: the scale and offset that follow are as long as the whole vector
             return code.load(pointer, align=1)
-        # Of int4 a lane is two columns, of which the last may have one.
-        wanted = columns if lanes == total else code.lshr(code.add(columns, _LONG(1)), _LONG(1))
-        there, nothing = _first_lanes(code, wanted, lanes), ir.Constant(vector, [0] * lanes)
+        there, nothing = _first_lanes(code, columns, lanes), ir.Constant(vector, [0] * lanes)
         name = f"llvm.masked.load.v{lanes}i{kind.width}.p0"
         return _call(code, name, vector, pointer, _INT(1), there, nothing)
 

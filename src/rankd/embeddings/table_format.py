@@ -25,7 +25,8 @@ HEADER_BYTES = 4096
 _LENGTH_BYTES = 8
 _FORMAT, _VERSION = "rankd.table", "1"
 _DTYPES = {TableStorage.FP32: "F32", TableStorage.FP16: "F16", TableStorage.INT8: "U8", TableStorage.INT4: "U8"}
-_DIGITS = 19  # of an int64
+_MOST_DIGITS = 18
+_MOST_BYTES = 2**62
 
 
 class _Metadata(msgspec.Struct, forbid_unknown_fields=True):
@@ -95,7 +96,7 @@ def read_header(path: Path) -> tuple[TableSpec, TablePart]:
         raise ArtifactError(f"{path}: the header of the table was altered; write it anew")
     if size_bytes != file_bytes(spec, part):
         wanted = file_bytes(spec, part)
-        raise ArtifactError(f"{path}: {size_bytes} bytes, and its header says {wanted}: truncated; write it anew")
+        raise ArtifactError(f"{path}: {size_bytes} bytes, and by its header it has {wanted}; write it anew")
     return spec, part
 
 
@@ -104,9 +105,12 @@ def _parsed(metadata: _Metadata, name: str) -> tuple[TableSpec, TablePart]:
     if (metadata.format, metadata.version) != (_FORMAT, _VERSION):
         raise ValueError(f"format {metadata.format} {metadata.version}, not {_FORMAT} {_VERSION}")
     texts = (metadata.rows, metadata.dim, metadata.modulus, metadata.remainder)
-    if any(len(text) > _DIGITS for text in texts):
+    if any(len(text) > _MOST_DIGITS for text in texts):
         raise ValueError("a number is too large")
     rows, dim, modulus, remainder = (int(text) for text in texts)
     if min(rows, dim, modulus) < 1 or not 0 <= remainder < modulus:
         raise ValueError(f"{rows} rows of {dim}, remainder {remainder} of modulus {modulus}")
-    return TableSpec(name, rows, dim, TableStorage(metadata.storage)), TablePart(name, modulus, remainder)
+    spec = TableSpec(name, rows, dim, TableStorage(metadata.storage))
+    if spec.size_bytes > _MOST_BYTES:
+        raise ValueError(f"{spec.size_bytes} bytes")
+    return spec, TablePart(name, modulus, remainder)

@@ -1,6 +1,6 @@
 """Pooled look-up in many tables, compiled by numba. In: arrays that `local_tables.py` has checked. Out: sums.
 
-Importing this file imports numba and compiles what follows (10 s), or reads the machine code that an earlier process
+Importing this file imports numba and compiles what follows (2 s), or reads the machine code that an earlier process
 kept.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rankd.embeddings.row_sums import TAIL_LANES, sum_of_rows
+from rankd.embeddings.row_sums import sum_of_rows
 from rankd.embeddings.table_layout import (
     ADDRESS,
     COLUMN,
@@ -24,9 +24,9 @@ from rankd.embeddings.table_spec import VALUE_BITS, TableStorage
 from rankd.machine_code import kernel, part, read, types, written
 from rankd.types import Float32Array, Int64Array
 
-WIDE, MIDDLE = 128, 64
-"""Columns that are summed at once: eight and four registers of AVX-512, so that one pass over the ids is enough for the
-usual widths."""
+LANES = (128, 64, 32, 16)
+"""Columns that are summed at once, the most first: the usual widths take one pass over the ids; 100 takes three, of 64,
+of 32, and of 4 under a mask. 128 are eight registers of AVX-512."""
 _FLOAT_BYTES, _ID_BYTES, _BYTE_BITS = 4, 8, 8
 _FP32, _FP16, _INT8, _INT4 = (STORAGES.index(one) for one in TableStorage)
 _Sum = Callable[[Int64Array, int, int, int, int, int], None]
@@ -35,8 +35,9 @@ _Sum = Callable[[Int64Array, int, int, int, int, int], None]
 def _sum_of_bag(storage: TableStorage) -> _Sum:
     """The sum of a bag of a storage, all columns."""
     bits = VALUE_BITS[storage]
-    wide, middle = (sum_of_rows(storage, lanes, masked=False) for lanes in (WIDE, MIDDLE))
-    tail = sum_of_rows(storage, TAIL_LANES, masked=True)
+    most, many, some, few = LANES
+    sum_most, sum_many, sum_some, sum_few = (sum_of_rows(storage, lanes, masked=False) for lanes in LANES)
+    sum_rest = sum_of_rows(storage, few, masked=True)
 
     @part
     def sum_bag(tables: Int64Array, table: int, ids: int, count: int, following: int, out: int) -> None:
@@ -46,15 +47,21 @@ def _sum_of_bag(storage: TableStorage) -> _Sum:
         column = 0
         while column < dim:
             at, to, left = rows + column * bits // _BYTE_BITS, out + column * _FLOAT_BYTES, dim - column
-            if left >= WIDE:
-                wide(at, stride, scales, ids, count, following, lines, last, to, left)
-                column += WIDE
-            elif left >= MIDDLE:
-                middle(at, stride, scales, ids, count, following, lines, last, to, left)
-                column += MIDDLE
+            if left >= most:
+                sum_most(at, stride, scales, ids, count, following, lines, last, to, left)
+                column += most
+            elif left >= many:
+                sum_many(at, stride, scales, ids, count, following, lines, last, to, left)
+                column += many
+            elif left >= some:
+                sum_some(at, stride, scales, ids, count, following, lines, last, to, left)
+                column += some
+            elif left >= few:
+                sum_few(at, stride, scales, ids, count, following, lines, last, to, left)
+                column += few
             else:
-                tail(at, stride, scales, ids, count, following, lines, last, to, min(left, TAIL_LANES))
-                column += TAIL_LANES
+                sum_rest(at, stride, scales, ids, count, following, lines, last, to, left)
+                column = dim
             lines = 0  # the first pass has asked for the whole row
 
     return sum_bag

@@ -38,7 +38,7 @@ def write_part(folder: Path, table: Table, part: TablePart) -> Path:
     Raises:
         BuildError: the table is a part itself, another table, or has no such part.
     """
-    if part.table != table.spec.name or table.part.modulus != 1 or part.remainder >= part.modulus:
+    if part.table != table.spec.name or table.part.modulus != 1 or not 0 <= part.remainder < part.modulus:
         raise BuildError(f"{part} was asked for; parts are cut from a whole table of that name, remainder < modulus")
     records = table.records[part.remainder :: part.modulus]
     step = max(_COPIED_BYTES // table.spec.row_bytes, 1)

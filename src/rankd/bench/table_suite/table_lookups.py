@@ -1,7 +1,11 @@
 """Suite `tables`: pooled look-up of ours, torch and FBGEMM in turn, over the same rows and ids.
 
 In: options. Out: a Report. The sums are compared first. Then in each round every contestant answers all requests once,
-after a pause in which the threads of the one before it come to rest. Beside it: what the memory gives.
+after a pause in which the threads of the one before it come to rest. They share a process, as the tables of each would
+be too much memory for several.
+
+Beside it: what the memory gives to random cache lines and to copying, and the share of that which the rows of a call
+take. A row's lines lie side by side, and small tables in caches: it may be more than what random lines get.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from rankd.bench.report import Neighbours, Report, Row, commit, machine
 from rankd.bench.table_suite.dlrm_tables import IDS, dlrm_specs, drawn_requests, drawn_rows
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.local_tables import LocalTables
-from rankd.embeddings.table_file import Table, open_table
+from rankd.embeddings.table_file import Table, open_table, pages_for
 from rankd.embeddings.table_spec import TableSpec, TableStorage
 from rankd.embeddings.table_writing import write_table
 from rankd.errors import EngineFailure, MissingExtra
@@ -112,7 +116,9 @@ def _one_storage(
     asked = drawn_requests(specs, options.samples, REQUESTS, SEED)
     rows: list[Row] = []
     with TemporaryDirectory(prefix="rankd-bench-") as folder:
-        tables = [_made(spec, Path(folder)) for spec in specs]
+        pages = pages_for(sum(spec.size_bytes for spec in specs))
+        paths = [write_table(Path(folder), spec, drawn_rows(spec, SEED)) for spec in specs]
+        tables = [open_table(path, pages=pages) for path in paths]
         peers = peer_calls(tables, asked)
         differences = _parity(storage, tables, asked, peers)
         before = torch.get_num_threads()
@@ -128,10 +134,6 @@ def _one_storage(
 
 def _ours(tables: LocalTables, asked: Sequence[JaggedIds]) -> Run:
     return lambda number: tables.pool(asked[number])
-
-
-def _made(spec: TableSpec, folder: Path) -> Table:
-    return open_table(write_table(folder, spec, drawn_rows(spec, SEED)))
 
 
 def _parity(

@@ -17,7 +17,7 @@ from rankd.bench.table_suite.huge_memory import huge_memory
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.row_storage import SCALED
 from rankd.embeddings.table_file import Table
-from rankd.embeddings.table_spec import TableStorage
+from rankd.embeddings.table_spec import ROW_BYTES, TableStorage
 from rankd.types import Array
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Call = Callable[[int], "list[Tensor]"]
 """The sums for a request by its number: (B, D) of each table, or (B, W) of all in one."""
-_SCALE_BYTES = 8
 
 
 def peer_calls(tables: Sequence[Table], asked: Sequence[JaggedIds]) -> dict[str, Call]:
@@ -68,12 +67,12 @@ def _as_torch_has_it(table: Table) -> Array:
     """(n, bytes of a row) uint8: ours, save that torch's int4 has scale and offset in fp16."""
     if table.spec.storage is not TableStorage.INT4:
         return table.records
-    return np.concatenate([table.records[:, :-_SCALE_BYTES], _half_scales(table)], axis=1)
+    return np.concatenate([table.records[:, : -ROW_BYTES[table.spec.storage]], _half_scales(table)], axis=1)
 
 
 def _half_scales(table: Table) -> Array:
     """(n, 4) uint8: scale and offset in fp16."""
-    scales = np.ascontiguousarray(table.records[:, -_SCALE_BYTES:]).view(np.float32)
+    scales = np.ascontiguousarray(table.records[:, -ROW_BYTES[table.spec.storage] :]).view(np.float32)
     return scales.astype(np.float16).view(np.uint8)
 
 
@@ -111,7 +110,7 @@ def _fbgemm_call(tables: Sequence[Table], asked: Sequence[JaggedIds]) -> Call:
     batched.weights_host = torch.from_numpy(huge_memory(batched.weights_host.numel()))
     for table, (weights, scales) in zip(tables, batched.split_embedding_weights(), strict=True):
         if table.spec.storage in SCALED:
-            weights.copy_(torch.from_numpy(table.records[:, :-_SCALE_BYTES].copy()))
+            weights.copy_(torch.from_numpy(table.records[:, : -ROW_BYTES[table.spec.storage]].copy()))
             scales.copy_(torch.from_numpy(_half_scales(table)))
         else:
             weights.copy_(torch.from_numpy(table.records.copy()))

@@ -16,6 +16,7 @@ A table on disk:
 Tables looked up here:
 
     local_tables.py     many tables, several threads
+    model_tables.py     those of a model version
     table_layout.py     what the loops know of a table
     table_kernels.py    the loops over bags
     row_sums.py         the sum of a bag, in vectors

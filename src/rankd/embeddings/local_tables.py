@@ -10,7 +10,7 @@ ids, so the sums are the same for every number of threads.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import TracebackType
@@ -53,6 +53,11 @@ class LocalTables:
         self._layouts = np.asarray([layout(table) for table in self._tables], np.int64).reshape(-1, FIELDS)
         self._kernels, self._threads = table_kernels, threads
         self._helpers = ThreadPoolExecutor(threads - 1, "rankd-tables") if threads > 1 else None
+
+    @property
+    def tables(self) -> Mapping[str, Table]:
+        """By name."""
+        return {table.spec.name: table for table in self._tables}
 
     def pool(self, asked: JaggedIds) -> Float32Array:
         """(B, W) float32, see `Pooling.pool`.

@@ -33,6 +33,7 @@ from rankd.features.requests import check_request
 from rankd.observe.clocks import StageClock
 from rankd.observe.schedule_metrics import ScheduleFigures
 from rankd.observe.state_metrics import StateCounts
+from rankd.observe.table_metrics import TableFigures
 from rankd.request_path import RankItem, RequestPath
 from rankd.schedule.costs import Warmed
 from rankd.schedule.packing import Packing, measure
@@ -65,9 +66,8 @@ class Ranker:
     ) -> None:
         self.artifact, self.catalogue, self.features, self.backend = artifact, catalogue, features, backend
         self.manifest, self.schema, self.states = artifact.manifest, artifact.schema, states
-        self._tables = tables
-        embedded = EmbeddedInputs(artifact.schema, tables) if tables is not None else None
-        self.path = RequestPath(artifact.manifest, catalogue, features, states, self._begin, embedded)
+        self._embedded = EmbeddedInputs(artifact.schema, tables) if tables is not None else None
+        self.path = RequestPath(artifact.manifest, catalogue, features, states, self._begin, self._embedded)
         self._executors = [backend.executor() for _ in range(backend.num_executors)]
         self._shapes = Shapes(self.manifest, backend.state_type)
         self._own_service: FeatureService | None = None
@@ -111,9 +111,14 @@ class Ranker:
         service = features or FeatureService(FeatureConfig())
         version = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))
         source = open_tables(artifact.path, artifact.schema.embedded_widths, tables or TableConfig())
-        ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule, source)
-        ranker._own_service = None if features is not None else service
-        ranker.start()
+        try:
+            ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule, source)
+            ranker._own_service = None if features is not None else service
+            ranker.start()
+        except BaseException:
+            if source is not None:
+                source.close()
+            raise
         return ranker
 
     def start(self) -> None:
@@ -166,8 +171,8 @@ class Ranker:
             self._schedule.close()
         self.states.close()
         self.features.close()
-        if self._tables is not None:
-            self._tables.close()
+        if self._embedded is not None:
+            self._embedded.close()
         if self._own_service is not None:
             self._own_service.close()
 
@@ -205,6 +210,10 @@ class Ranker:
     def state_counts(self) -> StateCounts:
         """What the user states did and hold."""
         return self.states.counts()
+
+    def table_figures(self) -> TableFigures | None:
+        """What look-ups of tables beside the graph did; None if there are none."""
+        return None if self._embedded is None else self._embedded.figures()
 
     def schedule_figures(self) -> ScheduleFigures:
         """What the schedule did and has before it."""

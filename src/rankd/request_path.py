@@ -22,17 +22,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from rankd.artifact import Manifest
-from rankd.embeddings.pooling import Pooled
 from rankd.engine.backend import Executor
 from rankd.errors import DeadlineExceeded
 from rankd.features.assembly import fill_history, fill_item_columns, fill_request_columns, until
 from rankd.features.catalogue import Catalogue
-from rankd.features.embedded import EmbeddedInputs
+from rankd.features.embedded import EmbeddedInputs, copy_embedded
 from rankd.features.reading.stored_events import empty_history
 from rankd.features.reading.version_features import Fetch, VersionFeatures
 from rankd.features.requests import history_of_events, request_time, user_features_with
-from rankd.features.schema import UNKNOWN_ROW
-from rankd.features.staging import InputBuffers
+from rankd.features.schema import UNKNOWN_ROW, candidate_specs
+from rankd.features.staging import InputBuffers, allocate
 from rankd.features.tables import UserFeatures
 from rankd.observe.clocks import StageClock
 from rankd.schedule.packing import Packing
@@ -57,8 +56,8 @@ class RankItem:
     held: HeldState | None = None
     alone: bool = False
     user: UserFeatures | None = None
-    context: Pooled | None = None
-    lost_tables: set[str] = field(default_factory=set)
+    embedded: Mapping[str, Array] | None = None
+    lost_tables: tuple[str, ...] = ()
     lent: ExitStack = field(default_factory=ExitStack)
 
 
@@ -123,6 +122,8 @@ class RequestPath:
         if (rows := features.when_rows(item.fetch)) is not None:
             return rows
         item.user = user_features_with(request.context, features.user(item.fetch), self.schema, self.catalogue)
+        if self._embedded is not None and item.embedded is None:
+            self._look_up(self._embedded, item)
         item.clock.lap("features")
         _check_deadline(item)
         return None
@@ -146,8 +147,8 @@ class RequestPath:
         fill_item_columns(self.schema, items, rows, into)
         self.features.fill_items(item.fetch, into, part.first, part.count)
         fill_request_columns(self.schema, items, item.history, rows, item.user, item.now, into)
-        if self._embedded is not None:
-            self._look_up(self._embedded, item, into, part.count)
+        if item.embedded is not None:
+            copy_embedded(item.embedded, into, part.first, part.count)
         if part.first == 0:
             item.clock.lap("features")
 
@@ -179,7 +180,7 @@ class RequestPath:
             scores=scores if order is None else scores[order],
             unknown=tuple(request.candidates[i] for i in np.flatnonzero(rows == UNKNOWN_ROW)),
             unknown_user=item.unknown_user,
-            degraded=(*self.features.degraded(item.fetch), *(f"table_{name}" for name in sorted(item.lost_tables))),
+            degraded=(*self.features.degraded(item.fetch), *(f"table_{name}" for name in item.lost_tables)),
             rows=dict(item.fetch.counts),
             state=_held(item).origin.value,
             request_id=request.request_id,
@@ -195,14 +196,19 @@ class RequestPath:
         """Give the state back."""
         item.lent.close()
 
-    def _look_up(self, embedded: EmbeddedInputs, item: RankItem, into: Mapping[str, Array], count: int) -> None:
-        """Rows of tables that are not in the graph, pooled: for a part, and once for the request."""
-        if "context_embedded" in into:
-            context = item.context or embedded.context(_held(item).state.arrays, into, item.deadline)
-            into["context_embedded"][...] = context.values
-            item.context = context  # two executors may both have looked it up: they found the same
-            item.lost_tables.update(context.degraded)
-        item.lost_tables.update(embedded.fill_candidates(into, count, item.deadline))
+    def _look_up(self, embedded: EmbeddedInputs, item: RankItem) -> None:
+        """Rows of tables that are not in the graph, pooled: for all candidates at once, so that a shard is called once
+        and not for every part."""
+        assert item.fetch is not None  # noqa: S101 - the caller asked
+        assert item.user is not None  # noqa: S101
+        rows = item.fetch.candidates
+        whole = allocate(candidate_specs(self.schema), {"B": 1, "C": len(rows)}).arrays
+        fill_item_columns(self.schema, self.features.items, rows, whole)
+        self.features.fill_items(item.fetch, whole, 0, len(rows))
+        if self.schema.user_columns:
+            whole["context_categories"][0] = item.user.categories
+        item.lost_tables = embedded.fill(whole, _held(item).state.arrays, item.deadline)
+        item.embedded = whole
 
     def _history(self, item: RankItem) -> UserHistory:
         """The events up to the moment of the request, which is found on the way."""

@@ -61,6 +61,18 @@ def test_request_bytes() -> None:
     assert REQUEST == (b"POST /x HTTP/1.1\r\nhost: rankd\r\ncontent-length: 4\r\ncontent-type: text/plain\r\n\r\nbody")
 
 
+def test_a_connection_that_the_server_closed_meanwhile_is_opened_again() -> None:
+    """As servers do with those that are not used: no request is lost over it."""
+
+    def once(connection: socket.socket, number: int) -> bool:
+        connection.sendall(OK)
+        return False
+
+    with server(once) as port:
+        result = run(plan(port, arrivals_s=[0.0, 0.2, 0.4], connections=1))
+    assert result.statuses == [200, 200, 200]
+
+
 def test_closed_loop_notes_every_answer() -> None:
     with server(answer) as port:
         result = run(plan(port, requests=[REQUEST, REQUEST], seconds=0.1, warmup=3, keep=True))

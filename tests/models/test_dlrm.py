@@ -86,6 +86,22 @@ def test_every_feature_counts(interaction: str) -> None:
     assert {name for name in silent if name.startswith("tokens.") or "interaction" in name} == set()
 
 
+def test_without_a_table_of_items_columns_and_numbers_count_alone() -> None:
+    model = Dlrm(SCHEMA, item_table=False)
+    randomize(model)
+    assert set(model.tables()) == {name for name in Dlrm(SCHEMA).tables() if name != "item"}
+    rows, seen = np.asarray([3, 4], np.int32), []
+    for items in ([5, 6, 7], [8]):
+        history = make_history(items)
+        packed = {k: torch.from_numpy(v) for k, v in history_arrays(SCHEMA, ITEMS, history).items()}
+        given = candidate_arrays(SCHEMA, ITEMS, make_history([]), rows, USER, NOW)
+        candidates = {name: torch.from_numpy(array) for name, array in given.items()}
+        seen.append(model.score(model.encode(packed), candidates))
+    torch.testing.assert_close(seen[0], seen[1])
+    candidates["candidate_categories"] = torch.zeros_like(candidates["candidate_categories"])
+    assert not torch.allclose(model.score(model.encode(packed), candidates), seen[1])
+
+
 def test_a_sum_of_nothing_is_nothing() -> None:
     model = Dlrm(SCHEMA)
     randomize(model)  # row 0 too: it is no item, whatever stands there

@@ -103,10 +103,18 @@ def test_tables_that_are_lost_are_named_or_fail_the_request(version: Path, plan:
         )
         strict = running.enter_context(Ranker.load(version, ENGINE, tables=TableConfig(plan=str(plan), shards=both)))
         assert kind.rank(REQUESTS[0]).degraded == ()
+        before = kind.table_figures()
+        assert before is not None
+        assert (before.lookups > 0, before.seconds > 0.0) == (True, True)
+        assert before.replicas == {"shard-0": 1, "shard-1": 1}
+        assert before.calls["calls"] > 0
         process.kill()
         process.wait()
         answer = kind.rank(REQUESTS[0])
-        assert answer.degraded == tuple(f"table_{name}" for name in lost)
+        after = kind.table_figures()
+        assert after is not None
+        assert after.calls["degraded_tables"] > 0 == before.calls["degraded_tables"]
+        assert sorted(answer.degraded) == [f"table_{name}" for name in lost]
         assert np.isfinite(answer.scores).all()
         with pytest.raises((Unavailable, DeadlineExceeded)):
             strict.rank(REQUESTS[0])

@@ -191,12 +191,14 @@ def test_an_overloaded_replica_is_passed_over_for_the_next_one() -> None:
     hold = Hold()
     full = ShardServerConfig(workers=1, max_waiting=1)
     layout = one_shard()
-    with serving(make_server(layout, config=full, before=hold), make_server(layout)) as (first, second):
+    crowded = make_server(layout, config=full, before=hold)
+    with serving(crowded, make_server(layout)) as (first, second):
         busy, layout = one_shard(first), one_shard(first, second)
         with asking(busy, quick(timeout_ms=10_000.0)) as crowd, asking(layout, quick(hedge_share=0.0)) as pooling:
             waiting = [crowd.begin(ASKED)]
             assert hold.entered.acquire(timeout=10)
             waiting.append(crowd.begin(ASKED))
+            until(lambda: crowded.stats().waiting == 1)  # else one of those below takes the place, and waits
             for _ in range(10):
                 pooling.pool(ASKED)
             assert pooling.counts()["retried"] >= 1

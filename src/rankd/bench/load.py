@@ -124,6 +124,14 @@ class Connection:
         del self._received[:whole]
         return Answer(int(head[9:12]), head, body)
 
+    def ended(self) -> bool:
+        """Whether the server has closed it while it was not used."""
+        readable, _, _ = select.select([self._socket], [], [], 0.0)
+        try:
+            return bool(readable) and self._socket.recv(1, socket.MSG_PEEK) == b""
+        except OSError:
+            return True
+
     def exchange(self, request: bytes) -> Answer:
         """Send a request and wait for its answer.
 
@@ -246,10 +254,13 @@ def _send(
     connection, (index, scheduled) = free.popleft(), arrival
     sent = log.now()
     try:
+        if connection.ended():  # servers close connections that are not used for some seconds
+            connection.reopen()
         connection.send(plan.requests[index])
     except OSError:
         log.add(index, scheduled, sent, log.now(), 0)
-        connection.reopen()
+        with suppress(OSError):
+            connection.reopen()
         free.append(connection)
     else:
         busy[connection.fileno()] = (connection, index, scheduled, sent)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rankd.cli.table_benchmarks import shards, tables
+
 if TYPE_CHECKING:
     from rankd.bench.arrivals import Arrivals
 
@@ -51,6 +53,10 @@ def bench() -> None:
     Each suite checks that all contestants give the same scores, then measures them in turn. With --json the last line
     of standard output is one JSON object.
     """
+
+
+bench.add_command(tables)
+bench.add_command(shards)
 
 
 @bench.command()
@@ -338,58 +344,6 @@ def mlperf(
     options = MlperfOptions(Scenario(scenario), logs, rate, seconds, bound_ms)
     with progress_bar("mlperf") as advance:
         report = run_mlperf(load_workload(name), options, advance)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
-
-
-@bench.command()
-@click.option(
-    "--storage",
-    "storages",
-    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-    multiple=True,
-    default=("fp32", "fp16", "int8", "int4"),
-    show_default=True,
-    help="Of the tables; may be given several times.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    multiple=True,
-    default=(1, 2),
-    show_default=True,
-    help="Of one call; may be given several times.",
-)
-@click.option("--samples", type=click.IntRange(1), default=256, show_default=True, help="Of one call.")
-@click.option("--smaller", type=click.IntRange(1), default=100, show_default=True, help="MLPerf's rows over the rows.")
-@click.option("--dim", type=click.IntRange(1), default=128, show_default=True, help="Numbers of a row.")
-@click.option("--runs", type=click.IntRange(1), default=7, show_default=True, help="Rounds of a few calls each.")
-@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
-def tables(
-    storages: tuple[str, ...],
-    threads: tuple[int, ...],
-    samples: int,
-    smaller: int,
-    dim: int,
-    runs: int,
-    as_json: bool,
-) -> None:
-    """Pooled look-up in embedding tables, beside torch and FBGEMM.
-
-    MLPerf's 26 DLRM tables with a fraction of their rows, ids drawn uniformly. torch's EmbeddingBag and its quantized
-    kin, and FBGEMM's batched tables if fbgemm_gpu is installed; their rows lie on huge pages, ours in mapped files.
-    """
-    from rankd.bench.report import print_report
-    from rankd.bench.table_suite.table_lookups import TableOptions, run_tables
-    from rankd.cli.progress import progress_bar
-    from rankd.embeddings.table_spec import TableStorage
-
-    kinds = tuple(TableStorage(one) for one in dict.fromkeys(storages))
-    options = TableOptions(kinds, tuple(dict.fromkeys(threads)), samples, smaller, dim, runs)
-    with progress_bar("tables") as advance:
-        report = run_tables(options, advance)
     if as_json:
         click.echo(report.line())
     else:

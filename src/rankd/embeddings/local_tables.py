@@ -81,6 +81,14 @@ class LocalTables:
         """As `pool`: it takes no time worth a deadline."""
         return Pooled(self.pool(asked))
 
+    def calls(self) -> Mapping[str, int]:
+        """None: there are no shards."""
+        return {}
+
+    def replicas_up(self) -> Mapping[str, int]:
+        """None: there are no shards."""
+        return {}
+
     def close(self) -> None:
         """End the helpers; calls that are under way end first."""
         if self._helpers is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,14 @@ class TableSource(Protocol):
             InvalidRequest: as `Pooling.pool`.
             DeadlineExceeded, Unavailable: a table without a default was not there in time, or could not be had.
         """
+        ...
+
+    def calls(self) -> Mapping[str, int]:
+        """Calls of shards since the start, by what became of them; empty where there are none."""
+        ...
+
+    def replicas_up(self) -> Mapping[str, int]:
+        """How many replicas of each shard can be asked; empty where there are none."""
         ...
 
     def close(self) -> None:

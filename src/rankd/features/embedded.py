@@ -7,6 +7,8 @@ looks up and pools (`embeddings.pooling`): tables here, or shards elsewhere. Out
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
@@ -17,6 +19,7 @@ import numpy as np
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.pooling import Pooled, TableSource
 from rankd.features.schema import Categorical, EmbeddedFeature, EmbeddedSide, FeatureSchema
+from rankd.observe.table_metrics import TableFigures
 from rankd.types import Array, Features, Int32Array, Int64Array
 
 OWN_ROW = (-1, 0, 0)
@@ -31,57 +34,88 @@ class EmbeddedInputs:
         self._shared = schema.context_embedded
         users = tuple(one for one in self._shared if one.side is EmbeddedSide.USER_COLUMN)
         self._user = _Columns(users, schema.user_categorical)
-        self._histories = tuple(one for one in self._shared if one.side is EmbeddedSide.HISTORY)
+        self._lookups, self._seconds = 0, 0.0
+        self._lock = threading.Lock()  # guards those two
 
-    def fill_candidates(self, into: Mapping[str, Array], count: int, deadline: float | None = None) -> tuple[str, ...]:
-        """Write candidate_embedded (1, C, W) of the first `count` candidates from their rows and codes; zeros follow.
-        Names the tables that could not be had.
-
-        Raises:
-            InvalidRequest, DeadlineExceeded, Unavailable: see `TableSource.look_up`.
-        """
-        if "candidate_embedded" not in into:
-            return ()
-        rows = into["candidate_item"][0, :count]
-        codes = into["candidate_categories"][0, :count] if "candidate_categories" in into else _no_codes(count)
-        sums = into["candidate_embedded"][0]
-        pooled = self._tables.look_up(self._own.asked(rows, codes), deadline)
-        sums[:count] = pooled.values
-        sums[count:] = 0.0
-        return pooled.degraded
-
-    def context(
-        self, history: Mapping[str, Array], candidates: Mapping[str, Array], deadline: float | None = None
-    ) -> Pooled:
-        """context_embedded (1, W) of a request's history tokens and its user's codes.
+    def fill(
+        self, into: Mapping[str, Array], history: Mapping[str, Array], deadline: float | None = None
+    ) -> tuple[str, ...]:
+        """Write candidate_embedded (1, C, W) and context_embedded (1, W) from the ids and codes of all C candidates, of
+        the user, and of the history's tokens. Names the tables that could not be had.
 
         Raises:
             InvalidRequest, DeadlineExceeded, Unavailable: see `TableSource.look_up`.
         """
-        tables, ids = [], list[Int64Array]()
-        for feature in self._histories:
-            length = int(history["history_length"][0, feature.index])
-            rows = history["history_item"][0, feature.index, :length]
-            tables.append(feature.table)
-            ids.append(rows[rows > 0].astype(np.int64))
-        if self._user.tables:
-            asked = self._user.asked(np.zeros(1, np.int32), candidates["context_categories"])
-            tables += self._user.tables
-            ids += np.split(asked.ids, asked.offsets[1:-1])
-        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-        whole = np.concatenate(ids) if ids else np.zeros(0, np.int64)
-        return self._tables.look_up(JaggedIds(tuple(tables), offsets, whole), deadline)
+        lost = list[str]()
+        if "context_embedded" in into:
+            context = self._look_up(self._context(history, into), deadline)
+            into["context_embedded"][...] = context.values
+            lost += context.degraded
+        if "candidate_embedded" in into:
+            rows = into["candidate_item"][0]
+            codes = into["candidate_categories"][0] if "candidate_categories" in into else _no_codes(len(rows))
+            own = self._look_up(self._own.asked(rows, codes), deadline)
+            into["candidate_embedded"][0] = own.values
+            lost += own.degraded
+        return tuple(dict.fromkeys(lost))
 
     def embed(self, features: Features) -> Features:
         """Packed features with their embedded inputs: what checks and offline evaluation feed a graph."""
         candidates = dict(features.candidates)
-        padded = candidates["candidate_item"].shape[1]
         if self._own.tables:
+            padded = candidates["candidate_item"].shape[1]
             candidates["candidate_embedded"] = np.zeros((1, padded, self._own.width), np.float32)
-            self.fill_candidates(candidates, padded)
         if self._shared:
-            candidates["context_embedded"] = self.context(features.history, candidates).values
+            width = sum(feature.dim for feature in self._shared)
+            candidates["context_embedded"] = np.zeros((1, width), np.float32)
+        self.fill(candidates, features.history)
         return Features(features.history, candidates, features.num_candidates)
+
+    def figures(self) -> TableFigures:
+        """What was looked up so far."""
+        with self._lock:
+            lookups, seconds = self._lookups, self._seconds
+        return TableFigures(lookups, seconds, self._tables.calls(), self._tables.replicas_up())
+
+    def close(self) -> None:
+        """Nothing is looked up after this."""
+        self._tables.close()
+
+    def _look_up(self, asked: JaggedIds, deadline: float | None) -> Pooled:
+        started = time.perf_counter()
+        try:
+            return self._tables.look_up(asked, deadline)
+        finally:
+            with self._lock:
+                self._lookups += 1
+                self._seconds += time.perf_counter() - started
+
+    def _context(self, history: Mapping[str, Array], candidates: Mapping[str, Array]) -> JaggedIds:
+        """The ids of a request, as of one sample."""
+        of_columns = iter(self._column_ids(candidates))
+        ids = [
+            _history_ids(history, feature.index) if feature.side is EmbeddedSide.HISTORY else next(of_columns)
+            for feature in self._shared
+        ]
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        return JaggedIds(tuple(feature.table for feature in self._shared), offsets, np.concatenate(ids))
+
+    def _column_ids(self, candidates: Mapping[str, Array]) -> list[Int64Array]:
+        """Of each of the user's columns."""
+        if not self._user.tables:
+            return []
+        asked = self._user.asked(np.zeros(1, np.int32), candidates["context_categories"])
+        return np.split(asked.ids, asked.offsets[1:-1])
+
+
+def copy_embedded(whole: Mapping[str, Array], into: Mapping[str, Array], first: int, count: int) -> None:
+    """Write the embedded inputs of candidates first..first + count - 1 of a request; zeros follow them."""
+    if "candidate_embedded" in into:
+        sums = into["candidate_embedded"][0]
+        sums[:count] = whole["candidate_embedded"][0, first : first + count]
+        sums[count:] = 0.0
+    if "context_embedded" in into:
+        into["context_embedded"][...] = whole["context_embedded"]
 
 
 class _Columns:
@@ -102,6 +136,11 @@ class _Columns:
         offsets, ids = np.empty(len(self.tables) * count + 1, np.int64), np.empty(self._most * count, np.int64)
         used = _kernels().write_ids(rows, codes, self._places, offsets, ids)
         return JaggedIds(self.tables, offsets, ids[:used])
+
+
+def _history_ids(history: Mapping[str, Array], block: int) -> Int64Array:
+    rows = history["history_item"][0, block, : int(history["history_length"][0, block])]
+    return rows[rows > 0].astype(np.int64)
 
 
 def _no_codes(count: int) -> Int32Array:

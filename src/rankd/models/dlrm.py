@@ -99,7 +99,8 @@ class DlrmNet(nn.Module):
 
 class Dlrm(nn.Module):
     """Options: dim D, interaction ("cross" or "dot"), bottom, top, cross_layers, cross_rank, dropout (of pooled
-    embeddings), item_dropout (the share of items that training shows as the unknown item)."""
+    embeddings), item_dropout (the share of items that training shows as the unknown item). Without `item_table` it
+    reads categorical columns and numbers alone, as MLPerf's dlrm-v2 does: neither the item itself nor the history."""
 
     def __init__(
         self,
@@ -112,9 +113,12 @@ class Dlrm(nn.Module):
         cross_rank: int = 64,
         dropout: float = 0.1,
         item_dropout: float = 0.1,
+        item_table: bool = True,
     ) -> None:
         super().__init__()
-        self.tokens = PooledTables(schema, dim, item_dropout)
+        self.tokens = PooledTables(schema, dim, item_dropout, item_table)
+        if not self.tokens.features:
+            raise TypeError("without item_table there have to be categorical columns; this schema has none")
         numbers = schema.candidate_numeric + len(schema.user_numeric)
         self.net = DlrmNet(
             max(numbers, 1),
@@ -153,20 +157,21 @@ class Dlrm(nn.Module):
 
     def score_embedded(self, candidates: Tensors) -> Tensor:
         """Logits (B, C, K) where rows were looked up and pooled elsewhere."""
-        own = candidates["candidate_embedded"].unflatten(-1, (-1, self.tokens.dim))
-        shared = candidates["context_embedded"].unflatten(-1, (-1, self.tokens.dim)).unsqueeze(1)
-        pooled = torch.cat([own, shared.expand(-1, own.shape[1], -1, -1)], -2)
-        logits: Tensor = self.net(_numbers(candidates, own[..., 0, :1]), pooled)
+        pooled = candidates["candidate_embedded"].unflatten(-1, (-1, self.tokens.dim))
+        if "context_embedded" in candidates:
+            shared = candidates["context_embedded"].unflatten(-1, (-1, self.tokens.dim)).unsqueeze(1)
+            pooled = torch.cat([pooled, shared.expand(-1, pooled.shape[1], -1, -1)], -2)
+        logits: Tensor = self.net(_numbers(candidates, pooled[..., 0, :1]), pooled)
         return logits
 
 
 class PooledTables(nn.Module):
     """The tables of a schema, each pooled by a sum. `features` is F, how many pooled vectors a candidate has."""
 
-    def __init__(self, schema: FeatureSchema, dim: int, item_dropout: float) -> None:
+    def __init__(self, schema: FeatureSchema, dim: int, item_dropout: float, item_table: bool) -> None:
         super().__init__()
         self.dim, self.item_dropout = dim, item_dropout
-        self.item = _table(schema.num_item_rows, dim)
+        self.item = _table(schema.num_item_rows, dim) if item_table else None
         self.item_columns = nn.ModuleList(_table(column.size + 1, dim) for column in schema.item_categorical)
         self.user_columns = nn.ModuleList(_table(column.size + 1, dim) for column in schema.user_categorical)
         self._item_places = _places(schema.item_categorical)
@@ -178,21 +183,27 @@ class PooledTables(nn.Module):
 
     def embedded(self) -> tuple[EmbeddedFeature, ...]:
         """F features, those of a candidate before those of a request."""
+        own = (EmbeddedSide.ITEM,) if self.item is not None else ()
+        blocks = range(self._blocks) if self.item is not None else ()
         dim = self.dim
         return (
-            EmbeddedFeature("item", dim, EmbeddedSide.ITEM),
+            *(EmbeddedFeature("item", dim, side) for side in own),
             *(EmbeddedFeature(n, dim, EmbeddedSide.ITEM_COLUMN, i) for i, n in enumerate(self._item_names)),
-            *(EmbeddedFeature("item", dim, EmbeddedSide.HISTORY, block) for block in range(self._blocks)),
+            *(EmbeddedFeature("item", dim, EmbeddedSide.HISTORY, block) for block in blocks),
             *(EmbeddedFeature(n, dim, EmbeddedSide.USER_COLUMN, i) for i, n in enumerate(self._user_names)),
         )
 
     def tables(self) -> dict[str, Tensor]:
         """(rows, D) by name."""
         columns = zip((*self._item_names, *self._user_names), (*self.item_columns, *self.user_columns), strict=True)
-        return {"item": self.item.weight, **{name: table.get_parameter("weight") for name, table in columns}}
+        found = {name: table.get_parameter("weight") for name, table in columns}
+        return found if self.item is None else {"item": self.item.weight, **found}
 
     def history(self, history: Tensors) -> Tensor:
-        """(B, N, D): of each sub-sequence the sum of its items; padding counts nothing."""
+        """(B, N, D): of each sub-sequence the sum of its items, padding counting nothing; (B, 0, D) without a table of
+        items."""
+        if self.item is None:
+            return torch.zeros(len(history["history_length"]), 0, self.dim)
         rows = self._shown(history["history_item"])
         index = torch.arange(rows.shape[-1], device=rows.device)
         real = index < history["history_length"].unsqueeze(-1)
@@ -200,9 +211,10 @@ class PooledTables(nn.Module):
 
     def candidates(self, history: Tensor, candidates: Tensors) -> Tensor:
         """(B, C, F, D) from what was pooled of the history, the candidates and the context."""
-        items = _sum_of_rows(self.item, self._shown(candidates["candidate_item"]).unsqueeze(-1)).unsqueeze(-2)
-        shape = (*items.shape[:2], -1, -1)
-        vectors = [items]
+        shape, vectors = (*candidates["candidate_item"].shape, -1, -1), []
+        if self.item is not None:
+            own = self._shown(candidates["candidate_item"]).unsqueeze(-1)
+            vectors.append(_sum_of_rows(self.item, own).unsqueeze(-2))
         for table, (first, last, offset) in zip(self.item_columns, self._item_places, strict=True):
             vectors.append(_pooled(table, candidates["candidate_categories"][..., first:last], offset))
         vectors.append(history.unsqueeze(1).expand(shape))
@@ -213,6 +225,8 @@ class PooledTables(nn.Module):
 
     def share_unseen(self, seen_rows: Tensor) -> None:
         """Give every item row that training never saw the unknown item's vector. seen_rows (I,) bool."""
+        if self.item is None:
+            return
         with torch.no_grad():
             unseen = ~seen_rows
             unseen[: UNKNOWN_ROW + 1] = False

@@ -13,6 +13,7 @@ import rankd
 from rankd.observe.feature_metrics import FeatureCollector
 from rankd.observe.schedule_metrics import ScheduleCollector
 from rankd.observe.state_metrics import StateCollector
+from rankd.observe.table_metrics import TableCollector
 from rankd.types import Scores
 
 STAGES = ("queue", "features", "encode", "score", "order", "total")
@@ -65,6 +66,8 @@ class ServerMetrics:
         self.registry.register(self.states)
         self.schedules = ScheduleCollector()
         self.registry.register(self.schedules)
+        self.tables = TableCollector()
+        self.registry.register(self.tables)
         self.features = FeatureCollector()
         self.registry.register(self.features)
         self._degraded = Counter(

@@ -35,6 +35,8 @@ def routes(repository: ModelRepository) -> list[Route]:
         rankers = {(name, version): ranker for name, version, ranker in repository.rankers()}
         repository.metrics.schedules.show({key: ranker.schedule_figures() for key, ranker in rankers.items()})
         repository.metrics.states.show({key: ranker.state_counts() for key, ranker in rankers.items()})
+        tables = {key: ranker.table_figures() for key, ranker in rankers.items()}
+        repository.metrics.tables.show({key: figures for key, figures in tables.items() if figures is not None})
         repository.metrics.features.show(repository.feature_figures())
         return Response(repository.metrics.text(), media_type="text/plain; version=0.0.4")
 

@@ -6,7 +6,7 @@ they work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -46,6 +46,14 @@ class PlacedTables:
                 values[:, starts[place] : starts[place + 1]] = sums[:, first : first + dims[place]]
                 first += dims[place]
         return Pooled(values, pooled.degraded)
+
+    def calls(self) -> Mapping[str, int]:
+        """Calls of shards since the start, by what became of them."""
+        return self._sharded.counts()
+
+    def replicas_up(self) -> Mapping[str, int]:
+        """How many replicas of each shard can be asked."""
+        return self._sharded.replicas_up()
 
     def close(self) -> None:
         """End all connections."""

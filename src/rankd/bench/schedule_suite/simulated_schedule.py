@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -87,7 +87,7 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
             )
     goodput, refused = _goodput(workload, rules, encode_ms, options, highest["rankd"])
     advance(2, 3, "decisions")
-    decisions = _decision_us(rules)
+    decisions = _decisions(rules)
     advance(3, 3, "done")
     at_70 = {row["contestant"]: row for row in results if row.get("share") == 0.7}
     peers = [name for name in schedules if name != "rankd"]
@@ -99,8 +99,11 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
         "padding_waste": at_70["rankd"]["padding"],
         "goodput_at_2x_simulated": goodput,
         "refused_at_2x_simulated": refused,
-        "scheduler_us_p50": percentile(decisions, 0.5),
-        "scheduler_us": percentile(decisions, 0.99),
+        "scheduler_us_p50": percentile(decisions.requests, 0.5),
+        "scheduler_us": percentile(decisions.requests, 0.99),
+        "scheduler_us_admission": percentile(decisions.admissions, 0.99),
+        "scheduler_us_call": percentile(decisions.calls, 0.99),
+        "calls_a_request": len(decisions.calls) / len(decisions.requests),
     }
     for name, rate in highest.items():
         results.append({"contestant": name, "table": "highest rates", "rate": rate})
@@ -223,31 +226,47 @@ def _goodput(
     return good, sum(one.how == "refused" for one in outcomes) / len(outcomes)
 
 
-def _decision_us(rules: Rules) -> list[float]:
-    """Microseconds of admission and decisions of a request, while a thousand others wait."""
-    random, ledger = np.random.default_rng(0), Ledger[int](rules, NO_LIMITS)
-    most, now = rules.cutter.most_rows, 0.0
+@dataclass(frozen=True, slots=True)
+class _Decisions:
+    """Microseconds of each admission, of each call that an executor was given, and of all that went by from one request
+    that was done to the next."""
 
-    def accept() -> None:
+    admissions: list[float] = field(default_factory=list)
+    calls: list[float] = field(default_factory=list)
+    requests: list[float] = field(default_factory=list)
+
+
+def _decisions(rules: Rules) -> _Decisions:
+    """What admission and decisions take while a thousand others wait."""
+    random, ledger = np.random.default_rng(0), Ledger[int](rules, NO_LIMITS)
+    most, taken = rules.cutter.most_rows, _Decisions()
+
+    def accept(now: float) -> None:
         rows, patience = int(random.integers(1, most + 1)), float(random.uniform(50, 1000))
         asked = Asked(rows, bool(random.random() < 0.7), now + patience if random.random() < 0.5 else None)
+        started = time.perf_counter()
         ledger.comes(ledger.accept(0, asked, now))
+        taken.admissions.append((time.perf_counter() - started) * 1e6)
+
+    def call(now: float) -> bool:
+        """Give an executor a call, and book it; whether a request is done with it."""
+        started = time.perf_counter()
+        work = ledger.next(1, now)
+        assert work is not None  # noqa: S101 - a thousand wait
+        for job in work.unprepared:
+            ledger.prepared(job)
+        ended = ledger.done(work) if work.parts else []
+        ledger.leave(work.jobs)
+        taken.calls.append((time.perf_counter() - started) * 1e6)
+        return bool(ended)
 
     for _ in range(WAITING):
-        accept()
-    taken = []
-    for _ in range(DECISIONS):
-        now += 0.001
-        started = time.perf_counter()
-        accept()
-        while True:  # until one request is done
-            work = ledger.next(1, now)
-            assert work is not None  # noqa: S101 - a thousand wait
-            for job in work.unprepared:
-                ledger.prepared(job)
-            ended = ledger.done(work) if work.parts else []
-            ledger.leave(work.jobs)
-            if ended:
-                break
-        taken.append((time.perf_counter() - started) * 1e6)
+        accept(0.0)
+    taken.admissions.clear()
+    for number in range(DECISIONS):
+        now, first = 0.001 * number, len(taken.calls)
+        accept(now)
+        while not call(now):
+            pass
+        taken.requests.append(taken.admissions[-1] + sum(taken.calls[first:]))
     return taken

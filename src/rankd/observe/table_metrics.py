@@ -1,0 +1,50 @@
+"""What look-ups of embedding tables did, and the metrics of it: how long requests waited, and how shards are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from rankd.observe.schedule_metrics import Key
+
+
+@dataclass(frozen=True, slots=True)
+class TableFigures:
+    """A snapshot: look-ups since the start and the seconds that requests waited for them; calls of shards by what
+    became of them, and how many replicas of each shard can be asked: empty where all tables are in this process."""
+
+    lookups: int = 0
+    seconds: float = 0.0
+    calls: Mapping[str, int] = field(default_factory=dict)
+    replicas: Mapping[str, int] = field(default_factory=dict)
+
+
+class TableCollector(Collector):
+    """Metrics of all model versions that have tables beside their graphs, as they were last shown."""
+
+    def __init__(self) -> None:
+        self._shown: Mapping[Key, TableFigures] = {}
+
+    def show(self, figures: Mapping[Key, TableFigures]) -> None:
+        """The figures of the versions that are ready now."""
+        self._shown = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """All figures of all versions."""
+        labels = ("model", "version")
+        lookups = CounterMetricFamily("rankd_table_lookups", "Look-ups of embedding tables.", labels=labels)
+        seconds = CounterMetricFamily("rankd_table_lookup_seconds", "What requests waited for them.", labels=labels)
+        calls = CounterMetricFamily("rankd_shard_calls", "Calls of shards by what became.", labels=(*labels, "what"))
+        replicas = GaugeMetricFamily("rankd_shard_replicas", "That can be asked.", labels=(*labels, "shard"))
+        for key, figures in self._shown.items():
+            lookups.add_metric(key, figures.lookups)
+            seconds.add_metric(key, figures.seconds)
+            for what, count in figures.calls.items():
+                calls.add_metric((*key, what), count)
+            for shard, count in figures.replicas.items():
+                replicas.add_metric((*key, shard), count)
+        yield from (lookups, seconds, calls, replicas)

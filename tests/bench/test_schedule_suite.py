@@ -50,7 +50,7 @@ def test_a_live_schedule_ends_with_the_contract(tmp_path: Path) -> None:
     tables = {row["table"] for row in rows}
     assert {row["contestant"] for row in rows} == names | {"load generator"}
     assert set(document["parity"]) == {"in-process", *names}
-    assert document["parity"]["mosec"] <= 1e-4
+    assert max(document["parity"].values()) <= 0.05  # bfloat16, and each cuts lists elsewhere
     assert {f"capacity, batches of {batch}" for batch in ("1", "4, 10 ms")} <= tables
     for name in ("throughput_gain", "throughput_gain_peers", "throughput_gain_padded", "latency_gain_tiny_peers"):
         assert ratios[name] > 0

@@ -9,6 +9,8 @@ from typing import Any
 from rankd.bench.report import Report
 from rankd.picture import new_picture
 
+PANELS = {"all requests": "p99_ms", "short requests": "short_p99_ms"}
+
 
 def draw_curves(report: Report, path: Path) -> None:
     """Write the picture.
@@ -16,10 +18,12 @@ def draw_curves(report: Report, path: Path) -> None:
     Raises:
         MissingExtra: matplotlib is not installed. ConfigError: not a kind of picture, or no folder for it.
     """
-    figure, axes = new_picture(path, 2)
+    curves = {title: _curves(report, key) for title, key in PANELS.items()}
+    drawn = {title: found for title, found in curves.items() if found}  # a workload may have no short requests
+    figure, axes = new_picture(path, len(drawn))
     bound_ms = float(report.workload["bound_ms"])
-    for panel, (key, title) in zip(axes, (("p99_ms", "all requests"), ("short_p99_ms", "short requests")), strict=True):
-        for name, points in _curves(report, key).items():
+    for panel, (title, found) in zip(axes if len(drawn) > 1 else [axes], drawn.items(), strict=True):
+        for name, points in found.items():
             rates, latencies = zip(*sorted(points), strict=True)
             panel.plot(rates, latencies, marker="o", markersize=3, linewidth=1.2, label=name)
         panel.axhline(bound_ms, color="grey", linewidth=0.8, linestyle="--")

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from rankd.embeddings.table_format import FOLDER
 from rankd.errors import ArtifactError
 from rankd.features.schema import FeatureSchema, TensorSpec
 
@@ -29,7 +30,7 @@ FORMAT = 2
 MANIFEST = "model.toml"
 MANIFEST_SUM = "model.toml.sha256"
 WORK_PREFIX = ".building-"
-UNREAD = "embeddings/"
+UNREAD = f"{FOLDER}/"
 """Tables may be larger than memory: at a load their sizes are compared, and their headers when they are opened."""
 
 

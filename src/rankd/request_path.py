@@ -26,7 +26,7 @@ from rankd.engine.backend import Executor
 from rankd.errors import DeadlineExceeded
 from rankd.features.assembly import fill_history, fill_item_columns, fill_request_columns, until
 from rankd.features.catalogue import Catalogue
-from rankd.features.embedded import EmbeddedInputs, copy_embedded
+from rankd.features.embedded import EmbeddedInputs, copy_candidates
 from rankd.features.reading.stored_events import empty_history
 from rankd.features.reading.version_features import Fetch, VersionFeatures
 from rankd.features.requests import history_of_events, request_time, user_features_with
@@ -144,11 +144,12 @@ class RequestPath:
         into = self._staging[executor].candidates(bucket).row(place)
         rows = item.fetch.candidates[part.first : part.first + part.count]
         items = self.features.items
-        fill_item_columns(self.schema, items, rows, into)
-        self.features.fill_items(item.fetch, into, part.first, part.count)
-        fill_request_columns(self.schema, items, item.history, rows, item.user, item.now, into)
         if item.embedded is not None:
-            copy_embedded(item.embedded, into, part.first, part.count)
+            copy_candidates(item.embedded, into, part.first, part.count)
+        else:
+            fill_item_columns(self.schema, items, rows, into)
+            self.features.fill_items(item.fetch, into, part.first, part.count)
+        fill_request_columns(self.schema, items, item.history, rows, item.user, item.now, into)
         if part.first == 0:
             item.clock.lap("features")
 

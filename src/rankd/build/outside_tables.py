@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from rankd.embeddings.model_tables import FOLDER, open_model_tables
+from rankd.embeddings.model_tables import open_model_tables
+from rankd.embeddings.table_format import FOLDER
 from rankd.embeddings.table_spec import TableSpec, TableStorage
 from rankd.embeddings.table_writing import write_table
 from rankd.errors import BuildError

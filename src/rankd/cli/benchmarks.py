@@ -86,18 +86,15 @@ def serve(
     A real server and a load generator, in processes of their own: in process, JSON and binary tensors over HTTP; one
     connection (closed loop), then arrivals at --rate (open loop), latency from the scheduled time.
     """
-    from rankd.bench.report import print_report
     from rankd.bench.serve_suite.serving import ServeOptions, run_serve
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.cli.reporting import show_report
 
     options = ServeOptions(seconds, runs, rate, model, arrivals_of(trace, trace_column))
     with progress_bar("serve") as advance:
         report = run_serve(load_workload(name), options, advance)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
+    show_report(report, as_json)
 
 
 @bench.command()
@@ -123,17 +120,14 @@ def engine(name: str, threads: tuple[int, ...], runs: int, contestants: tuple[st
     8 new events (extend). Each in a process of its own, a few calls in turn; -fast is MKL's best code on any processor.
     """
     from rankd.bench.engine_suite.engine import EngineOptions, run_engine
-    from rankd.bench.report import print_report
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.cli.reporting import show_report
 
     options = EngineOptions(tuple(dict.fromkeys(threads)), runs, contestants)
     with progress_bar("engine") as advance:
         report = run_engine(load_workload(name), options, advance)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
+    show_report(report, as_json)
 
 
 @bench.command()
@@ -170,10 +164,10 @@ def states(
     Replays who came when: hit rates of every policy at several budgets for the whole trace, then latencies with the
     engine at the same budgets, without states, and with states on disk.
     """
-    from rankd.bench.report import print_report
     from rankd.bench.state_suite.states import StatesOptions, draw_picture, run_states
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.cli.reporting import show_report
     from rankd.picture import check_picture
     from rankd.states.state_config import Storage
 
@@ -184,10 +178,7 @@ def states(
         report = run_states(load_workload(name), options, advance)
     if picture is not None:
         draw_picture(report, picture)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
+    show_report(report, as_json)
 
 
 @bench.command()
@@ -236,19 +227,16 @@ def features(
     """
     from rankd.bench.feature_suite.feature_subject import FeatureOptions
     from rankd.bench.feature_suite.features import run_features
-    from rankd.bench.report import print_report
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.cli.reporting import show_report
 
     options = FeatureOptions(
         tuple(dict.fromkeys(candidates)), tuple(dict.fromkeys(delays_ms)), items, seconds, runs, ttl
     )
     with progress_bar("features") as advance:
         report = run_features(load_workload(name), options, advance)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
+    show_report(report, as_json)
 
 
 @bench.command()
@@ -290,12 +278,12 @@ def schedule(
     around the same model. With --simulate the same arrivals go through the schedules in made-up time, in seconds.
     """
     from rankd.bench.peers.peer_process import parse_peer
-    from rankd.bench.report import print_report
     from rankd.bench.schedule_suite.latency_curves import draw_curves
     from rankd.bench.schedule_suite.live_schedule import LiveOptions, run_live
     from rankd.bench.schedule_suite.simulated_schedule import SimulationOptions, run_simulated
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.cli.reporting import show_report
     from rankd.picture import check_picture
 
     workload, arrivals, others = load_workload(name), arrivals_of(trace, trace_column), tuple(map(parse_peer, peers))
@@ -309,10 +297,7 @@ def schedule(
             report = run_live(workload, options, advance)
     if picture is not None:
         draw_curves(report, picture)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
+    show_report(report, as_json)
 
 
 @bench.command()
@@ -336,15 +321,12 @@ def mlperf(
     Scenario server: Poisson arrivals, valid if the p99 stays under --bound-ms. Scenario offline: everything at once.
     LoadGen keeps the time and writes its logs to --logs.
     """
-    from rankd.bench.report import print_report
     from rankd.bench.schedule_suite.mlperf import MlperfOptions, Scenario, run_mlperf
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
+    from rankd.cli.reporting import show_report
 
     options = MlperfOptions(Scenario(scenario), logs, rate, seconds, bound_ms)
     with progress_bar("mlperf") as advance:
         report = run_mlperf(load_workload(name), options, advance)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
+    show_report(report, as_json)

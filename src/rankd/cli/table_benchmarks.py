@@ -44,19 +44,16 @@ def tables(
     MLPerf's 26 DLRM tables with a fraction of their rows, ids drawn uniformly. torch's EmbeddingBag and its quantized
     kin, and FBGEMM's batched tables if fbgemm_gpu is installed; their rows lie on huge pages, ours in mapped files.
     """
-    from rankd.bench.report import print_report
     from rankd.bench.table_suite.table_lookups import TableOptions, run_tables
     from rankd.cli.progress import progress_bar
+    from rankd.cli.reporting import show_report
     from rankd.embeddings.table_spec import TableStorage
 
     kinds = tuple(TableStorage(one) for one in dict.fromkeys(storages))
     options = TableOptions(kinds, tuple(dict.fromkeys(threads)), samples, smaller, dim, runs)
     with progress_bar("tables") as advance:
         report = run_tables(options, advance)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
+    show_report(report, as_json)
 
 
 @click.command()
@@ -81,11 +78,11 @@ def shards(name: str, shards: tuple[int, ...], seconds: float, runs: int, pictur
     A server and its shards in processes of their own on this machine, all layouts in turn, at half of what one process
     answers at most: latency, processor time, and where the time of a request goes.
     """
-    from rankd.bench.report import print_report
     from rankd.bench.shard_suite.attribution_picture import draw_attribution
     from rankd.bench.shard_suite.dlrm_workload import load_dlrm
     from rankd.bench.shard_suite.sharding import ShardOptions, run_shards
     from rankd.cli.progress import progress_bar
+    from rankd.cli.reporting import show_report
     from rankd.picture import check_picture
 
     workload = load_dlrm(name)
@@ -95,7 +92,4 @@ def shards(name: str, shards: tuple[int, ...], seconds: float, runs: int, pictur
         report = run_shards(workload, ShardOptions(tuple(dict.fromkeys(shards)), seconds, runs), advance)
     if picture is not None:
         draw_attribution(report, picture)
-    if as_json:
-        click.echo(report.line())
-    else:
-        print_report(report)
+    show_report(report, as_json)

@@ -10,11 +10,8 @@ from pathlib import Path
 
 from rankd.embeddings.local_tables import LocalTables
 from rankd.embeddings.table_file import open_table, pages_for
-from rankd.embeddings.table_format import SUFFIX
+from rankd.embeddings.table_format import FOLDER, SUFFIX
 from rankd.errors import ArtifactError
-
-FOLDER = "embeddings"
-"""Of a model version."""
 
 
 def open_model_tables(version: Path, widths: Mapping[str, int], threads: int = 1) -> LocalTables:

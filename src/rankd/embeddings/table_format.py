@@ -19,7 +19,8 @@ import msgspec
 from rankd.embeddings.table_spec import TablePart, TableSpec, TableStorage
 from rankd.errors import ArtifactError
 
-SUFFIX = ".safetensors"
+FOLDER, SUFFIX = "embeddings", ".safetensors"
+"""Of a model version, and of a table's file."""
 HEADER_BYTES = 4096
 """Before the rows: 8 of length, JSON, spaces."""
 _LENGTH_BYTES = 8

@@ -108,12 +108,13 @@ class EmbeddedInputs:
         return np.split(asked.ids, asked.offsets[1:-1])
 
 
-def copy_embedded(whole: Mapping[str, Array], into: Mapping[str, Array], first: int, count: int) -> None:
-    """Write the embedded inputs of candidates first..first + count - 1 of a request; zeros follow them."""
-    if "candidate_embedded" in into:
-        sums = into["candidate_embedded"][0]
-        sums[:count] = whole["candidate_embedded"][0, first : first + count]
-        sums[count:] = 0.0
+def copy_candidates(whole: Mapping[str, Array], into: Mapping[str, Array], first: int, count: int) -> None:
+    """Write the columns of candidates first..first + count - 1 of a request, and what it has in common; zeros follow
+    them."""
+    for name, array in into.items():
+        if name.startswith("candidate_"):
+            array[0, :count] = whole[name][0, first : first + count]
+            array[0, count:] = 0
     if "context_embedded" in into:
         into["context_embedded"][...] = whole["context_embedded"]
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from rankd.features.schema import (
     PADDING_ROW,
-    UNKNOWN_ROW,
     Categorical,
     EmbeddedFeature,
     EmbeddedSide,
     FeatureSchema,
 )
 from rankd.models.protocol import Tensors
+from rankd.models.tokens import hide_items, share_unknown
 
 BOTTOM = (512, 256)
 TOP = (1024, 1024, 512, 256)
@@ -225,18 +225,11 @@ class PooledTables(nn.Module):
 
     def share_unseen(self, seen_rows: Tensor) -> None:
         """Give every item row that training never saw the unknown item's vector. seen_rows (I,) bool."""
-        if self.item is None:
-            return
-        with torch.no_grad():
-            unseen = ~seen_rows
-            unseen[: UNKNOWN_ROW + 1] = False
-            self.item.weight[unseen] = self.item.weight[UNKNOWN_ROW].clone()
+        if self.item is not None:
+            share_unknown(self.item, seen_rows)
 
     def _shown(self, rows: Tensor) -> Tensor:
-        if self.training and self.item_dropout > 0:
-            hidden = (torch.rand(rows.shape, device=rows.device) < self.item_dropout) & (rows != PADDING_ROW)
-            rows = torch.where(hidden, torch.full_like(rows, UNKNOWN_ROW), rows)
-        return rows
+        return hide_items(rows, self.item_dropout) if self.training else rows
 
 
 def _places(columns: Sequence[Categorical]) -> list[tuple[int, int, int]]:

@@ -58,17 +58,27 @@ class TokenEmbedding(nn.Module):
 
     def share_unseen(self, seen_rows: Tensor) -> None:
         """Give every item row that training never saw the unknown item's vector. seen_rows (I,) bool."""
-        with torch.no_grad():
-            unseen = ~seen_rows
-            unseen[: UNKNOWN_ROW + 1] = False
-            self.item.weight[unseen] = self.item.weight[UNKNOWN_ROW].clone()
+        share_unknown(self.item, seen_rows)
 
     def _items(self, rows: Tensor) -> Tensor:
-        if self.training and self.item_dropout > 0:
-            hidden = (torch.rand(rows.shape, device=rows.device) < self.item_dropout) & (rows != PADDING_ROW)
-            rows = torch.where(hidden, torch.full_like(rows, UNKNOWN_ROW), rows)
-        vectors: Tensor = self.item(rows)
+        vectors: Tensor = self.item(hide_items(rows, self.item_dropout) if self.training else rows)
         return vectors
+
+
+def hide_items(rows: Tensor, share: float) -> Tensor:
+    """Rows of items of which a share is shown as the unknown item; padding stays."""
+    if share <= 0:
+        return rows
+    hidden = (torch.rand(rows.shape, device=rows.device) < share) & (rows != PADDING_ROW)
+    return torch.where(hidden, torch.full_like(rows, UNKNOWN_ROW), rows)
+
+
+def share_unknown(items: nn.Embedding, seen_rows: Tensor) -> None:
+    """Give every item row that training never saw the unknown item's vector. seen_rows (I,) bool."""
+    with torch.no_grad():
+        unseen = ~seen_rows
+        unseen[: UNKNOWN_ROW + 1] = False
+        items.weight[unseen] = items.weight[UNKNOWN_ROW].clone()
 
 
 def _dense(inputs: int, width: int) -> nn.Sequential:

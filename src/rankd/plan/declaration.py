@@ -31,8 +31,7 @@ from pathlib import Path
 import msgspec
 
 from rankd.config import read_struct
-from rankd.embeddings.model_tables import FOLDER
-from rankd.embeddings.table_format import SUFFIX, read_header
+from rankd.embeddings.table_format import FOLDER, SUFFIX, read_header
 from rankd.embeddings.table_spec import TableSpec
 from rankd.errors import ConfigError, nearest
 from rankd.plan.table_statistics import TableLoad, TableStatistics

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import time
@@ -14,6 +13,7 @@ from typing import Self
 
 import redis
 
+from rankd.bench.server_process import free_port
 from rankd.errors import ConfigError, Unavailable
 
 BINARY = "redis-server"
@@ -73,7 +73,7 @@ class RedisProcess:
             Unavailable: it ended, or did not answer in time.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.port = _free_port()
+        self.port = free_port()
         command = [self._binary, "--bind", HOST, "--port", str(self.port), "--dir", str(self._folder), *FORGETFUL]
         with (self._folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - found above
@@ -119,14 +119,6 @@ class RedisProcess:
                 return bool(client.ping())
         except (redis.ConnectionError, redis.TimeoutError):
             return False
-
-
-def _free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def round_trip_ms(port: int) -> float:

@@ -15,7 +15,7 @@ from typing import Self
 from rankd.bench.placement import cpu_seconds
 from rankd.bench.served_model import ServedModel
 from rankd.bench.server_process import ServerProcess
-from rankd.embeddings.model_tables import FOLDER
+from rankd.embeddings.table_format import FOLDER
 from rankd.plan.plan_file import read_plan
 from rankd.shards.planned_shards import layout_of
 from rankd.shards.shard_config import ShardClientConfig

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from rankd.engine import thread_plan
 from rankd.engine.thread_plan import ThreadPlan, unpinned
@@ -45,7 +46,8 @@ class Pinning(Enum):
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is computed. 0 executors: one for each physical core that this process may use and has the time for
-    (`thread_plan.default_executors`); threads are those of one call.
+    (`thread_plan.default_executors`); threads are those of one call. OpenVINO compiles graphs for static shapes until
+    their weights take `static_shapes_mib`; calls of other shapes take milliseconds longer.
 
     `target` "auto" is the one that `rankd bench engine` found the fastest on this machine.
     """
@@ -55,6 +57,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executors: int = 0
     threads: int = 1
     pinning: Pinning = Pinning.AUTO
+    static_shapes_mib: Annotated[int, Meta(ge=0)] = 1024
 
 
 def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:

@@ -1,7 +1,7 @@
 """OpenVINO on CPUs: the graphs of an artifact (encode, extend, score), compiled once, with requests for each thread.
 
-No torch here: the graphs were exported by `rankd build`. Shapes are dynamic in T, C and (of score) B; the first call of
-a new shape costs milliseconds, so requests are padded to the schema's buckets and every bucket is warmed before a model
+No torch here: the graphs were exported by `rankd build` and are compiled by `openvino_graphs.py`. The first call of a
+new shape costs milliseconds, so requests are padded to the schema's buckets and every bucket is warmed before a model
 is ready. Arrays cross the border as they lie: inputs are read in place, a state is written where the caller keeps it.
 
 Pinning (OpenVINO 2026.4, watched on a simulated machine of two nodes): with one stream the calling thread computes.
@@ -17,24 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
 from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
-from rankd.engine.signal_stack import kept_signal_stack
+from rankd.engine.openvino_graphs import CompiledGraph, CompileOptions, ShapedGraph, load_graphs, output_name
 from rankd.engine.state_arrays import SideBySide, empty_state
 from rankd.engine.thread_plan import Cpus, ThreadPlan, pin
-from rankd.errors import ArtifactError, EngineFailure
+from rankd.errors import EngineFailure
 from rankd.types import Array, Float32Array, UserState
 
 TARGET = "openvino"
-HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
 
 
 class OpenVinoBackend:
@@ -44,7 +41,7 @@ class OpenVinoBackend:
 
     def __init__(
         self,
-        graphs: Mapping[Cpus | None, Mapping[str, CompiledGraph]],
+        graphs: Mapping[Cpus | None, Mapping[str, ShapedGraph]],
         manifest: Manifest,
         precision: Precision,
         state_type: StateType,
@@ -68,9 +65,10 @@ class OpenVinoBackend:
         folder, manifest = artifact.path / "engines" / TARGET, artifact.manifest
         plan = plan_threads(config, by_node=True)
 
-        def compiled(cpus: Cpus | None) -> dict[str, CompiledGraph]:
+        def compiled(cpus: Cpus | None) -> dict[str, ShapedGraph]:
             streams = plan.cpus.count(cpus)
-            return load_graphs(folder, manifest, precision, state_type, streams, config.threads)
+            options = CompileOptions(precision, state_type, streams, config.threads, config.static_shapes_mib)
+            return load_graphs(folder, manifest, options)
 
         graphs = {cpus: _on(cpus, partial(compiled, cpus)) for cpus in dict.fromkeys(plan.cpus)}
         backend = cls(graphs, manifest, precision, state_type, plan)
@@ -87,9 +85,9 @@ class OpenVinoBackend:
 
 
 class OpenVinoExecutor:
-    """One inference request for each graph."""
+    """Inference requests of its own for each graph."""
 
-    def __init__(self, graphs: Mapping[str, CompiledGraph], manifest: Manifest, state_type: StateType) -> None:
+    def __init__(self, graphs: Mapping[str, ShapedGraph], manifest: Manifest, state_type: StateType) -> None:
         self._calls = {name: _Call(graph) for name, graph in graphs.items()}
         self._specs, self._state_type = manifest.state, state_type
         self._side_by_side = SideBySide(manifest.state, state_type)
@@ -114,18 +112,18 @@ class OpenVinoExecutor:
         return logits
 
 
-@dataclass(frozen=True, slots=True)
-class CompiledGraph:
-    """A compiled graph, and the outputs that are inputs handed through: {output: input}. They are no part of it.
-
-    OpenVINO lets such a pair share memory, and with tensors of ours on both sides it overwrites the input.
-    """
-
-    compiled: Any
-    handed_through: Mapping[str, str]
-
-
 class _Call:
+    """A graph called with named arrays: compiled for their shapes if it was, else for any."""
+
+    def __init__(self, graph: ShapedGraph) -> None:
+        self._key, self._any_shape = graph.key, _Request(graph.any_shape)
+        self._static = {key: _Request(one) for key, one in graph.static.items()}
+
+    def __call__(self, arrays: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
+        return self._static.get(self._key(arrays), self._any_shape)(arrays, into)
+
+
+class _Request:
     """An inference request called with named arrays; always with `into`, or never."""
 
     def __init__(self, graph: CompiledGraph) -> None:
@@ -136,7 +134,7 @@ class _Call:
         self._inputs = [(port.get_node().get_friendly_name(), port.get_element_type()) for port in compiled.inputs]
         self._outputs = [(output_name(port), port.get_element_type()) for port in compiled.outputs]
 
-    def __call__(self, arrays: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
+    def __call__(self, arrays: Mapping[str, Array], into: Mapping[str, Array] | None) -> Mapping[str, Array]:
         try:
             for index, (name, kind) in enumerate(self._inputs):
                 self._request.set_input_tensor(index, self._tensor(arrays[name], kind))
@@ -163,73 +161,12 @@ class _Call:
         return data.view(np.uint16) if kind == self._ov.Type.bf16 else data
 
 
-def _on(cpus: Cpus | None, make: Callable[[], dict[str, CompiledGraph]]) -> dict[str, CompiledGraph]:
+def _on(cpus: Cpus | None, make: Callable[[], dict[str, ShapedGraph]]) -> dict[str, ShapedGraph]:
     """Compile on a thread of its own that is bound to cpus; None: here."""
     if cpus is None:
         return make()
     with ThreadPoolExecutor(1, initializer=pin, initargs=(cpus,)) as thread:
         return thread.submit(make).result()
-
-
-def load_graphs(
-    folder: Path, manifest: Manifest, precision: Precision, state_type: StateType, streams: int, threads: int
-) -> dict[str, CompiledGraph]:
-    """Compile every graph in a folder: {"score": ..., "encode": ..., "extend": ...}, the latter two where they are.
-
-    Raises:
-        ArtifactError: a graph cannot be read or compiled.
-    """
-    floats = {spec.name for spec in manifest.state if spec.dtype == "float32"} if manifest.split else set()
-    narrow = floats if state_type is StateType.BF16 else set()
-    return {
-        path.stem: compile_graph(path, precision, streams, threads, narrow) for path in sorted(folder.glob("*.xml"))
-    }
-
-
-def compile_graph(
-    path: Path, precision: Precision, streams: int, threads: int, bf16_ports: set[str] | frozenset[str] = frozenset()
-) -> CompiledGraph:
-    """Compile one exported graph for the CPU with `streams` concurrent calls of `threads` threads each.
-
-    Inputs and outputs named in `bf16_ports` are bfloat16 instead of float32.
-
-    Raises:
-        ArtifactError: the graph cannot be read or compiled.
-    """
-    import openvino as ov
-
-    core = ov.Core()
-    options = {
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
-        "NUM_STREAMS": str(streams),
-        "INFERENCE_NUM_THREADS": str(streams * threads),
-        "ENABLE_CPU_PINNING": "NO",
-    }
-    try:
-        graph = core.read_model(path)
-        handed_through = {}
-        for result in graph.get_results():
-            source = result.input_value(0).get_node()
-            if source.get_type_name() == "Parameter":
-                handed_through[output_name(result.output(0))] = source.get_friendly_name()
-                graph.remove_result(result)
-        ports = ov.preprocess.PrePostProcessor(graph)
-        for index, port in enumerate(graph.inputs):
-            if port.get_node().get_friendly_name() in bf16_ports:
-                ports.input(index).tensor().set_element_type(ov.Type.bf16)
-        for index, port in enumerate(graph.outputs):
-            if output_name(port) in bf16_ports:
-                ports.output(index).tensor().set_element_type(ov.Type.bf16)
-        with kept_signal_stack():
-            return CompiledGraph(core.compile_model(ports.build(), "CPU", options), handed_through)
-    except RuntimeError as error:
-        raise ArtifactError(f"{path}: OpenVINO cannot compile it here: {error}") from error
-
-
-def output_name(port: Any) -> str:
-    """An output is called out_<name> in the graph."""
-    name: str = port.get_node().get_friendly_name()
-    return name.removeprefix("out_")
 
 
 def why_not(precision: Precision) -> str:

@@ -52,6 +52,12 @@ class Cutter:
         """The smallest bucket that holds so many rows, or the largest there is."""
         return next((bucket for bucket in self.buckets if bucket >= rows), self.buckets[-1])
 
+    def even(self, rows: int, quantum: int) -> int:
+        """The largest bucket that pieces may have which are to be about a quantum: as many pieces as come nearest to
+        it, all alike. 300 candidates by 288 are one piece of 320, and not 288 and a call for 12 that costs a fifth."""
+        pieces = max((2 * rows + quantum) // (2 * quantum), 1)
+        return self.bucket_for(-(-rows // pieces))
+
     def quantum(self, limit_ms: float, overhead: float) -> int:
         """The largest bucket whose call takes at most so long; but no smaller than the smallest one in which a row
         costs at most `overhead` more, as a part, than in the best bucket: cutting finer would waste the machine."""

@@ -5,8 +5,8 @@ the same functions.
 
 - *Order.* A request's place is fixed when it comes: its arrival plus a patience that grows with its work, so that short
   ones pass long ones, but never one that came more than `fairness_ms` before them. A deadline moves it forward.
-- *Cuts.* A call takes at most `quantum_ms`, so that who comes next waits no longer than that: long requests go in
-  pieces. If nobody else waits, the pieces are spread over the idle executors.
+- *Cuts.* A call takes about `quantum_ms`, so that who comes next waits no longer than that: long requests go in
+  even pieces. If nobody else waits, the pieces are spread over the idle executors.
 - *Deadlines.* Of the sizes that a call may have it takes the largest that makes nobody else late.
 - *Calls for several users*, where that was measured to pay: pieces of the same bucket join, in order.
 - *States first.* A history that has to be encoded is a call by itself, so that the other executors work meanwhile and
@@ -55,7 +55,7 @@ class Rules:
 
     def work_ms(self, rows: int, prepare_ms: float) -> float:
         """All that a request takes, in pieces."""
-        pieces = self.cutter.pieces(rows, self.largest)
+        pieces = self.cutter.pieces(rows, self.cutter.even(rows, self.largest))
         return prepare_ms + self.costs.rows(rows) + self.costs.calls(pieces) + CALL_MS * len(pieces)
 
     def shortest_ms(self, rows: int, prepare_ms: float) -> float:
@@ -111,7 +111,8 @@ def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None
 
 def _largest(waiting: Waiting, first: int, idle: int, others: int, now: float, rules: Rules) -> int:
     """The largest bucket that a call for `first` may have."""
-    cutter, rows, largest = rules.cutter, int(waiting.rows[first]), rules.largest
+    cutter, rows = rules.cutter, int(waiting.rows[first])
+    largest = cutter.even(rows, rules.largest)
     if rules.spread and others < idle - 1 and rows > cutter.buckets[0]:
         helpers = idle - others
         share = cutter.bucket_for(-(-rows // helpers))

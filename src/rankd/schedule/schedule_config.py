@@ -20,10 +20,10 @@ class ScheduleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How requests share the executors.
 
     A model lets so many candidates wait (`max_waiting_candidates`), and so much predicted work for each executor
-    (`max_waiting_ms`). A call takes at most `quantum_ms`, longer requests are cut; but no finer than makes a candidate
-    cost `overhead` more, as a part. Of two requests the one comes first whose arrival plus `stretch` times its work is
-    earlier; no request lets another one pass that comes more than `fairness_ms` after it (a batch one: `batch_ms`
-    more). With `spread` a request that is alone is shared by the idle executors. An executor hangs after
+    (`max_waiting_ms`). A call takes about `quantum_ms`, longer requests are cut evenly; but no finer than makes a
+    candidate cost `overhead` more, as a part. Of two requests the one comes first whose arrival plus `stretch` times
+    its work is earlier; no request lets another one pass that comes more than `fairness_ms` after it (a batch one:
+    `batch_ms` more). With `spread` a request that is alone is shared by the idle executors. An executor hangs after
     `hang_seconds`.
     """
 

@@ -38,7 +38,7 @@ from rankd.schedule.schedule_config import ScheduleConfig, make_rules
 from rankd.schedule.served import Asked
 from rankd.schedule.simulation import Arrival, simulate
 
-SMALLEST, FINER = 16, 64
+SMALLEST = 16
 NO_LIMITS = Limits(candidates=10**9, work_ms=1e9)
 SHARES = (0.3, 0.5, 0.7, 0.85, 0.95)
 """Of the highest rate: where latencies are reported."""
@@ -111,10 +111,8 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
 
 
 def fine_buckets(most: int) -> tuple[int, ...]:
-    """Four an octave from 16 on, eight from 64 on, where padding costs more than a call; and the most candidates: 16,
-    20, 24, 28, 32, 40, 48, 56, 64, 72, 80, ..."""
-    steps = {SMALLEST * 2**octave * quarter // 4 for octave in range(2) for quarter in range(4, 8)}
-    steps |= {FINER * 2**octave * eighth // 8 for octave in range(10) for eighth in range(8, 16)}
+    """Four an octave from 16 on, and the most candidates: 16, 20, 24, 28, 32, 40, ..."""
+    steps = {SMALLEST * 2**octave * quarter // 4 for octave in range(12) for quarter in range(4, 8)}
     return (*sorted(step for step in steps if step < most), most)
 
 

@@ -57,3 +57,18 @@ def test_buckets_by_rows_and_by_time() -> None:
     assert [cutter.bucket_for(rows) for rows in (1, 16, 17, 256, 300)] == [16, 16, 64, 256, 256]
     assert [cutter.quantum(ms, 9.9) for ms in (0.1, 1.4, 5.0, 13.2, 99.0)] == [16, 16, 64, 256, 256]
     assert [cutter.quantum(1.0, overhead) for overhead in (0.0, 0.05, 0.13, 0.8)] == [256, 256, 64, 16]
+
+
+def test_pieces_are_even_and_about_a_quantum() -> None:
+    cutter = cutter_of({16: 1.4, 64: 3.7, 128: 7.0, 256: 13.2}, 1000)
+    assert [cutter.even(rows, 128) for rows in (1, 16, 100, 128, 140, 191)] == [16, 16, 128, 128, 256, 256]
+    assert cutter.pieces(140, cutter.even(140, 128)) == (128, 16)  # cheaper than one call of 256
+    assert cutter.pieces(250, cutter.even(250, 128)) == (128, 128)
+
+
+@given(st.integers(1, 900), st.sampled_from([16, 64, 128, 256]))
+def test_even_pieces_are_at_most_half_more_than_a_quantum(rows: int, quantum: int) -> None:
+    cutter = cutter_of({size: float(size) for size in range(4, 260, 4)}, 1000)
+    largest = cutter.even(rows, quantum)
+    assert largest <= min(1.5 * quantum + 4, 256)
+    assert largest >= min(rows, quantum) / 2

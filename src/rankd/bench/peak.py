@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from rankd.engine.backend import Precision
-from rankd.engine.openvino_backend import HINTS
+from rankd.engine.openvino_graphs import HINTS
 
 SIZE = 1024
 TRIALS = 20

@@ -46,8 +46,8 @@ class Pinning(Enum):
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is computed. 0 executors: one for each physical core that this process may use and has the time for
-    (`thread_plan.default_executors`); threads are those of one call. OpenVINO compiles graphs for static shapes until
-    their weights take `static_shapes_mib`; calls of other shapes take milliseconds longer.
+    (`thread_plan.default_executors`); threads are those of one call. OpenVINO packs weights more than once, for each
+    executor by itself and then for the shapes of calls, until the copies take `weight_copies_mib`: calls are quicker.
 
     `target` "auto" is the one that `rankd bench engine` found the fastest on this machine.
     """
@@ -57,7 +57,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executors: int = 0
     threads: int = 1
     pinning: Pinning = Pinning.AUTO
-    static_shapes_mib: Annotated[int, Meta(ge=0)] = 1024
+    weight_copies_mib: Annotated[int, Meta(ge=0)] = 1024
 
 
 def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:

@@ -4,9 +4,12 @@ No torch here: the graphs were exported by `rankd build` and are compiled by `op
 new shape costs milliseconds, so requests are padded to the schema's buckets and every bucket is warmed before a model
 is ready. Arrays cross the border as they lie: inputs are read in place, a state is written where the caller keeps it.
 
-Pinning (OpenVINO 2026.4, watched on a simulated machine of two nodes): with one stream the calling thread computes.
-With more, OpenVINO's own threads do while ours waits, and any stream of a compiled graph may serve any call. So
-executors are bound to nodes, not to cores, and the graphs are compiled once for each node, on a thread that runs there:
+With one stream the calling thread computes. With more, OpenVINO's own threads do while ours waits, and hand-overs cost
+time. So graphs are compiled for each executor by itself as long as there is memory for the copies of their weights
+(`weight_copies_mib`); otherwise executors share them.
+
+Pinning (OpenVINO 2026.4, watched on a simulated machine of two nodes): any stream of a shared graph may serve any call.
+So executors are bound to nodes, not to cores, and graphs are compiled for a node on a thread that runs there:
 OpenVINO puts the streams on that node, as far as it has cores for them, and keeps them there while they compute.
 ENABLE_CPU_PINNING stays off: it ties the n-th stream of each graph to the same core, where two executors that are in
 different graphs would meet while another core is idle. OpenVINO keeps to a cpuset by itself, and has no more streams
@@ -18,14 +21,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import cycle
+from itertools import count
 from typing import Any
 
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
 from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
-from rankd.engine.openvino_graphs import CompiledGraph, CompileOptions, ShapedGraph, load_graphs, output_name
+from rankd.engine.openvino_graphs import (
+    MIB,
+    CompiledGraph,
+    CompileOptions,
+    ShapedGraph,
+    load_graphs,
+    output_name,
+    packed_bytes,
+)
 from rankd.engine.state_arrays import SideBySide, empty_state
 from rankd.engine.thread_plan import Cpus, ThreadPlan, pin
 from rankd.errors import EngineFailure
@@ -41,14 +52,15 @@ class OpenVinoBackend:
 
     def __init__(
         self,
-        graphs: Mapping[Cpus | None, Mapping[str, ShapedGraph]],
+        graphs: Sequence[Mapping[str, ShapedGraph]],
+        compile_anew: Callable[[Cpus | None], Mapping[str, ShapedGraph]],
         manifest: Manifest,
         precision: Precision,
         state_type: StateType,
         plan: ThreadPlan,
     ) -> None:
-        self._manifest = manifest
-        self._graphs_in_turn = cycle([graphs[cpus] for cpus in plan.cpus])
+        self._manifest, self._made = manifest, count()
+        self._graphs, self._compile_anew = graphs, compile_anew
         self.precision, self.state_type = precision, state_type
         self.plan, self.num_executors = plan, plan.num_executors
         self._size_bytes = 0
@@ -65,19 +77,34 @@ class OpenVinoBackend:
         folder, manifest = artifact.path / "engines" / TARGET, artifact.manifest
         plan = plan_threads(config, by_node=True)
 
-        def compiled(cpus: Cpus | None) -> dict[str, ShapedGraph]:
-            streams = plan.cpus.count(cpus)
-            options = CompileOptions(precision, state_type, streams, config.threads, config.static_shapes_mib)
-            return load_graphs(folder, manifest, options)
+        sizes = [packed_bytes(file, precision) for file in folder.glob("*.xml")]
+        copies = (plan.num_executors - 1) * sum(sizes)
+        left = config.weight_copies_mib * MIB
 
-        graphs = {cpus: _on(cpus, partial(compiled, cpus)) for cpus in dict.fromkeys(plan.cpus)}
-        backend = cls(graphs, manifest, precision, state_type, plan)
+        def compiled(cpus: Cpus | None, streams: int, static_bytes: int) -> dict[str, ShapedGraph]:
+            options = CompileOptions(precision, state_type, streams, config.threads, static_bytes)
+            return _on(cpus, partial(load_graphs, folder, manifest, options))
+
+        if copies <= left:
+            each = (left - copies) // plan.num_executors
+            graphs = [compiled(cpus, 1, each) for cpus in plan.cpus]
+        else:
+            places = dict.fromkeys(plan.cpus)
+            shared = {cpus: compiled(cpus, plan.cpus.count(cpus), left // len(places)) for cpus in places}
+            graphs = [shared[cpus] for cpus in plan.cpus]
+        backend = cls(graphs, lambda cpus: compiled(cpus, 1, 0), manifest, precision, state_type, plan)
         backend._size_bytes = sum(file.stat().st_size for file in folder.glob("*.bin"))
         return backend
 
     def executor(self) -> OpenVinoExecutor:
-        """New inference requests over the weights of its node."""
-        return OpenVinoExecutor(next(self._graphs_in_turn), self._manifest, self.state_type)
+        """New inference requests. One in place of an executor that was lost gets graphs that are compiled anew, for any
+        shape: nobody knows what the lost one still holds."""
+        number = next(self._made)
+        if number < len(self._graphs):
+            graphs = self._graphs[number]
+        else:
+            graphs = self._compile_anew(self.plan.cpus[number % self.num_executors])
+        return OpenVinoExecutor(graphs, self._manifest, self.state_type)
 
     def memory_bytes(self) -> int:
         """Bytes of the graphs' constants as stored."""

@@ -34,14 +34,14 @@ Key = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class CompileOptions:
-    """How graphs are compiled: `streams` concurrent calls of `threads` threads each, and the MiB that weights packed
+    """How graphs are compiled: `streams` concurrent calls of `threads` threads each, and the bytes that weights packed
     for static shapes may take."""
 
     precision: Precision
     state_type: StateType
     streams: int = 1
     threads: int = 1
-    static_mib: int = 0
+    static_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,9 @@ def load_graphs(folder: Path, manifest: Manifest, options: CompileOptions) -> di
     paths = {path.stem: path for path in sorted(folder.glob("*.xml"))}
     plain = {name: compile_graph(path, options, narrow) for name, path in paths.items()}
     varying = {name: _varying(graph) for name, graph in plain.items()}
-    weights = {name: _weight_bytes(path, options.precision) for name, path in paths.items()}
+    weights = {name: packed_bytes(path, options.precision) for name, path in paths.items()}
     static: dict[str, dict[Key, CompiledGraph]] = {name: {} for name in paths}
-    left = options.static_mib * MIB
+    left = options.static_bytes
     with ThreadPoolExecutor(COMPILERS) as threads:
         compiling = []
         for name, arrays in static_inputs(manifest, options.state_type):
@@ -159,6 +159,18 @@ def compile_graph(
         raise ArtifactError(f"{path}: OpenVINO cannot compile it here: {error}") from error
 
 
+def packed_bytes(path: Path, precision: Precision) -> int:
+    """What a compiled graph packs: all constants but tables that rows are gathered from, which stay mapped."""
+    import openvino as ov
+
+    size = 0
+    for node in ov.Core().read_model(path).get_ops():
+        if node.get_type_name() == "Constant":
+            readers = {one.get_node().get_type_name() for one in node.output(0).get_target_inputs()}
+            size += 0 if "Gather" in readers else int(np.prod(node.get_output_shape(0))) * 4
+    return size // (2 if precision is Precision.BF16 else 1)
+
+
 def output_name(port: Any) -> str:
     """An output is called out_<name> in the graph."""
     name: str = port.get_node().get_friendly_name()
@@ -172,15 +184,3 @@ def _input_name(port: Any) -> str:
 
 def _varying(graph: CompiledGraph) -> tuple[str, ...]:
     return tuple(_input_name(port) for port in graph.compiled.inputs if port.get_partial_shape().is_dynamic)
-
-
-def _weight_bytes(path: Path, precision: Precision) -> int:
-    """What is packed for every static shape: all constants but tables that rows are gathered from, which are mapped."""
-    import openvino as ov
-
-    size = 0
-    for node in ov.Core().read_model(path).get_ops():
-        if node.get_type_name() == "Constant":
-            readers = {one.get_node().get_type_name() for one in node.output(0).get_target_inputs()}
-            size += 0 if "Gather" in readers else int(np.prod(node.get_output_shape(0))) * 4
-    return size // (2 if precision is Precision.BF16 else 1)

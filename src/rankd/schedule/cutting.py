@@ -12,6 +12,7 @@ Any cut gives the scores of the whole: a candidate sees the user's history and i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -30,6 +31,8 @@ class Cutter:
         self._first = {largest: self._table(largest) for largest in self.buckets}
         self.pieces = lru_cache(maxsize=4096)(self._pieces)
         """`pieces(rows, largest)`: see `_pieces`."""
+        self.even = lru_cache(maxsize=4096)(self._even)
+        """`even(rows, quantum)`: see `_even`."""
 
     def first(self, rows: int, largest: int) -> int:
         """The bucket of the first piece of `rows` candidates, none above `largest`; what is left is cut the same
@@ -44,19 +47,19 @@ class Cutter:
             rows -= made[-1]
         return tuple(made)
 
+    def _even(self, rows: int, quantum: int) -> int:
+        """The largest bucket that pieces may have which are to be about a quantum: as many pieces as come nearest to
+        it, all alike. 300 candidates by 288 are one piece of 320, and not 288 and a call for 12 that costs a fifth."""
+        pieces = max((2 * rows + quantum) // (2 * quantum), 1)
+        return self.bucket_for(-(-rows // pieces))
+
     def cost_ms(self, rows: int, largest: int) -> float:
         """What all pieces take one after the other."""
         return sum(self._call_ms[bucket] for bucket in self.pieces(rows, largest))
 
     def bucket_for(self, rows: int) -> int:
         """The smallest bucket that holds so many rows, or the largest there is."""
-        return next((bucket for bucket in self.buckets if bucket >= rows), self.buckets[-1])
-
-    def even(self, rows: int, quantum: int) -> int:
-        """The largest bucket that pieces may have which are to be about a quantum: as many pieces as come nearest to
-        it, all alike. 300 candidates by 288 are one piece of 320, and not 288 and a call for 12 that costs a fifth."""
-        pieces = max((2 * rows + quantum) // (2 * quantum), 1)
-        return self.bucket_for(-(-rows // pieces))
+        return self.buckets[min(bisect_left(self.buckets, rows), len(self.buckets) - 1)]
 
     def quantum(self, limit_ms: float, overhead: float) -> int:
         """The largest bucket whose call takes at most so long; but no smaller than the smallest one in which a row

@@ -185,7 +185,8 @@ class Block(nn.Module):
         """Keys and values (B, L, 2, T, A) of tokens (B, T, D); the last layer's tokens are needed by nobody."""
         index = torch.arange(times.shape[-1], device=times.device)
         pair = pairs((index[:, None] - index)[None], times[:, :, None] - times[:, None, :], self.positions)
-        made, layers = [], self.layers
+        made: list[Tensor] = []
+        layers = self.layers
         for depth, layer in enumerate(layers):
             normed = layer.normed(x)
             keys, values = layer.keys_values(normed)
@@ -205,7 +206,8 @@ class Block(nn.Module):
         distance = torch.where(old < place, place + new[:, None] - old, -1)  # (B, E, T)
         before = pairs(distance, times[:, :, None] - known_times[:, None, :], self.positions)
         among = pairs((new[:, None] - new)[None], times[:, :, None] - times[:, None, :], self.positions)
-        made, layers = [], self.layers
+        made: list[Tensor] = []
+        layers = self.layers
         for depth, layer in enumerate(layers):
             normed = layer.normed(x)
             keys, values = layer.keys_values(normed)

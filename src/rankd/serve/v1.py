@@ -93,4 +93,5 @@ def _describe(status: ModelStatus, ranker: Ranker | None) -> ModelAnswer:
         history_length=schema.history_length,
         max_candidates=schema.max_candidates,
         num_items=len(ranker.catalogue.ids.items),
+        compression=manifest.compression,
     )

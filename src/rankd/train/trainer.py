@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,21 @@ class Trainer:
     """Runs a recipe over a dataset in a folder. `start()` trains or goes on; `model` holds the best weights after.
 
     What is validated and kept is an exponential average of the weights over steps: it is steadier than the last ones.
+    `model` is where training starts, by default a new one; `loss` takes the place of the supervised one.
     """
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, folder: Path) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        folder: Path,
+        model: nn.Module | None = None,
+        loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+    ) -> None:
         self.dataset, self.recipe, self.folder = dataset, recipe, folder
         torch.manual_seed(recipe.training.seed)
-        self.model = create_model(recipe.model.kind, dataset.schema, recipe.model.options)
+        self.model = model or create_model(recipe.model.kind, dataset.schema, recipe.model.options)
+        self._loss = loss or partial(loss_of, listwise=recipe.training.listwise)
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.training.learning_rate, weight_decay=recipe.training.weight_decay
         )
@@ -80,7 +91,7 @@ class Trainer:
         self.model.train()
         for step, batch in enumerate(training_batches(self.dataset, self.samples, training, number)):
             self._set_learning_rate(number * steps + step, steps)
-            loss = loss_of(self.model, batch, training.listwise)
+            loss = self._loss(self.model, batch)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -140,8 +151,12 @@ class Trainer:
 
 
 def loss_of(model: nn.Module, batch: Batch, listwise: float) -> Tensor:
+    """The supervised loss of a model on a batch."""
+    return supervised_loss(logits_of(model, batch.history, batch.candidates), batch, listwise)
+
+
+def supervised_loss(logits: Tensor, batch: Batch, listwise: float) -> Tensor:
     """Binary cross-entropy over real candidates and tasks, plus a softmax over each request's candidates (task 0)."""
-    logits = logits_of(model, batch.history, batch.candidates)
     real = batch.real.float()
     entropy = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").mean(-1)
     pointwise = (entropy * real).sum() / real.sum()

@@ -118,7 +118,7 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bounds: Annotated[dict[str, Share], Meta(min_length=1)] = msgspec.field(default_factory=lambda: dict(BOUNDS))
     since: str = ""
     until: str = ""
-    min_users: Annotated[int, Meta(ge=30)] = 200
+    min_users: Annotated[int, Meta(ge=20)] = 200
     sampled: Count = 100
     seed: Seed = 0
 

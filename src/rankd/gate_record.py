@@ -48,7 +48,8 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A compressed version: its recipe, checksums of what was compressed and of what came out, its size, the gate.
 
     `flops` and `parameters` are shares of the original's; `ms` are milliseconds of the recipe's request, measured on
-    the recipe's target for original and compressed, where a budget was given in them.
+    the recipe's target for original and compressed, and predicted, where a budget was given in them; `price_error` is
+    the largest relative error of the prediction over the models that it was fitted to.
     """
 
     recipe: dict[str, Any]
@@ -58,3 +59,4 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: float
     gate: GateRecord
     ms: dict[str, float] = {}
+    price_error: float = 0.0

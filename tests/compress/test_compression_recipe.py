@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ def test_steps_keep_their_order_and_what_is_left_out_has_defaults(tmp_path: Path
     assert first.criterion is Criterion.TAYLOR
     assert isinstance(second, ShareLayers)
     assert recipe.gate.bounds == {"ndcg@10": 0.99, "gauc": 0.999, "ne": 0.99}
+
+
+def test_the_recipes_of_the_docs_are_recipes(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
+    half, quick = (read(tmp_path, text) for text in re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
+    assert [type(step) for step in (*half.steps, *quick.steps)] == [Prune, Prune]
+    assert quick.request.encodes == 0.3
 
 
 @pytest.mark.parametrize(

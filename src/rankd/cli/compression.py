@@ -59,4 +59,5 @@ def _print(made: Compression) -> None:
     Console(width=120).print(table)
     click.echo(f"FLOPs {made.flops:.3f} of the original's, parameters {made.parameters:.3f}")
     if made.ms:
-        click.echo(", ".join(f"{name} {ms:.3f} ms" for name, ms in made.ms.items()))
+        figures = ", ".join(f"{name} {ms:.3f} ms" for name, ms in made.ms.items())
+        click.echo(f"{figures}; prices are off by at most {made.price_error:.0%} on the models they were fitted to")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,11 @@ from rankd.compress.distillation import DistillationLoss
 from rankd.compress.measured_costs import PriceList, Yardstick, measure_ms, measure_prices, yardstick
 from rankd.compress.steps import factorise, prune, share_layers, student
 from rankd.compress.surgery import Subject
-from rankd.errors import ConfigError, GateRefused
+from rankd.errors import ConfigError, GateRefused, RankdError
 from rankd.gate_record import Compression, GateRecord
 from rankd.models.protocol import create_model
 from rankd.train.batches import Batch, training_batches
-from rankd.train.evaluation import Progress
+from rankd.train.evaluation import Progress, TestEvent
 from rankd.train.recipe import ModelChoice, Training
 from rankd.train.run import Run, file_sha256, open_run, share_unseen_items
 from rankd.train.samples import Dataset, baskets_between
@@ -61,6 +61,7 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flops: float
     parameters: float
     ms: dict[str, float]
+    price_error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +100,27 @@ def compress(
     events = gate_events(original.dataset, recipe.gate)  # before any work: the days may be refused
     work = out.with_name(f".{out.name}.compressing")
     _begin(work, Begun(recipe, file_sha256(run / "best.safetensors"), original.run.data_sha256))
+    try:
+        return _carry_out(work, out, original, recipe, events, progress)
+    except RankdError:  # it would end so again; what was only interrupted stays
+        shutil.rmtree(work)
+        raise
+
+
+def _carry_out(
+    work: Path,
+    out: Path,
+    original: Original,
+    recipe: CompressionRecipe,
+    events: Sequence[TestEvent],
+    progress: Progress,
+) -> Compression:
     start, model = _started(work, original, recipe)
     _fine_tune(work, original, recipe, Subject(start.choice, original.dataset.schema, model), progress)
     load_weights(model, work / "best.safetensors")
     share_unseen_items(model, original.dataset)
     gate = judge(original.model, model, original.dataset, recipe.gate, events, progress)
     if not gate.passed:
-        shutil.rmtree(work)
         raise GateRefused(f"the compressed model is refused: {refusal(gate)}; nothing was written to {out}")
     return _finish(work, out, original, recipe, start, gate)
 
@@ -181,7 +196,9 @@ def _started(work: Path, original: Original, recipe: CompressionRecipe) -> tuple
             "compressed": measure_ms(subject, catalogue, recipe.request, stick),
             "predicted": _predicted_ms(prices, stick, subject.anatomy()),
         }
-    start = Start(subject.choice, _flops_share(subject, first, stick), _size(subject) / _size(first), ms)
+    flops = stick.flops(subject.anatomy()) / stick.flops(first.anatomy())
+    error = 0.0 if prices is None else prices.worst_error
+    start = Start(subject.choice, flops, _size(subject) / _size(first), ms, error)
     save_file(subject.model.state_dict(), work / "start.safetensors")
     _write(work / "start.json", start)
     return start, subject.model
@@ -237,13 +254,14 @@ def _finish(
         parameters=start.parameters,
         gate=gate,
         ms=start.ms,
+        price_error=start.price_error,
     )
     run = original.run
     _write(
         work / "run.json", msgspec.structs.replace(run, recipe=msgspec.structs.replace(run.recipe, model=start.choice))
     )
     _write(work / RECORD, made)
-    for name in ("begun.json", "start.json", "start.safetensors", "checkpoint.pt"):
+    for name in ("checkpoint.pt", "start.json", "start.safetensors", "begun.json"):
         (work / name).unlink(missing_ok=True)
     work.rename(out)
     return made
@@ -254,10 +272,6 @@ def _without_nothing(recipe: CompressionRecipe) -> dict[str, object]:
     document: dict[str, object] = msgspec.to_builtins(recipe)
     steps = [msgspec.to_builtins(step) for step in recipe.steps]
     return {**document, "steps": [{k: v for k, v in step.items() if v is not None} for step in steps]}
-
-
-def _flops_share(subject: Subject, first: Subject, stick: Yardstick) -> float:
-    return stick.flops(subject.anatomy()) / stick.flops(first.anatomy())
 
 
 def _size(subject: Subject) -> int:

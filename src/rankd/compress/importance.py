@@ -78,7 +78,7 @@ def taylor(model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch], loss: L
         products = {
             name: parameter.detach() * parameter.grad
             for name, parameter in model.named_parameters()
-            if parameter.grad is not None
+            if parameter.grad is not None and not name.startswith("tokens.")  # large, and no structure is written there
         }
         parts.append(_gather(anatomy, products, torch.sum, of_loss=True))
     model.zero_grad(set_to_none=True)

@@ -35,7 +35,7 @@ def scored(seed: int, noise: float, users: int = 40, events: int = 120) -> Score
 def test_ratios_are_those_of_users_drawn_together(seed: int, mine: float, theirs: float) -> None:
     """Against a plain loop over the draws."""
     one, other = scored(seed, mine), scored(seed + 1, theirs)
-    made = kept_quality(one, other, seed)
+    made = kept_quality(one, other, seed=seed)
     assert list(made) == ["ndcg@10", "gauc", "hr@10", "ne"]
     ids = np.unique(one.users)
     draws = np.random.default_rng(seed).multinomial(len(ids), np.full(len(ids), 1 / len(ids)), RESAMPLES)
@@ -77,6 +77,15 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
     broken.scores[5][2] = np.nan
     with pytest.raises(DataError, match="no numbers"):
         gated_metrics(scored(3, 1.0), broken, GATE)
+
+
+def test_a_share_of_nothing_is_refused() -> None:
+    right = scored(3, 0.1)
+    wrong = ScoredEvents(right.users, [-scores for scores in right.scores], right.labels, logits=True)
+    assert kept_quality(wrong, right, ["ndcg@10"])["ndcg@10"].value < 1
+    never = ScoredEvents(right.users, [-99.0 * labels for labels in right.labels], right.labels, logits=True)
+    with pytest.raises(DataError, match="gauc is 0 for some draws"):
+        kept_quality(right, never, ["gauc"])
 
 
 def day(seconds: int) -> str:

@@ -131,7 +131,8 @@ def test_a_sasrec_is_compressed_too(tmp_path: Path) -> None:
     Trainer(prepare(log, recipe.shapes), recipe, tmp_path / "run").start()
     structures = (Structure.HEADS, Structure.FFN, Structure.LAYERS)
     step = Prune(structures=structures, flops=0.6, ffn_multiple=4, requests=16)
-    made = compress(tmp_path / "run", recipe_of(step, finetune=FineTuning(epochs=0)), tmp_path / "small")
+    gate = Gate(bounds={"gauc": 0.2}, min_users=20)
+    made = compress(tmp_path / "run", recipe_of(step, gate=gate, finetune=FineTuning(epochs=0)), tmp_path / "small")
     assert made.flops <= 0.6
     about, dataset, model = open_run(tmp_path / "small")
     assert build_artifact(tmp_path, model, dataset, about.recipe, BuildOptions("films", "1")).exists()
@@ -223,6 +224,20 @@ def test_an_interrupted_compression_goes_on_to_the_same_weights(
 def test_a_folder_that_exists_is_not_touched(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists; name another folder"):
         compress(run, recipe_of(PRUNE), tmp_path)
+
+
+def test_a_compression_is_not_compressed_again(pruned: tuple[Path, Compression], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a compression itself"):
+        compress(pruned[0], recipe_of(PRUNE), tmp_path / "smaller")
+
+
+def test_damaged_weights_are_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    weights = (run / "best.safetensors").read_bytes()
+    (tmp_path / "run" / "best.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ConfigError, match="does not hold this model's weights"):
+        compress(tmp_path / "run", recipe_of(PRUNE), tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def test_weights_that_the_gate_has_not_judged_are_not_built(pruned: tuple[Path, Compression], tmp_path: Path) -> None:

@@ -78,12 +78,12 @@ def gated_metrics(original: ScoredEvents, compressed: ScoredEvents, gate: Gate) 
     """The metrics that have a bound, of the same requests scored by both.
 
     Raises:
-        DataError: a score of the compressed model is no number.
+        DataError: a score of the compressed model is no number, or the original's value is 0.
     """
     if not all(np.isfinite(scores).all() for scores in compressed.scores):
         raise DataError("the compressed model gives scores that are no numbers; lower finetune.learning_rate")
     before, after = evaluate(original, gate.seed), evaluate(compressed, gate.seed)
-    kept = kept_quality(compressed, original, gate.seed)
+    kept = kept_quality(compressed, original, gate.bounds, gate.seed)
     return {
         name: GatedMetric(
             original=before[name].value,

@@ -88,7 +88,8 @@ def compress(
     """Make a smaller version of a trained run in the folder `out`, or go on with it.
 
     Raises:
-        ConfigError: `out` exists, or a compression of something else was begun for it; a bad recipe.
+        ConfigError: `out` exists, or a compression of something else was begun for it; a bad recipe; a run that is a
+            compression itself.
         DataError: the log is not the one that the run was trained on, or no days or users to judge by.
         BuildError: a step that cannot be done, or a budget that cannot be met.
         GateRefused: the model keeps less than the recipe's bounds; nothing is left in `out` or beside it.
@@ -96,6 +97,11 @@ def compress(
     check_recipe(recipe)
     if out.exists():
         raise ConfigError(f"{out} exists; name another folder with --out, or remove it")
+    if (run / RECORD).exists():
+        raise ConfigError(
+            f"{run} is a compression itself, and a gate on it would not see what it has lost already; compress the "
+            "run that it was made from, with the steps of both"
+        )
     original = Original(run, *open_run(run, data))
     events = gate_events(original.dataset, recipe.gate)  # before any work: the days may be refused
     work = out.with_name(f".{out.name}.compressing")
@@ -269,8 +275,8 @@ def _finish(
 
 def _without_nothing(recipe: CompressionRecipe) -> dict[str, object]:
     """The recipe as a document without nulls, which TOML does not have."""
-    document: dict[str, object] = msgspec.to_builtins(recipe)
-    steps = [msgspec.to_builtins(step) for step in recipe.steps]
+    document: dict[str, object] = msgspec.json.decode(msgspec.json.encode(recipe))
+    steps = [msgspec.json.decode(msgspec.json.encode(step)) for step in recipe.steps]
     return {**document, "steps": [{k: v for k, v in step.items() if v is not None} for step in steps]}
 
 

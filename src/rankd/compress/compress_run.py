@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -273,11 +273,11 @@ def _finish(
     return made
 
 
-def _without_nothing(recipe: CompressionRecipe) -> dict[str, object]:
+def _without_nothing(recipe: CompressionRecipe) -> dict[str, Any]:
     """The recipe as a document without nulls, which TOML does not have."""
-    document: dict[str, object] = msgspec.json.decode(msgspec.json.encode(recipe))
-    steps = [msgspec.json.decode(msgspec.json.encode(step)) for step in recipe.steps]
-    return {**document, "steps": [{k: v for k, v in step.items() if v is not None} for step in steps]}
+    document: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(recipe))
+    document["steps"] = [{k: v for k, v in step.items() if v is not None} for step in document["steps"]]
+    return document
 
 
 def _size(subject: Subject) -> int:

@@ -30,7 +30,7 @@ def subject() -> Subject:
 def test_prices_are_found_again() -> None:
     random = np.random.default_rng(1)
     prices = Work(0.05, 2e-9, 5e-9, 1e-9, 3e-9)
-    works = [Work(*(random.integers(1, 9), *random.integers(1e6, 9e6, 4))) for _ in range(9)]
+    works = [Work(*(random.integers(1, 9), *random.uniform(1e6, 9e6, 4))) for _ in range(9)]
     samples = [(work, 0.2 + sum(a * b for a, b in zip(prices, work, strict=True))) for work in works]
     made = fit_prices(samples)
     assert made.call_ms == pytest.approx(0.2, rel=1e-4)

@@ -24,7 +24,7 @@ from rankd.train.recipe import ModelChoice
 Indices = npt.NDArray[np.int64]
 
 REPLACED = ("heads", "layers", "ffn_ratio")
-"""Options whose place the option `shape` takes. `heads` stays where a Climber's attention is as it was."""
+"""Options whose place the option `shape` takes; of a Climber `heads` is written again, it is the fusion's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,9 @@ class Block(nn.Module):
     Their states are stacked: one with fewer or narrower layers than the deepest and the widest is padded with zeros.
     """
 
-    def __init__(self, width: int, layers: Sequence[LayerShape], whole: ClimberShape, positions: int, dropout: float):
+    def __init__(
+        self, width: int, layers: Sequence[LayerShape], whole: ClimberShape, positions: int, dropout: float
+    ) -> None:
         super().__init__()
         self.stack = nn.ModuleList(Layer(width, layer, positions, dropout) for layer in layers)
         self.repeats, self.state_layers, self.state_width = whole.repeats, whole.state_layers, whole.state_width

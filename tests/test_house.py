@@ -21,6 +21,7 @@ FLOORS = [
     ["plan"],
     ["shards"],
     ["features"],
+    ["gate_record"],
     ["artifact"],
     ["models"],
     ["engine"],
@@ -30,12 +31,13 @@ FLOORS = [
     ["serve", "client"],
     ["train"],
     ["build"],
+    ["compress"],
     ["demo", "bench"],
     ["cli", "__main__"],
 ]
 ALLOWED_UP = {("observe.metrics", "__init__")}
 FORBIDDEN = {
-    "serve": {"models", "train", "build"},
+    "serve": {"models", "train", "build", "compress"},
     "features": {"engine", "schedule"},
     "models": {"serve", "ranker"},
     "schedule": {"states"},
@@ -71,7 +73,7 @@ def test_imports_run_downwards() -> None:
 def test_serving_imports_neither_torch_nor_training() -> None:
     code = (
         "import sys, rankd.serve.lifecycle, rankd.client, rankd.demo.showcase, rankd.embeddings.table_kernels\n"
-        "ours = ('rankd.train', 'rankd.models', 'rankd.build')\n"
+        "ours = ('rankd.train', 'rankd.models', 'rankd.build', 'rankd.compress')\n"
         "bad = [m for m in sys.modules if m.split('.')[0] == 'torch' or m.startswith(ours)]\n"
         "sys.exit(str(bad) if bad else 0)"
     )
@@ -92,7 +94,7 @@ def test_files_stay_readable() -> None:
 HEAVY = ("openvino", "torch", "numpy", "polars", "starlette", "uvicorn", "rich", "httpx", "msgspec")
 
 
-@pytest.mark.parametrize("command", ["", "serve", "train", "plan", "bench"])
+@pytest.mark.parametrize("command", ["", "serve", "train", "compress", "plan", "bench"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     arguments = [*command.split(), "--help"]
     code = (

@@ -25,6 +25,7 @@ import msgspec
 from rankd.embeddings.table_format import FOLDER
 from rankd.errors import ArtifactError
 from rankd.features.schema import FeatureSchema, TensorSpec
+from rankd.gate_record import Compression
 
 FORMAT = 2
 MANIFEST = "model.toml"
@@ -50,7 +51,7 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """model.toml. `split` says whether the user's state is computed apart from the candidates (encode and score),
-    `extends` whether new events can be appended to a state.
+    `extends` whether new events can be appended to a state, `compression` how a compressed model was made and passed.
     """
 
     format: int
@@ -67,6 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engines: dict[str, EngineRecord]
     options: dict[str, Any] = {}
     metrics: dict[str, float] = {}
+    compression: Compression | msgspec.UnsetType = msgspec.UNSET
     files: dict[str, FileRecord] = {}
 
 

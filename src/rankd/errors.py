@@ -15,6 +15,7 @@
     ├── DataError                -   (offline)            the interaction log does not fit its description
     ├── ArtifactError            -   (start-up, load)     missing, truncated, altered or of another format
     ├── BuildError               -   (offline)            a model or a table that cannot be made as it was asked for
+    ├── GateRefused              -   (offline)            a compressed model keeps less of its quality than was declared
     └── MissingExtra             -   (start-up)           the command needs an optional dependency
 
 A message says what was given, what is allowed and what to do.
@@ -130,6 +131,10 @@ class ArtifactError(RankdError):
 class BuildError(RankdError):
     """A model cannot be compiled for a target, its compiled scores differ from the reference, or a table cannot be kept
     in the storage that was asked for."""
+
+
+class GateRefused(RankdError):
+    """A compressed model keeps less of the original's quality than its recipe declares; nothing was written."""
 
 
 class MissingExtra(RankdError):

@@ -140,6 +140,13 @@ def test_scores_as_the_module_does(tokens: int, lengths: list[int], count: int) 
     assert np.abs(logits - model.score(expected, tensors(candidates))[0].numpy()).max() < CLOSE
 
 
+def shaped(*blocks: int, **layer: int) -> dict[str, Any]:
+    """Options of a pruned Climber: so many layers in each block, all of 96 neurons unless told otherwise."""
+    sizes = {"heads": 4, "head_width": 32, "ffn": 96} | layer
+    fusion = {"heads": 4, "head_width": 32, "gate": 64}
+    return OPTIONS | {"shape": {"blocks": [[sizes] * count for count in blocks], "fusion": fusion}}
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("blocks", "features", "more"),
@@ -151,6 +158,8 @@ def test_scores_as_the_module_does(tokens: int, lengths: list[int], count: int) 
         (2, True, {"width": 64}),  # heads of 16
         (1, True, {"heads": 1, "layers": 3}),
         (4, False, {"width": 96, "heads": 2}),  # heads of 48
+        (2, True, shaped(1, 1)),
+        (2, False, shaped(3, 3, ffn=32)),
     ],
 )
 def test_other_models(blocks: int, features: bool, more: dict[str, Any]) -> None:
@@ -239,6 +248,15 @@ def test_says_what_it_does_not_do() -> None:
     assert "width is 48" in str(why_not({"width": 48, "heads": 3}, schema_of()))
     assert "width x blocks / 4 is 16" in str(why_not({"width": 64, "heads": 2}, schema_of(1)))
     schema = schema_of()
+    for options, reason in (
+        (shaped(1, 2), "unequal sizes"),
+        (shaped(2, 2, up_rank=8), "low rank"),
+        (shaped(2, 2, heads=3), "not 4 heads of 32"),
+        (shaped(2, 2, ffn=40), "feed-forward is 40"),
+        (OPTIONS | {"shape": shaped(1, 1)["shape"] | {"repeats": 2}}, "shared 2 times"),
+        (OPTIONS | {"shape": shaped(1, 1)["shape"] | {"fusion": {"heads": 4, "head_width": 32, "gate": 32}}}, "gate"),
+    ):
+        assert reason in str(why_not(options, schema))
     model = model_of(schema, OPTIONS)
     with pytest.raises(ConfigError, match="width / heads is 8"):
         native_of(model, schema, OPTIONS | {"heads": 16})

@@ -28,6 +28,7 @@ from rankd.errors import BuildError
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
 from rankd.features.schema import FeatureSchema, candidate_specs, history_specs
+from rankd.gate_record import Compression
 from rankd.models.protocol import EmbeddedModel, is_extendable, is_split
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset
@@ -58,7 +59,10 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What goes into an artifact. `requests` are those on which the engines have to agree with the model."""
+    """What goes into an artifact. `requests` are those on which the engines have to agree with the model.
+
+    `compression` says how `rankd compress` made the model, if it did.
+    """
 
     model: nn.Module
     kind: str
@@ -67,6 +71,7 @@ class Contents:
     requests: Sequence[Features]
     options: Mapping[str, Any]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    compression: Compression | None = None
 
 
 def build_artifact(
@@ -76,8 +81,9 @@ def build_artifact(
     recipe: Recipe,
     options: BuildOptions,
     metrics: dict[str, float] | None = None,
+    compression: Compression | None = None,
 ) -> Path:
-    """Write `<root>/<name>/<version>` from a trained model; returns its folder.
+    """Write `<root>/<name>/<version>` from a trained model; returns its folder. `compression`: how it was made smaller.
 
     Raises:
         ConfigError: an unknown target.
@@ -92,6 +98,7 @@ def build_artifact(
         requests=parity_requests(dataset, PARITY_REQUESTS),
         options=recipe.model.options,
         metrics=metrics or {},
+        compression=compression,
     )
     return pack(root, contents, options)
 
@@ -122,15 +129,29 @@ def _unsuitable(target: str, contents: Contents) -> str:
 
 
 def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
+    model, unchecked = contents.model, draft(folder, contents, options)
+    contents.catalogue.save(folder / "tables")
+    requests = embedded_requests(folder, contents.schema, contents.requests)
+    engines = {}
+    for target in options.targets:
+        usable = [precision for precision in PRECISIONS[target] if not why_not(target, precision)]
+        served = options.precision if options.precision in usable else usable[0]
+        record = EngineRecord(served.value, {precision.value: 0.0 for precision in usable})
+        drafted = Artifact(folder, msgspec.structs.replace(unchecked, engines={target: record}))
+        parity = {p.value: measure_parity(model, drafted, target, p, requests) for p in usable}
+        engines[target] = msgspec.structs.replace(record, parity=parity)
+    return msgspec.structs.replace(unchecked, engines=engines)
+
+
+def draft(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
+    """Write weights and graphs into a folder; returns a manifest that names no engine, for none has been checked."""
     model, schema = contents.model, contents.schema
     for target in options.targets:
         state = export(model, schema, target, folder / "engines" / target)
     outside = write_tables(folder, model, options.tables) if options.tables is not None else frozenset()
     weights = {name: t.detach().contiguous() for name, t in model.state_dict().items() if t.data_ptr() not in outside}
     save_file(weights, folder / "weights.safetensors")
-    contents.catalogue.save(folder / "tables")
-    requests = embedded_requests(folder, schema, contents.requests)
-    unchecked = Manifest(
+    return Manifest(
         format=FORMAT,
         name=options.name,
         version=options.version,
@@ -145,16 +166,8 @@ def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
         engines={},
         options=dict(contents.options),
         metrics=dict(contents.metrics),
+        compression=msgspec.UNSET if contents.compression is None else contents.compression,
     )
-    engines = {}
-    for target in options.targets:
-        usable = [precision for precision in PRECISIONS[target] if not why_not(target, precision)]
-        served = options.precision if options.precision in usable else usable[0]
-        record = EngineRecord(served.value, {precision.value: 0.0 for precision in usable})
-        draft = Artifact(folder, msgspec.structs.replace(unchecked, engines={target: record}))
-        parity = {p.value: measure_parity(model, draft, target, p, requests) for p in usable}
-        engines[target] = msgspec.structs.replace(record, parity=parity)
-    return msgspec.structs.replace(unchecked, engines=engines)
 
 
 def next_version(model_folder: Path) -> str:

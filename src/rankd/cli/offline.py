@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from rankd.train.evaluation import EvaluationReport
 
 
-def _need_torch(command: str) -> None:
+def need_torch(command: str) -> None:
+    """Refuse a command whose packages are not installed.
+
+    Raises:
+        MissingExtra: torch or scipy is not there.
+    """
     import importlib.util
 
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("scipy") is None:
@@ -40,7 +45,7 @@ def train(
 
     The log is split by time as its description says; the best epoch on the validation time is kept.
     """
-    _need_torch("rankd train")
+    need_torch("rankd train")
     import msgspec
 
     from rankd.cli.progress import progress_bar
@@ -86,7 +91,7 @@ def evaluate(
     Each basket of the test time is one event: its true items against SAMPLED others, drawn uniformly from the items
     known when the test began. Intervals are 95%, from resampling users.
     """
-    _need_torch("rankd eval")
+    need_torch("rankd eval")
     from rankd.cli.progress import progress_bar
     from rankd.engine.backend import Precision
     from rankd.train.run import evaluate_run
@@ -133,9 +138,10 @@ def build(
 
     The graphs are run beside the torch model on real requests first; the version appears whole or not at all.
     """
-    _need_torch("rankd build")
+    need_torch("rankd build")
     from rankd.artifact import Artifact
     from rankd.build.pack import BuildOptions, build_artifact, next_version
+    from rankd.compress.compress_run import read_compression
     from rankd.embeddings.table_spec import TableStorage
     from rankd.engine.backend import Precision
     from rankd.train.run import open_run, read_metrics
@@ -144,7 +150,8 @@ def build(
     name = name or about.description.name
     storage = None if tables is None else TableStorage(tables)
     options = BuildOptions(name, version or next_version(out / name), Precision(precision), targets, tables=storage)
-    place = build_artifact(out, model, dataset, about.recipe, options, read_metrics(run))
+    compression = read_compression(run)
+    place = build_artifact(out, model, dataset, about.recipe, options, read_metrics(run), compression)
     parities = {target: record.parity for target, record in Artifact.open(place).manifest.engines.items()}
     if as_json:
         click.echo(json.dumps({"artifact": str(place), "precision": precision, "parity": parities}))

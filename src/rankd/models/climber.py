@@ -11,13 +11,16 @@ history only adds to it. Keys and values are kept a row a token, as the products
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
 from rankd.features.schema import FeatureSchema
+from rankd.models.layer_shapes import ClimberShape, FusionShape, LayerShape, climber_shape, even_fusion, even_layers
+from rankd.models.projection import Projection
 from rankd.models.protocol import Tensors
 from rankd.models.tokens import TokenEmbedding
 
@@ -68,42 +71,49 @@ def time_bucket(seconds: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer: attention with relative bias and learned temperature, then feed-forward."""
+    """One pre-norm transformer layer: attention with relative bias and learned temperature, then feed-forward.
 
-    def __init__(self, width: int, heads: int, ffn_ratio: int, positions: int, dropout: float) -> None:
+    Its attention is A = heads x head_width wide, which is D in a layer that nobody has pruned.
+    """
+
+    def __init__(self, width: int, shape: LayerShape, positions: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attention_width = shape.heads, shape.attention_width
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.bias = RelativeBias(heads, positions)
+        self.qkv = Projection(width, 3 * self.attention_width, shape.qkv_rank)
+        self.out = Projection(self.attention_width, width, shape.out_rank)
+        self.bias = RelativeBias(shape.heads, positions)
         # Takes the place of sqrt(D / H); one for each block, layer and head.
-        self.log_temperature = nn.Parameter(torch.full((heads,), 0.5 * math.log(width // heads)))
+        self.log_temperature = nn.Parameter(torch.full((shape.heads,), 0.5 * math.log(shape.head_width)))
         self.ffn = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, ffn_ratio * width), nn.GELU(), nn.Linear(ffn_ratio * width, width)
+            nn.LayerNorm(width),
+            Projection(width, shape.ffn, shape.up_rank),
+            nn.GELU(),
+            Projection(shape.ffn, width, shape.down_rank),
         )
         self.dropout = nn.Dropout(dropout)
 
+    def normed(self, x: Tensor) -> Tensor:
+        """What queries, keys and values are made of, from tokens (B, T, D)."""
+        return self.qkv.reduced(self.norm(x))
+
     def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, T, D) of normed tokens (B, T, D)."""
-        width = normed.shape[-1]
-        both = self.qkv.weight[width:], self.qkv.bias[width:]
-        key, value = (linear(normed, weight, bias) for weight, bias in zip(*(x.chunk(2) for x in both), strict=True))
-        return key, value
+        """Keys and values (B, T, A)."""
+        width = self.attention_width
+        return self.qkv.rows(normed, slice(width, 2 * width)), self.qkv.rows(normed, slice(2 * width, 3 * width))
 
     def queries(self, normed: Tensor) -> Tensor:
-        """Queries (B, H, Q, D / H), already over the temperature: it is folded into the weights."""
-        width = normed.shape[-1]
-        scale = self.log_temperature.neg().exp().repeat_interleave(width // self.heads)
-        return self.split(linear(normed, self.qkv.weight[:width] * scale[:, None], self.qkv.bias[:width] * scale))
+        """Queries (B, H, Q, A / H), already over the temperature: it is folded into the weights."""
+        scale = self.log_temperature.neg().exp().repeat_interleave(self.attention_width // self.heads)
+        return self.split(self.qkv.rows(normed, slice(self.attention_width), scale))
 
     def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """The next tokens (B, Q, D) of x; keys and values (B, T, D), bias (B, H, Q, T) with the mask in it."""
+        """The next tokens (B, Q, D) of x; keys and values (B, T, A), bias (B, H, Q, T) with the mask in it."""
         attention = torch.softmax(queries @ self.split(keys).transpose(-1, -2) + bias, dim=-1)
         return self.finish(x, attention @ self.split(values))
 
     def attend_and_itself(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """The next tokens (B, C, D) of candidates: each attends to keys (B, T, D) and to itself, never to another.
+        """The next tokens (B, C, D) of candidates: each attends to keys (B, T, A) and to itself, never to another.
 
         `bias` (B, H, 1, T) masks the padding of the history.
         """
@@ -115,13 +125,13 @@ class Layer(nn.Module):
         return self.finish(x, attention[..., :-1] @ self.split(values) + attention[..., -1:] * v)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention (B, H, Q, D / H): projection, residual, feed-forward."""
+        """What follows attention (B, H, Q, A / H): projection, residual, feed-forward."""
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
         result: Tensor = x + self.dropout(self.ffn(x))
         return result
 
     def split(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, H, T, D / H)."""
+        """(B, T, A) -> (B, H, T, A / H)."""
         heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return heads
 
@@ -132,16 +142,14 @@ class GatingFusion(nn.Module):
     f_gate is a squeeze-and-excitation module over all N * D channels.
     """
 
-    def __init__(self, width: int, heads: int, blocks: int, reduction: int = 4) -> None:
+    def __init__(self, width: int, blocks: int, shape: FusionShape) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = shape.heads
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * shape.heads * shape.head_width)
+        self.out = nn.Linear(shape.heads * shape.head_width, width)
         channels = blocks * width
-        self.gate = nn.Sequential(
-            nn.Linear(channels, channels // reduction), nn.ReLU(), nn.Linear(channels // reduction, channels)
-        )
+        self.gate = nn.Sequential(nn.Linear(channels, shape.gate), nn.ReLU(), nn.Linear(shape.gate, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, N, D) -> (B, C, N * D)."""
@@ -153,16 +161,22 @@ class GatingFusion(nn.Module):
 
 
 class Block(nn.Module):
-    """The layers over one sub-sequence. Blocks are alike and do not see each other before the fusion."""
+    """The layers over one sub-sequence. Blocks do not see each other before the fusion.
 
-    def __init__(self, layers: int, width: int, heads: int, ffn_ratio: int, positions: int, dropout: float) -> None:
+    Their states are stacked: one with fewer or narrower layers than the deepest and the widest is padded with zeros.
+    """
+
+    def __init__(
+        self, width: int, layers: Sequence[LayerShape], whole: ClimberShape, positions: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.stack = nn.ModuleList(Layer(width, heads, ffn_ratio, positions, dropout) for _ in range(layers))
+        self.stack = nn.ModuleList(Layer(width, layer, positions, dropout) for layer in layers)
+        self.repeats, self.state_layers, self.state_width = whole.repeats, whole.state_layers, whole.state_width
 
     @property
     def layers(self) -> list[Layer]:
-        """The layers, the first one first."""
-        return cast(list[Layer], list(self.stack))
+        """The layers as tokens pass them, the first one first; a shared one stands there several times."""
+        return [layer for layer in cast(list[Layer], list(self.stack)) for _ in range(self.repeats)]
 
     @property
     def positions(self) -> int:
@@ -170,23 +184,23 @@ class Block(nn.Module):
         return self.layers[0].bias.position.shape[0] - 1
 
     def encode(self, x: Tensor, times: Tensor) -> Tensor:
-        """Keys and values (B, L, 2, T, D) of tokens (B, T, D); the last layer's tokens are needed by nobody."""
+        """Keys and values (B, L, 2, T, A) of tokens (B, T, D); the last layer's tokens are needed by nobody."""
         index = torch.arange(times.shape[-1], device=times.device)
         pair = pairs((index[:, None] - index)[None], times[:, :, None] - times[:, None, :], self.positions)
-        made = []
-        for depth, layer in enumerate(self.layers):
-            normed = layer.norm(x)
+        made: list[Tensor] = []
+        layers = self.layers
+        for depth, layer in enumerate(layers):
+            normed = layer.normed(x)
             keys, values = layer.keys_values(normed)
-            made += [keys, values]
-            if depth < len(self.stack) - 1:
+            made += self._as_wide(keys, values)
+            if depth < len(layers) - 1:
                 x = layer.attend(x, layer.queries(normed), keys, values, layer.bias(pair))
-        stacked: Tensor = torch.stack(made, 1).unflatten(1, (-1, 2))
-        return stacked
+        return self._stacked(made)
 
     def extend(self, x: Tensor, times: Tensor, known: Tensor, known_times: Tensor, length: Tensor) -> Tensor:
-        """Keys and values (B, L, 2, E, D) of new tokens x (B, E, D) that follow a history.
+        """Keys and values (B, L, 2, E, A) of new tokens x (B, E, D) that follow a history.
 
-        known (B, L, 2, T, D) and known_times (B, T) are the history's, of which `length` (B,) tokens are real.
+        known (B, L, 2, T, A) and known_times (B, T) are the history's, of which `length` (B,) tokens are real.
         """
         new = torch.arange(times.shape[-1], device=times.device)
         old = torch.arange(known_times.shape[-1], device=times.device)
@@ -194,30 +208,48 @@ class Block(nn.Module):
         distance = torch.where(old < place, place + new[:, None] - old, -1)  # (B, E, T)
         before = pairs(distance, times[:, :, None] - known_times[:, None, :], self.positions)
         among = pairs((new[:, None] - new)[None], times[:, :, None] - times[:, None, :], self.positions)
-        made = []
-        for depth, layer in enumerate(self.layers):
-            normed = layer.norm(x)
+        made: list[Tensor] = []
+        layers = self.layers
+        for depth, layer in enumerate(layers):
+            normed = layer.normed(x)
             keys, values = layer.keys_values(normed)
-            made += [keys, values]
-            if depth < len(self.stack) - 1:
+            made += self._as_wide(keys, values)
+            if depth < len(layers) - 1:
                 bias = torch.cat([layer.bias(before), layer.bias(among)], -1)
-                all_keys = torch.cat([known[:, depth, 0], keys], 1)
-                all_values = torch.cat([known[:, depth, 1], values], 1)
+                known_keys, known_values = self._known(known, depth, layer)
+                all_keys, all_values = torch.cat([known_keys, keys], 1), torch.cat([known_values, values], 1)
                 x = layer.attend(x, layer.queries(normed), all_keys, all_values, bias)
-        stacked: Tensor = torch.stack(made, 1).unflatten(1, (-1, 2))
-        return stacked
+        return self._stacked(made)
 
     def candidates(self, x: Tensor, known: Tensor, seconds: Tensor, length: Tensor) -> Tensor:
         """Outputs (B, C, D) of candidates (B, C, D): each sees the history and itself.
 
-        known (B, L, 2, T, D) keys and values; seconds (B, T) from each event to now; length (B,) real events.
+        known (B, L, 2, T, A) keys and values; seconds (B, T) from each event to now; length (B,) real events.
         """
         index = torch.arange(seconds.shape[-1], device=seconds.device)
         distance = length[:, None] - index  # a candidate stands right after the history
         pair = pairs(torch.where(distance > 0, distance, -1), seconds, self.positions)[:, None]
         for depth, layer in enumerate(self.layers):
-            x = layer.attend_and_itself(x, layer.norm(x), known[:, depth, 0], known[:, depth, 1], layer.bias(pair))
+            keys, values = self._known(known, depth, layer)
+            x = layer.attend_and_itself(x, layer.normed(x), keys, values, layer.bias(pair))
         return x
+
+    def _as_wide(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, T, A) as wide as the state."""
+        lacking = self.state_width - keys.shape[-1]
+        return (pad(keys, (0, lacking)), pad(values, (0, lacking))) if lacking else (keys, values)
+
+    def _stacked(self, made: list[Tensor]) -> Tensor:
+        """The state (B, L, 2, T, A) of the layers' keys and values in turn; layers that this block lacks are zeros."""
+        made = made + [torch.zeros_like(made[0])] * (2 * self.state_layers - len(made))
+        stacked: Tensor = torch.stack(made, 1).unflatten(1, (-1, 2))
+        return stacked
+
+    def _known(self, known: Tensor, depth: int, layer: Layer) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values (B, T, A) of the state."""
+        keys, values = known[:, depth, 0], known[:, depth, 1]
+        width = layer.attention_width
+        return (keys, values) if width == self.state_width else (keys[..., :width], values[..., :width])
 
 
 class Climber(nn.Module):
@@ -241,16 +273,23 @@ class Climber(nn.Module):
         item_dropout: float = 0.1,
         direct: bool = True,
         deep_dropout: float = 0.0,
+        shape: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        count = schema.num_sub_sequences
+        if shape is None:
+            even = even_layers(width, heads, layers, ffn_ratio)
+            self.shape = ClimberShape((even,) * count, even_fusion(width, heads, count))
+        else:
+            self.shape = climber_shape(shape, count)
         self.tokens = TokenEmbedding(schema, width, item_dropout)
         self.blocks = nn.ModuleList(
-            Block(layers, width, heads, ffn_ratio, schema.history_length, dropout) for _ in schema.sub_sequences
+            Block(width, stack, self.shape, schema.history_length, dropout) for stack in self.shape.blocks
         )
         self.history_norm = nn.LayerNorm(width)
         self.candidate_norm = nn.LayerNorm(width)
-        self.fusion = GatingFusion(width, heads, schema.num_sub_sequences)
-        channels, tasks = width * schema.num_sub_sequences, len(schema.tasks)
+        self.fusion = GatingFusion(width, count, self.shape.fusion)
+        channels, tasks = width * count, len(schema.tasks)
         self.head = nn.Sequential(
             nn.LayerNorm(channels),
             nn.Linear(channels, hidden),
@@ -262,14 +301,14 @@ class Climber(nn.Module):
         self.direct = _direct(schema.candidate_numeric, hidden, tasks) if direct and schema.candidate_numeric else None
 
     def encode(self, history: Tensors) -> dict[str, Tensor]:
-        """State: keys_values (B, N, L, 2, T, D), and the times and lengths that the candidates' bias needs."""
+        """State: keys_values (B, N, L, 2, T, A), and the times and lengths that the candidates' bias needs."""
         tokens = self.history_norm(self.tokens.events(history))
         times = history["history_time"]
         made = [block.encode(tokens[:, n], times[:, n]) for n, block in enumerate(self._blocks())]
         return {"keys_values": torch.stack(made, 1), "times": times, "lengths": history["history_length"]}
 
     def extend(self, state: Tensors, new: Tensors) -> dict[str, Tensor]:
-        """What E new events a block add to a state: keys_values (B, N, L, 2, E, D), times (B, N, E), new lengths."""
+        """What E new events a block add to a state: keys_values (B, N, L, 2, E, A), times (B, N, E), new lengths."""
         tokens = self.history_norm(self.tokens.events(new))
         times, lengths = new["history_time"], state["lengths"]
         made = [

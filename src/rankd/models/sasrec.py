@@ -6,16 +6,23 @@ sub-sequence (the first of the schema) and absolute positions counted back from 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from rankd.features.schema import FeatureSchema
+from rankd.models.layer_shapes import LayerShape, even_layers, layer_shapes
+from rankd.models.projection import Projection
 from rankd.models.protocol import Tensors
 from rankd.models.tokens import TokenEmbedding
 
 
 class SASRec(nn.Module):
-    """Options: width D, heads H, layers L, dropout, item_dropout."""
+    """Options: width D, heads H, layers L, dropout, item_dropout.
+
+    `shape` gives every layer sizes of its own, as pruning leaves them; it takes the place of heads and layers.
+    """
 
     def __init__(
         self,
@@ -25,12 +32,13 @@ class SASRec(nn.Module):
         layers: int = 2,
         dropout: float = 0.1,
         item_dropout: float = 0.1,
+        shape: Sequence[Mapping[str, int]] | None = None,
     ) -> None:
         super().__init__()
+        self.shape = even_layers(width, heads, layers, 4) if shape is None else layer_shapes(shape)
         self.tokens = TokenEmbedding(schema, width, item_dropout)
         self.position = nn.Embedding(schema.history_length + 1, width)
-        self.heads = heads
-        self.layers = nn.ModuleList(_CausalLayer(width, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(_CausalLayer(width, layer, dropout) for layer in self.shape)
         self.norm = nn.LayerNorm(width)
         num_tasks = len(schema.tasks)
         self.project = nn.Linear(width, num_tasks * width)
@@ -58,14 +66,17 @@ class SASRec(nn.Module):
 
 
 class _CausalLayer(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, shape: LayerShape, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = shape.heads
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Projection(width, 3 * shape.attention_width, shape.qkv_rank)
+        self.out = Projection(shape.attention_width, width, shape.out_rank)
         self.ffn = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            nn.LayerNorm(width),
+            Projection(width, shape.ffn, shape.up_rank),
+            nn.GELU(),
+            Projection(shape.ffn, width, shape.down_rank),
         )
         self.dropout = nn.Dropout(dropout)
 

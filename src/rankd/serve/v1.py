@@ -76,12 +76,17 @@ def _describe(status: ModelStatus, ranker: Ranker | None) -> ModelAnswer:
     if ranker is None or status.state is not ModelState.READY:
         state = ModelState.UNLOADING if status.state is ModelState.READY else status.state
         return ModelAnswer(status.name, status.version, state.value, status.reason)
+    return describe_version(ranker)
+
+
+def describe_version(ranker: Ranker) -> ModelAnswer:
+    """A version that is ready."""
     manifest, schema = ranker.manifest, ranker.schema
     precision = ranker.backend.precision.value
     return ModelAnswer(
-        name=status.name,
-        version=status.version,
-        state=status.state.value,
+        name=manifest.name,
+        version=manifest.version,
+        state=ModelState.READY.value,
         kind=manifest.model,
         created=manifest.created,
         precision=precision,
@@ -93,4 +98,5 @@ def _describe(status: ModelStatus, ranker: Ranker | None) -> ModelAnswer:
         history_length=schema.history_length,
         max_candidates=schema.max_candidates,
         num_items=len(ranker.catalogue.ids.items),
+        compression=manifest.compression,
     )

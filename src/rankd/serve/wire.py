@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from rankd.errors import InvalidRequest, nearest
+from rankd.gate_record import Compression
 from rankd.types import Event, RankRequest, RowCounts, Scores
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -90,7 +91,10 @@ class EventsAnswer(msgspec.Struct, frozen=True):
 
 
 class ModelAnswer(msgspec.Struct, frozen=True):
-    """One version in GET /v1/models. What follows `reason` is there when it is ready."""
+    """One version in GET /v1/models. What follows `reason` is there when it is ready.
+
+    `compression` is there for a compressed version: its recipe, and what the accuracy gate found.
+    """
 
     name: str
     version: str
@@ -107,6 +111,7 @@ class ModelAnswer(msgspec.Struct, frozen=True):
     history_length: int = 0
     max_candidates: int = 0
     num_items: int = 0
+    compression: Compression | msgspec.UnsetType = msgspec.UNSET
 
 
 class UserSummary(msgspec.Struct, frozen=True):

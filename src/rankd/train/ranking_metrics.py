@@ -6,16 +6,20 @@ expectation over their orders would (AUC) or by a seeded shuffle done before sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from rankd.errors import DataError
+
 Float64Array = npt.NDArray[np.float64]
 RESAMPLES = 1000
 METRICS = ("ndcg@10", "gauc", "hr@10", "auc", "ne")
+GATED = ("ndcg@10", "gauc", "hr@10", "ne")
+"""Metrics that are ratios of sums over users, so that two models can be compared user by user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,32 @@ def difference(one: ScoredEvents, other: ScoredEvents, seed: int = 0) -> dict[st
         name: ratio_interval(mine[name][0] - theirs[name][0], mine[name][1], draws)
         for name in ("ndcg@10", "gauc", "hr@10")
     }
+
+
+def kept_quality(
+    one: ScoredEvents, other: ScoredEvents, metrics: Iterable[str] = GATED, seed: int = 0
+) -> dict[str, Interval]:
+    """How much of the quality of `other` `one` has, on the same events: ratios of metrics of GATED, paired over users.
+
+    Normalised entropy is turned over, other / one: above 1 is always better.
+
+    Raises:
+        DataError: a draw of users for whom the divisor is 0, so that there is no ratio.
+    """
+    draws = user_draws(one.users, seed)
+    mine, theirs = _sums(one), _sums(other)
+    made = {}
+    for name in metrics:
+        numerator, divisor = mine[name][0], theirs[name][0]
+        if name == "ne":
+            numerator, divisor = divisor, numerator
+        if not (draws @ divisor).all():
+            raise DataError(
+                f"{name} is 0 for some draws of {draws.shape[1]} users, and a share of 0 means nothing; judge on more "
+                "users, or by another metric"
+            )
+        made[name] = ratio_interval(numerator, divisor, draws)
+    return made
 
 
 def user_draws(users: npt.NDArray[np.int64], seed: int) -> Float64Array:

@@ -78,7 +78,7 @@ def begin_run(folder: Path, data: Path, description: LogDescription, recipe: Rec
         ConfigError: the folder holds another run. DataError: the log cannot be read.
     """
     log = read_log(data, description)
-    run = Run(str(data.resolve()), _sha256(data), description, recipe, log.report)
+    run = Run(str(data.resolve()), file_sha256(data), description, recipe, log.report)
     place = folder / "run.json"
     if place.exists():
         known = read_run(folder)
@@ -118,7 +118,7 @@ def open_run(folder: Path, data: Path | None = None) -> tuple[Run, Dataset, nn.M
     path = data or Path(run.data)
     if not path.exists():
         raise DataError(f"the log of this run, {path}, is not there; say where it is with --data")
-    if _sha256(path) != run.data_sha256:
+    if file_sha256(path) != run.data_sha256:
         raise DataError(f"{path} is not the log that {folder} was trained on (its checksum differs)")
     dataset = prepare(read_log(path, run.description), run.recipe.shapes)
     torch.manual_seed(run.recipe.training.seed)
@@ -196,7 +196,7 @@ def share_unseen_items(model: nn.Module, dataset: Dataset) -> None:
         tokens.share_unseen(seen_rows(dataset))
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

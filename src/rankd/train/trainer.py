@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,12 +46,21 @@ class Trainer:
     """Runs a recipe over a dataset in a folder. `start()` trains or goes on; `model` holds the best weights after.
 
     What is validated and kept is an exponential average of the weights over steps: it is steadier than the last ones.
+    `model` is where training starts, by default a new one; `loss` takes the place of the supervised one.
     """
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, folder: Path) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        folder: Path,
+        model: nn.Module | None = None,
+        loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+    ) -> None:
         self.dataset, self.recipe, self.folder = dataset, recipe, folder
         torch.manual_seed(recipe.training.seed)
-        self.model = create_model(recipe.model.kind, dataset.schema, recipe.model.options)
+        self.model = model or create_model(recipe.model.kind, dataset.schema, recipe.model.options)
+        self._loss = loss or partial(loss_of, listwise=recipe.training.listwise)
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.training.learning_rate, weight_decay=recipe.training.weight_decay
         )
@@ -80,7 +92,7 @@ class Trainer:
         self.model.train()
         for step, batch in enumerate(training_batches(self.dataset, self.samples, training, number)):
             self._set_learning_rate(number * steps + step, steps)
-            loss = loss_of(self.model, batch, training.listwise)
+            loss = self._loss(self.model, batch)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -140,8 +152,12 @@ class Trainer:
 
 
 def loss_of(model: nn.Module, batch: Batch, listwise: float) -> Tensor:
+    """The supervised loss of a model on a batch."""
+    return supervised_loss(logits_of(model, batch.history, batch.candidates), batch, listwise)
+
+
+def supervised_loss(logits: Tensor, batch: Batch, listwise: float) -> Tensor:
     """Binary cross-entropy over real candidates and tasks, plus a softmax over each request's candidates (task 0)."""
-    logits = logits_of(model, batch.history, batch.candidates)
     real = batch.real.float()
     entropy = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").mean(-1)
     pointwise = (entropy * real).sum() / real.sum()
@@ -177,7 +193,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     try:
         model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{path} does not hold this model's weights: {error}") from error
 
 

@@ -38,7 +38,7 @@ class DenseClimber(nn.Module):
             pair = dense_pairs(times, now, history["history_length"][:, n], stack.positions)
             x = torch.cat([events[:, n], items], 1)
             for layer in stack.layers:
-                normed = layer.norm(x)
+                normed = layer.normed(x)
                 x = layer.attend(x, layer.queries(normed), *layer.keys_values(normed), layer.bias(pair))
             outputs.append(x[:, -count:])
         logits: Tensor = model.head(model.fusion(torch.stack(outputs, 2)))

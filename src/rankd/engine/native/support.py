@@ -34,10 +34,12 @@ def machine_lacks() -> str | None:
 
 def _sizes(options: Mapping[str, Any], schema: FeatureSchema) -> str | None:
     width, heads = int(options.get("width", 64)), int(options.get("heads", 4))
-    blocks = schema.num_sub_sequences
+    blocks, shape = schema.num_sub_sequences, options.get("shape")
+    if shape is not None and (reason := _uneven(shape, width, heads, blocks)):
+        return reason
     sizes = {
         "width": width,
-        "width x ffn_ratio": width * int(options.get("ffn_ratio", 4)),
+        "feed-forward": shape["blocks"][0][0]["ffn"] if shape else width * int(options.get("ffn_ratio", 4)),
         "hidden": int(options.get("hidden", 128)),
         "width x blocks / 4": width * blocks // 4,
     }
@@ -48,4 +50,21 @@ def _sizes(options: Mapping[str, Any], schema: FeatureSchema) -> str | None:
             return f"{name} is {size}, which is no multiple of 32"
     if len(schema.tasks) > 32:
         return f"{len(schema.tasks)} tasks; at most 32"
+    return None
+
+
+def _uneven(shape: Mapping[str, Any], width: int, heads: int, blocks: int) -> str | None:
+    """What of a shape (see `models.layer_shapes.ClimberShape`) is not as in a plain model; ffn may have any size."""
+    layers = [layer for block in shape["blocks"] for layer in block]
+    if shape.get("repeats", 1) != 1:
+        return f"its layers are shared {shape['repeats']} times; every layer needs weights of its own"
+    if len({len(block) for block in shape["blocks"]}) > 1 or any(layer != layers[0] for layer in layers):
+        return "its layers are of unequal sizes; prune with uniform = true"
+    if any(size for name, size in layers[0].items() if name.endswith("_rank")):
+        return "its projections are of low rank"
+    attention = {"heads": heads, "head_width": width // heads}
+    if any(layers[0][name] != size or shape["fusion"][name] != size for name, size in attention.items()):
+        return f"its attention is not {heads} heads of {width // heads} in every layer and in the fusion"
+    if shape["fusion"]["gate"] != width * blocks // 4:
+        return f"the gate of its fusion has {shape['fusion']['gate']} neurons, not {width * blocks // 4}"
     return None

@@ -1,0 +1,1 @@
+"""Smaller models of the same family: pruning, factorising, sharing, students, distillation, the accuracy gate."""

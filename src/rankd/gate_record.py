@@ -1,0 +1,62 @@
+"""What is kept of a compression: which recipe, how much is left, and how the accuracy gate decided.
+
+`rankd compress` writes it into a run folder, `rankd build` into model.toml, `rankd serve` shows it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class GatedMetric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One metric of the gate. `kept` is how much of the original's quality the compressed model has: the ratio of the
+    two values, turned over where lower is better; `low` and `high` are its 95% interval over users."""
+
+    original: float
+    compressed: float
+    kept: float
+    low: float
+    high: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """The whole interval is at the bound or above it."""
+        return self.low >= self.bound
+
+
+class GateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The decision: on which days (UTC, `until` excluded), requests and users, and the metrics by their names."""
+
+    since: str
+    until: str
+    num_requests: int
+    num_users: int
+    sampled: int
+    seed: int
+    metrics: dict[str, GatedMetric]
+
+    @property
+    def passed(self) -> bool:
+        """Every metric passed."""
+        return all(metric.passed for metric in self.metrics.values())
+
+
+class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A compressed version: its recipe, checksums of what was compressed and of what came out, its size, the gate.
+
+    `flops` and `parameters` are shares of the original's; `ms` are milliseconds of the recipe's request, measured on
+    the recipe's target for original and compressed, and predicted, where a budget was given in them; `price_error` is
+    the largest relative error of the prediction over the models that it was fitted to.
+    """
+
+    recipe: dict[str, Any]
+    original_sha256: str
+    weights_sha256: str
+    flops: float
+    parameters: float
+    gate: GateRecord
+    ms: dict[str, float] = {}
+    price_error: float = 0.0

@@ -69,7 +69,7 @@ def test_what_cannot_be_is_refused_with_numbers() -> None:
         choose(DLRM, Strategy, [2], MemoryLimits(10 * 1024**3, 10 * 1024**3), CostModel())
     with pytest.raises(ConfigError, match=r"nothing keeps up with 1,000 requests a second: .* \d\d\d% busy"):
         choose(DLRM, Strategy, [2], MemoryLimits(), msgspec.structs.replace(CostModel(), rate=1000.0))
-    with pytest.raises(ConfigError, match=r"nothing keeps a p99 of 1.0 ms: the quickest is singular with 4"):
+    with pytest.raises(ConfigError, match=r"nothing keeps a p99 of 1.0 ms: the quickest is singular with 2"):
         choose(DLRM, Strategy, [2], MemoryLimits(), CostModel(), bound_ms=1.0)
 
 

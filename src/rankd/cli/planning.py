@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rankd.cli.cost_measuring import costs
 from rankd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ def planning_options(command: Command) -> Command:
             "--replicate", default="1MiB", show_default=True, help="Tables up to this size are in every main server."
         ),
         click.option("--hot-rows", default="0", help="Size of a main server's cache of hot rows."),
-        click.option("--costs", "costs_path", type=click.Path(path_type=Path), help="Measured costs, JSON or TOML."),
+        click.option("--costs", "costs_path", type=click.Path(path_type=Path), help="What `rankd plan costs` wrote."),
         click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests a second."),
+        click.option(
+            "--machine-cores", type=click.IntRange(1), help="All servers are processes of one machine, and share these."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -184,6 +188,9 @@ def simulate(shards: int | None, servers: tuple[int, ...], stragglers: float, as
         click.echo(f"refused: {one}")
 
 
+plan.add_command(costs)
+
+
 @dataclass(frozen=True, slots=True)
 class PlanTask:
     """What there is to place, where, and at which costs."""
@@ -219,6 +226,7 @@ def _read_task(
     hot_rows: str,
     costs_path: Path | None,
     rate: float | None,
+    machine_cores: int | None,
 ) -> PlanTask:
     """The values of `planning_options`, read."""
     import msgspec
@@ -226,6 +234,7 @@ def _read_task(
     from rankd.config import read_struct
     from rankd.plan.byte_sizes import read_bytes
     from rankd.plan.cost_model import CostModel
+    from rankd.plan.costs_file import read_costs
     from rankd.plan.declaration import StatisticsFile, check_statistics, loads_of, read_declaration
     from rankd.plan.table_plan import MemoryLimits
 
@@ -235,9 +244,11 @@ def _read_task(
     shard_bytes = None if memory is None else read_bytes(memory)
     main_bytes = shard_bytes if main_memory is None else read_bytes(main_memory)
     limits = MemoryLimits(shard_bytes, main_bytes, read_bytes(replicate), read_bytes(hot_rows))
-    costs = CostModel() if costs_path is None else read_struct(CostModel, costs_path)
+    costs = CostModel() if costs_path is None else read_costs(costs_path)
     if rate is not None:
         costs = msgspec.structs.replace(costs, rate=rate)
+    if machine_cores is not None:
+        costs = msgspec.structs.replace(costs, machine_cores=machine_cores)
     return PlanTask(declaration, loads_of(declaration, counted), limits, costs)
 
 

@@ -104,6 +104,12 @@ def test_statistics_of_other_tables_are_refused(tables: str, tmp_path: Path) -> 
 def test_clusters_are_simulated(tables: str) -> None:
     output = run("simulate", tables, "--servers", "4", "--servers", "1", "--replicate", "0", "--rate", "10")
     assert "net-aware" in output
+    assert "best by p99:" in output
+    bounded = last_line(run("simulate", tables, "--servers", "4", "--replicate", "0", "--p99-ms", "60", "--json"))
+    assert len(bounded["best"]) == 1
+    assert bounded["best"][0]["p99_ms"] <= 60
+    cheapest = min(row["server_hours"] for row in bounded["results"] if row["server_hours"] is not None)
+    assert bounded["best"][0]["server_hours"] == cheapest
     rows = last_line(
         run("simulate", tables, "--servers", "4", "--servers", "1", "--memory", "40KiB", "--replicate", "0", "--json")
     )
@@ -137,4 +143,4 @@ def test_other_numbers_of_shards_are_refused(text: str) -> None:
 
 def test_help_is_that_of_the_group() -> None:
     output = run("--help")
-    assert all(f"  {command} " in output for command in ("layout", "stats", "simulate"))
+    assert all(f"  {command} " in output for command in ("layout", "stats", "simulate", "costs"))

@@ -161,29 +161,44 @@ def stats(path: Path, tables: str | None, out: Path, as_json: bool) -> None:
     show_default=True,
     help="This share of calls takes ten times as long.",
 )
+@click.option(
+    "--p99-ms", type=click.FloatRange(0, min_open=True), help="Find the highest rate that keeps it, in place of --rate."
+)
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
-def simulate(shards: int | None, servers: tuple[int, ...], stragglers: float, as_json: bool, **given: Any) -> None:
+def simulate(
+    shards: int | None,
+    servers: tuple[int, ...],
+    stragglers: float,
+    p99_ms: float | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Simulate every strategy on many servers.
 
     Servers beyond one for each shard and a main one go to whichever kind is the busiest. --rate is for each server:
-    requests grow with the cluster.
+    requests grow with the cluster. With --p99-ms the best is what a million requests cost the fewest server-hours,
+    else the lowest p99.
     """
     import msgspec
 
     from rankd.cli.progress import progress_bar
     from rankd.plan.cluster_simulation import Stragglers
-    from rankd.plan.cluster_sizes import SizeOptions, simulate_sizes, smallest_plans
-    from rankd.plan.plan_report import print_sizes
+    from rankd.plan.cluster_sizes import SizeOptions, best_rows, simulate_sizes, smallest_plans
+    from rankd.plan.plan_report import print_best, print_sizes
 
     task = _read_task(**given)
     plans, refused = smallest_plans(task.loads, _strategies(AUTO), task.limits, shards)
-    options = SizeOptions(tuple(sorted(set(servers))), task.costs.rate, Stragglers(stragglers))
+    options = SizeOptions(tuple(sorted(set(servers))), task.costs.rate, Stragglers(stragglers), p99_ms)
     with progress_bar("simulate") as advance:
         rows = simulate_sizes(plans, task.loads, task.costs, options, advance)
     if as_json:
-        click.echo(msgspec.json.encode({"model": task.declaration.name, "results": rows, "refused": refused}))
+        best = best_rows(rows, p99_ms is not None)
+        click.echo(
+            msgspec.json.encode({"model": task.declaration.name, "results": rows, "best": best, "refused": refused})
+        )
         return
     print_sizes(rows)
+    print_best(rows, p99_ms is not None)
     for one in refused:
         click.echo(f"refused: {one}")
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rankd.bench.shard_suite.call_costs import Shape, Sides, fitted, shapes
 from rankd.bench.shard_suite.lookup_costs import line_of_rows
-from rankd.bench.shard_suite.measured_costs import with_dense_part
-from rankd.bench.shard_suite.served_costs import line_through
+from rankd.bench.shard_suite.measured_costs import at_load, with_dense_part
+from rankd.bench.shard_suite.served_costs import line_through, small_and_large
 from rankd.cli.planning import plan
 from rankd.embeddings.table_spec import TableSpec, TableStorage
 from rankd.plan.cost_model import CostModel, LookupCost
@@ -22,6 +22,7 @@ from rankd.plan.request_work import Line, request_work
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_plan import MemoryLimits, Strategy
 from rankd.plan.table_statistics import TableLoad, TableStatistics
+from rankd.types import RankRequest
 
 costs_us = st.floats(0.001, 1000)
 
@@ -75,14 +76,22 @@ def test_rows_are_a_line_that_neither_falls_nor_begins_below_nothing(short: floa
 
 @given(st.floats(0, 1e4), st.floats(0, 1e3))
 def test_a_line_is_found_again(fixed: float, each: float) -> None:
-    sizes = (100, 300, 700)
-    found = line_through({size: fixed + each * size for size in sizes})
-    for size in sizes:
+    found = line_through([(size, fixed + each * size) for size in (150.0, 400.0)])
+    for size in (150.0, 400.0, 700.0):
         assert found.at(size) == pytest.approx(fixed + each * size, rel=1e-6, abs=1e-6)
-    assert line_through({50: 100.0}) == Line(0.0, 2.0)
-    falling = line_through({100: 300.0, 700: 200.0})
-    assert falling.fixed == 0
-    assert falling.each > 0
+    assert line_through([(50.0, 100.0)]) == Line(0.0, 2.0)
+    assert line_through([(100.0, 300.0), (700.0, 200.0)]) == Line(250.0, 0.0)
+    assert line_through([(100.0, 100.0), (200.0, 400.0)]) == Line(0.0, 1.5)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30))
+def test_small_and_large_are_all(sizes: list[int]) -> None:
+    requests = [RankRequest("user", ("item",) * size) for size in sizes]
+    halves = small_and_large(requests)
+    assert sorted(map(id, [request for half in halves for request in half])) == sorted(map(id, requests))
+    if len(halves) == 2:
+        small, large = ([len(request.candidates) for request in half] for half in halves)
+        assert max(small) < min(large)
 
 
 def test_the_dense_part_is_what_lookups_leave() -> None:
@@ -93,6 +102,17 @@ def test_the_dense_part_is_what_lookups_leave() -> None:
     assert found.dense_sample_us == pytest.approx(30.0 - 10 * 2.0)
     work = request_work(make_plan(Strategy.SINGULAR, [load], 1, MemoryLimits()), [load], found)
     assert work.cpu_us.at(100) == pytest.approx(500 + 100 * 30)
+
+
+def test_under_load_a_request_takes_what_was_measured() -> None:
+    load = TableLoad(TableSpec("a", 100, 25), "all", TableStatistics("a", 10.0))
+    costs = CostModel(dense_us=500.0, dense_sample_us=30.0)
+    loaded = at_load(costs, [load], 9000.0, 200)
+    work = request_work(make_plan(Strategy.SINGULAR, [load], 1, MemoryLimits()), [load], loaded)
+    assert work.cpu_us.at(200) == pytest.approx(9000)
+    assert loaded.dense_us / loaded.dense_sample_us == pytest.approx(500 / 30)
+    nothing = CostModel(dense_sample_us=0.0)
+    assert at_load(nothing, [load], 9000.0, 200) == nothing
 
 
 @pytest.mark.real_run

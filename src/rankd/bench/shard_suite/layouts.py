@@ -25,13 +25,15 @@ LIMITS = MemoryLimits(replicate_bytes=0)
 
 @dataclass(slots=True)
 class Layout:
-    """A plan's file (None: singular), other names of the same plan, and its figures round by round."""
+    """A plan's file (None: singular), other names of the same plan, its figures round by round, and the latencies of
+    all requests."""
 
     name: str
     plan: Plan
     path: Path | None
     same: list[str] = field(default_factory=list)
     rounds: list[dict[str, float]] = field(default_factory=list)
+    latencies_ms: list[float] = field(default_factory=list)
 
     @property
     def names(self) -> tuple[str, ...]:

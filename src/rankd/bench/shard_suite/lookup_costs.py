@@ -48,7 +48,7 @@ def line_of_rows(rows: list[tuple[int, float]]) -> LookupCost:
     """The line through two rows (bytes, us); never one that falls, or that begins below nothing."""
     (few, short_us), (many, long_us) = rows
     byte_us = min(max((long_us - short_us) / (many - few), 0.0), short_us / few)
-    return LookupCost(short_us - few * byte_us, byte_us)
+    return LookupCost(max(short_us - few * byte_us, 0.0), byte_us)
 
 
 def _taken_us(folder: Path, spec: TableSpec) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from rankd.bench.report import machine
 from rankd.bench.served_model import ServedModel
 from rankd.bench.shard_suite.call_costs import call_costs
 from rankd.bench.shard_suite.lookup_costs import lookup_costs
-from rankd.bench.shard_suite.served_costs import requests_of_sizes, served_cpu
+from rankd.bench.shard_suite.served_costs import served_cpu, version_requests
 from rankd.plan.cost_model import CostModel
 from rankd.plan.request_work import Line, request_work
 from rankd.plan.strategies import make_plan
@@ -76,6 +76,20 @@ def with_dense_part(costs: CostModel, cpu_us: Line, loads: Sequence[TableLoad], 
     )
 
 
+def at_load(costs: CostModel, loads: Sequence[TableLoad], cpu_us: float, samples: float) -> CostModel:
+    """Costs whose dense part is made larger or smaller, so that a request of so many samples takes so much CPU where all
+    tables are in the main server: under load, cores share memory and caches, and calls of all shapes follow each other.
+    """
+    work = request_work(make_plan(Strategy.SINGULAR, loads, 1, MemoryLimits()), loads, costs)
+    dense_us = work.dense_us.at(samples)
+    if not dense_us:
+        return costs
+    factor = max(cpu_us - work.local_us.at(samples), 0.0) / dense_us
+    return msgspec.structs.replace(
+        costs, dense_us=costs.dense_us * factor, dense_sample_us=costs.dense_sample_us * factor
+    )
+
+
 def model_costs(costs: CostModel, version: Path, loads: Sequence[TableLoad], seconds: float) -> CostModel:
     """The same with the dense part of a version, whose repository is served for it; `loads` are its tables, if any.
 
@@ -84,6 +98,6 @@ def model_costs(costs: CostModel, version: Path, loads: Sequence[TableLoad], sec
         Unavailable, EngineFailure: it could not be served.
     """
     opened = Artifact.open(version)
-    requests, smallest = requests_of_sizes(opened), opened.schema.candidate_buckets[0]
+    requests, smallest = version_requests(opened), opened.schema.candidate_buckets[0]
     with ServedModel(opened.path.resolve().parent.parent, ("rankd", "serve", "--store", "memory:")) as server:
         return with_dense_part(costs, served_cpu(server, requests, seconds), loads, smallest)

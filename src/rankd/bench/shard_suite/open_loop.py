@@ -62,8 +62,8 @@ class KnownCosts:
     shard_lookup_ms: float
 
 
-def measured(placed: PlacedServer, offered: Offered, known: KnownCosts) -> dict[str, float]:
-    """Send all, and say how it went.
+def measured(placed: PlacedServer, offered: Offered, known: KnownCosts) -> tuple[dict[str, float], list[float]]:
+    """Send all; figures, and the latencies in ms of the requests that were answered.
 
     Raises:
         EngineFailure: nothing was answered.
@@ -91,7 +91,7 @@ def measured(placed: PlacedServer, offered: Offered, known: KnownCosts) -> dict[
         "shards_cpu_ms": (after.shards_cpu_s - before.shards_cpu_s) * 1e3 / count,
         "calls": (after.calls - before.calls) / count,
     }
-    return figures | attribution(spent, before, after, statistics.mean(latencies), count, known)
+    return figures | attribution(spent, before, after, statistics.mean(latencies), count, known), latencies
 
 
 def attribution(

@@ -1,7 +1,8 @@
 """What calls, bytes and rows take: the components of every prediction and simulation here.
 
 They come from a file, TOML or JSON (`rankd plan costs` measures and writes one), or are the defaults: figures of a
-2-core machine with AVX512 (docs/log.md, "where embedding tables live"), and where it could not say, assumptions, marked as such.
+2-core machine with AVX512 (docs/log.md, "where embedding tables live"), and where it could not say, assumptions, marked
+as such.
 """
 
 from __future__ import annotations

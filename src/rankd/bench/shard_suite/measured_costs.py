@@ -77,9 +77,9 @@ def with_dense_part(costs: CostModel, cpu_us: Line, loads: Sequence[TableLoad], 
 
 
 def at_load(costs: CostModel, loads: Sequence[TableLoad], cpu_us: float, samples: float) -> CostModel:
-    """Costs whose dense part is made larger or smaller, so that a request of so many samples takes so much CPU where all
-    tables are in the main server: under load, cores share memory and caches, and calls of all shapes follow each other.
-    """
+    """Costs whose dense part is made larger or smaller, so that a request of so many samples takes so much CPU where
+    all tables are in the main server: under load, cores share memory and caches, and calls of all shapes follow each
+    other."""
     work = request_work(make_plan(Strategy.SINGULAR, loads, 1, MemoryLimits()), loads, costs)
     dense_us = work.dense_us.at(samples)
     if not dense_us:

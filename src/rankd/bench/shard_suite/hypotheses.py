@@ -67,13 +67,13 @@ def _one_shard(found: Findings, numbers: Sequence[int]) -> list[Row]:
     """The other layouts' p99 over one shard's: the largest of them."""
     one = found.figure("p99_ms", Strategy.ONE_SHARD.value)
     others = [
-        statistics.median(one["p99_ms"] for one in layout.rounds)
+        statistics.median(figures["p99_ms"] for figures in layout.rounds)
         for layout in found.layouts[1:]
         if Strategy.ONE_SHARD.value not in layout.names
     ]
-    if one is None or not others:
-        return []
     several = [number for number in numbers if number > 1]
+    if one is None or not others or not several:
+        return []
     alone = found.apart_ms(Strategy.ONE_SHARD, 1)
     apart = max(found.apart_ms(strategy, number) for strategy in BALANCED for number in several)
     return [

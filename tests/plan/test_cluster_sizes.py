@@ -71,6 +71,7 @@ def test_the_highest_rate_that_keeps_a_bound() -> None:
     assert above.p99_ms is None or above.p99_ms > 60
     (tighter,) = rows_of(strategies, SizeOptions((16,), 1.0, Stragglers(), 40.0))
     assert tighter.server_hours is not None
+    assert found.server_hours is not None
     assert tighter.server_hours > found.server_hours
     (never,) = rows_of(strategies, SizeOptions((16,), 1.0, Stragglers(), 0.1))
     assert never.server_hours is None

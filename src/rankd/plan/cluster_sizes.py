@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -98,10 +99,9 @@ def simulate_sizes(
         loaded = msgspec.structs.replace(costs, rate=options.rate_a_server * servers)
         for place, plan in enumerate(plans):
             shape = spread_servers(request_work(plan, loads, loaded), len(plan.shards), servers, loaded)
-            if shape is not None and options.bound_ms is None:
-                rows.append(_row(plan, shape, loads, loaded, options.stragglers))
-            elif shape is not None:
-                rows.append(_fastest_row(plan, shape, loads, loaded, options.stragglers, options.bound_ms))
+            if shape is not None:
+                row = _row if options.bound_ms is None else partial(_fastest_row, bound_ms=options.bound_ms)
+                rows.append(row(plan, shape, loads, loaded, options.stragglers))
             advance(number * len(plans) + place + 1, total, f"{servers} servers, {plan.strategy.value}")
     return rows
 

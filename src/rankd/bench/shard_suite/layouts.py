@@ -44,7 +44,7 @@ class Layout:
 def layout_name(strategy: Strategy, num_shards: int) -> str:
     """As it stands in the report."""
     if strategy in (Strategy.SINGULAR, Strategy.ONE_SHARD):
-        return strategy.value
+        return str(strategy.value)
     return f"{strategy.value} on {num_shards}"
 
 

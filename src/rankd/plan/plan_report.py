@@ -15,7 +15,7 @@ from rankd.plan.cluster_sizes import ClusterRow, best_rows
 from rankd.plan.prediction import ServerFigures
 from rankd.plan.table_plan import show_shards
 
-WIDTH = 120
+WIDTH, WIDE = 120, 140
 DPI = 120
 
 
@@ -95,7 +95,7 @@ def print_sizes(rows: Iterable[ClusterRow]) -> None:
             _milliseconds(row.server_hours),
         )
         before = row.servers
-    Console(width=WIDTH).print(table)
+    Console(width=WIDE).print(table)
 
 
 def print_best(rows: Iterable[ClusterRow], by_cost: bool) -> None:

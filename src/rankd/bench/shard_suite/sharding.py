@@ -53,7 +53,7 @@ ASKED_AT_MOST = 200
 CONNECTIONS = 4
 HALF = 0.5
 BEHIND_P99 = 10
-"""Requests that a measurement's p99 stands on, at least, where nobody says how long it takes."""
+"""Requests that a measurement's p99 stands on where nobody says how long it takes, if MOST_SECONDS allow it."""
 MOST_SECONDS = 17 * 60.0
 """Of all measurements together, where nobody says: then p99 over all rounds stands on more than one round's does."""
 SIZE_SECONDS = 2.0

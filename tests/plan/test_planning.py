@@ -77,6 +77,10 @@ def test_options_change_what_is_planned(tables: str, tmp_path: Path) -> None:
     rated = last_line(run(tables, "--strategy", "singular", "--costs", str(costs), "--rate", "7", "--json"))
     assert quick["mean_ms"] < slow["mean_ms"] / 10
     assert (slow["rate"], quick["rate"], rated["prediction"]["rate"]) == (100, 5, 7)
+    sharded = (tables, "--strategy", "load-balanced", "--shards", "2", "--replicate", "0", "--rate", "20", "--json")
+    apart, together = (last_line(run(*sharded, *more))["prediction"] for more in ((), ("--machine-cores", "2")))
+    assert (apart["cores"], together["cores"]) == (3 * 8, 2)
+    assert 0 == apart["machine_busy"] < together["machine_busy"] < 1
     cached = last_line(run("--hot-rows", "1KiB", "--replicate", "0", "--strategy", "one-shard", "--json", tables))
     assert 0 < cached["prediction"]["main"]["size_bytes"] <= 1024
 

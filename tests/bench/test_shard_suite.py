@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from rankd.bench.shard_suite.attribution_picture import PARTS
+from rankd.bench.shard_suite import sharding
 from rankd.bench.shard_suite.dlrm_workload import load_dlrm
+from rankd.bench.shard_suite.measured_costs import CostOptions
+from rankd.bench.shard_suite.open_loop import PARTS
+from rankd.bench.shard_suite.sharding import ShardOptions
 from rankd.cli.benchmarks import bench
 from rankd.errors import ConfigError
+from rankd.plan.costs_file import read_costs
 
 TABLES = """
 name = "tiny"
@@ -45,26 +50,40 @@ def workload(folder: Path) -> Path:
 
 
 @pytest.mark.real_run
-def test_shards_end_with_the_contract(tmp_path: Path) -> None:
-    picture = tmp_path / "where.svg"
-    arguments = ["shards", "--workload", str(workload(tmp_path)), "--shards", "1", "--shards", "2"]
-    arguments += ["--seconds", "0.5", "--runs", "1", "--picture", str(picture), "--json"]
+def test_shards_end_with_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "SIZE_SECONDS", 0.2)
+    monkeypatch.setattr(sharding, "ShardOptions", partial(ShardOptions, costs=CostOptions(0.1, 2**16)))
+    picture, costs = tmp_path / "where.svg", tmp_path / "costs.toml"
+    arguments = ["shards", "--workload", str(workload(tmp_path)), "--shards", "1", "--shards", "2", "--seconds", "0.5"]
+    arguments += ["--runs", "1", "--costs", str(costs), "--picture", str(picture), "--json"]
     done = CliRunner().invoke(bench, arguments, catch_exceptions=False)
     assert done.exit_code == 0
+    assert "half of what singular answers at most" in done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert (document["suite"], document["workload"]["name"]) == ("shards", "tiny")
-    rows = {row["contestant"].partition(" (")[0]: row for row in document["results"]}
+    rows = {row["contestant"].partition(" (")[0]: row for row in document["results"] if "shards" in row}
     assert {"singular", "one-shard"} < set(rows)
     assert {row["shards"] for row in rows.values()} == {0, 1, 2}
-    assert set(document["parity"]) == set(rows)
+    assert set(document["parity"]) == {f"{name}{storage}" for name in rows for storage in ("", ", int8")}
     assert max(document["parity"].values()) <= 0.05
     for name, row in rows.items():
         assert row["failed"] == 0
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert all(row[part] >= 0 for part in PARTS)
-        assert (row["shard_service_ms"] > 0, row["lookup_ms"] > 0) == (name != "singular", name == "singular")
+        assert (row["serialise_ms"] + row["network_ms"] > 0) == (name != "singular")
+        assert row["lookup_ms"] > 0
         assert row["calls"] == pytest.approx(row["shards"], abs=0.01)
-    assert document["ratios"]["p99_overhead_best"] <= document["ratios"]["p99_overhead_auto"]
+        assert row["predicted_calls"] == row["shards"]
+        assert 0 < row["predicted_p50_ms"] <= row["predicted_p99_ms"]
+        assert row["p99_error"] == pytest.approx(row["predicted_p99_ms"] / row["p99_ms"] - 1, abs=1e-4)
+    ratios = document["ratios"]
+    assert ratios["p99_overhead_best"] <= ratios["p99_overhead_auto"]
+    assert ratios["auto_over_best"] == pytest.approx(ratios["p99_overhead_auto"] / ratios["p99_overhead_best"], 1e-4)
+    assert ratios["p99_overhead_best_simulated"] > 0
+    judged = [row for row in document["results"] if row["table"] == "hypotheses"]
+    assert {row["verdict"] for row in judged} <= {"confirmed", "refuted"}
+    assert len(judged) >= 7
+    assert read_costs(costs).call_us > 0
     assert "one-shard" in picture.read_text()
 
 

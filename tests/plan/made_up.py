@@ -5,24 +5,33 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from rankd.embeddings.table_spec import TableSpec, TableStorage
-from rankd.plan.cost_model import CostModel
+from rankd.plan.cost_model import CostModel, LookupCost
 from rankd.plan.table_plan import MemoryLimits
 from rankd.plan.table_statistics import HOT_SHARES, TableLoad, TableStatistics
 
 ROOMY = MemoryLimits(replicate_bytes=0)
 FREE = CostModel(
     call_us=0,
-    serialise_byte_us=0,
-    lookup_us=0,
-    lookup_byte_us=0,
+    id_us=0,
+    answer_byte_us=0,
+    shard_call_us=0,
+    shard_id_us=0,
+    shard_answer_byte_us=0,
+    lookups={storage: LookupCost(0, 0) for storage in TableStorage},
     pooled_value_us=0,
     dense_sample_us=0,
     wire_us=0,
     wire_bytes_us=1e300,
+    loopback_us=0,
     main_cores=1,
     shard_cores=1,
 )
 """Nothing takes any time."""
+
+
+def row_of_a_microsecond(byte_us: float = 0.0) -> dict[TableStorage, LookupCost]:
+    """Every row that is looked up takes 1 us, whatever it is kept as, and its bytes so much each."""
+    return {storage: LookupCost(1.0, byte_us) for storage in TableStorage}
 
 
 def load_of(

@@ -18,10 +18,10 @@ from rankd.plan.request_work import RequestWork, request_work
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_plan import Strategy
 from rankd.plan.table_statistics import TableLoad
-from tests.plan.made_up import FREE, ROOMY, load_of, some_loads
+from tests.plan.made_up import FREE, ROOMY, load_of, row_of_a_microsecond, some_loads
 
-ONE_US = msgspec.structs.replace(FREE, dense_sample_us=1.0)
-"""A request takes as many microseconds as it has samples."""
+ONE_US = msgspec.structs.replace(FREE, dense_sample_us=1.0, piece_samples=10**9)
+"""A request takes as many microseconds as it has samples, in one piece."""
 
 
 def work_of(strategy: Strategy, costs: CostModel, num_shards: int = 1) -> RequestWork:
@@ -84,7 +84,10 @@ def test_all_work_is_done_once(
     ways = [(call.serve_us + work.wire_us) for call in work.calls]
     for latency, one in zip(found.latency_us.tolist(), samples, strict=True):
         slowest = max([work.local_us.at(one), *(way.at(one) for way in ways)])
-        assert latency >= work.send_us.at(one) + slowest + work.finish_us.at(one) - 1e-6
+        assert (
+            latency
+            >= work.send_us.at(one) + slowest + work.join_us.at(one) + work.dense_us.at(one) / costs.main_cores - 1e-6
+        )
     assert found.ended_us == pytest.approx(max(requests.at_us + found.latency_us))
     assert found.busiest(costs) <= 1 + 1e-9
 
@@ -116,7 +119,7 @@ def test_m_m_4_waits_as_in_theory() -> None:
 
 def test_the_slowest_shard_counts() -> None:
     """Two shards, of which a straggler takes ten times as long: with every call one, so does the slowest."""
-    costs = msgspec.structs.replace(FREE, call_us=0, lookup_us=1.0)
+    costs = msgspec.structs.replace(FREE, lookups=row_of_a_microsecond())
     requests = ClusterRequests(np.asarray([0.0]), np.asarray([50.0]))
     loads = [load_of("a", 100, lookups=2.0), load_of("b", 100, lookups=3.0)]
     plan = make_plan(Strategy.LOAD_BALANCED, loads, 1, ROOMY)
@@ -129,7 +132,7 @@ def test_the_slowest_shard_counts() -> None:
 def test_few_stragglers_make_the_tail_of_many_shards() -> None:
     """A call in a hundred is slow: with 8 shards a request in 13 waits for one."""
     loads = [load_of(f"t{number}", 1000, lookups=10.0) for number in range(8)]
-    costs = msgspec.structs.replace(FREE, lookup_us=1.0, rate=10.0, samples=(10,))
+    costs = msgspec.structs.replace(FREE, lookups=row_of_a_microsecond(), rate=10.0, samples=(10,))
     plan = make_plan(Strategy.LOAD_BALANCED, loads, 8, ROOMY)
     work = request_work(plan, loads, costs)
     requests = poisson_requests(costs, 4000)
@@ -137,6 +140,36 @@ def test_few_stragglers_make_the_tail_of_many_shards() -> None:
     slow = np.count_nonzero(found.latency_us > 500) / 4000
     assert slow == pytest.approx(1 - 0.99**8, abs=0.02)
     assert found.quantile_ms(0.5) == pytest.approx(0.1)
+
+
+def test_idle_cores_share_the_dense_part() -> None:
+    """300 samples in pieces of 100, a microsecond each: the first request has four cores, the second what is left."""
+    costs = msgspec.structs.replace(ONE_US, main_cores=4, piece_samples=100)
+    requests = ClusterRequests(np.asarray([0.0, 10.0]), np.asarray([300.0, 300.0]))
+    found = simulate_cluster(requests, work_of(Strategy.SINGULAR, costs), ClusterShape(1, ()), costs)
+    assert found.latency_us.tolist() == [100.0, 300.0]
+    assert sum(found.main_us) == 600
+
+
+def test_processes_of_one_machine_share_its_cores() -> None:
+    """50 us in a shard and 200 in the main server: one after the other for a request alone. Of two at once on one core,
+    who is in the shard and who is in the main server have half of it each."""
+    costs = msgspec.structs.replace(
+        FREE, lookups=row_of_a_microsecond(), dense_us=200.0, main_cores=2, shard_cores=1, machine_cores=1
+    )
+    loads = [load_of("a", 100, lookups=1.0)]
+    plan = make_plan(Strategy.ONE_SHARD, loads, 1, ROOMY)
+    work = request_work(plan, loads, costs)
+    alone = ClusterRequests(np.asarray([0.0]), np.asarray([50.0]))
+    assert simulate_cluster(alone, work, smallest_shape(plan), costs).latency_us.tolist() == [250.0]
+    two = ClusterRequests(np.asarray([0.0, 100.0]), np.asarray([50.0, 50.0]))
+    found = simulate_cluster(two, work, smallest_shape(plan), costs)
+    # From 100 to 200 the second is in the shard, from 200 to 400 both are in the main server, each at half speed
+    assert found.latency_us.tolist() == [400.0, 400.0]
+    assert found.busiest(costs) == pytest.approx(1.0)
+    own = msgspec.structs.replace(costs, machine_cores=None)
+    apart = simulate_cluster(two, request_work(plan, loads, own), smallest_shape(plan), own)
+    assert apart.latency_us.tolist() == [250.0, 250.0]
 
 
 def test_requests_come_at_their_rate_and_sizes() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from rankd.plan.cluster_simulation import Stragglers
-from rankd.plan.cluster_sizes import ClusterRow, SizeOptions, simulate_sizes, smallest_plans
+from rankd.plan.cluster_sizes import ClusterRow, SizeOptions, best_rows, simulate_sizes, smallest_plans
 from rankd.plan.cost_model import CostModel
 from rankd.plan.declaration import loads_of, read_declaration
 from rankd.plan.table_plan import MemoryLimits, Strategy
@@ -57,3 +58,30 @@ def test_everything_everywhere_takes_more_memory_and_stragglers_take_time() -> N
     assert slower.p50_ms is not None
     assert shards.p50_ms is not None
     assert slower.p50_ms > shards.p50_ms
+
+
+def test_the_highest_rate_that_keeps_a_bound() -> None:
+    """A little above it p99 is over the bound; a tighter bound takes more server-hours; one that nothing keeps none."""
+    strategies = (Strategy.LOAD_BALANCED,)
+    (found,) = rows_of(strategies, SizeOptions((16,), 1.0, Stragglers(), 60.0))
+    assert found.p99_ms is not None
+    assert found.p99_ms <= 60
+    assert found.server_hours == pytest.approx(16 / found.rate * 1e6 / 3600)
+    (above,) = rows_of(strategies, SizeOptions((16,), found.rate / 16 * 1.1, Stragglers()))
+    assert above.p99_ms is None or above.p99_ms > 60
+    (tighter,) = rows_of(strategies, SizeOptions((16,), 1.0, Stragglers(), 40.0))
+    assert tighter.server_hours is not None
+    assert found.server_hours is not None
+    assert tighter.server_hours > found.server_hours
+    (never,) = rows_of(strategies, SizeOptions((16,), 1.0, Stragglers(), 0.1))
+    assert never.server_hours is None
+    assert best_rows([never], by_cost=True) == []
+
+
+def test_the_best_is_the_cheapest_or_the_quickest() -> None:
+    row = ClusterRow("load-balanced", 4, 2, 2, 100.0, 1, 8, 1.0, 0.5, 1.0, 20.0, 11.0)
+    cheap = msgspec.structs.replace(row, strategy="net-aware", p99_ms=30.0, server_hours=10.0)
+    lost = msgspec.structs.replace(row, strategy="one-shard", p99_ms=None, server_hours=None)
+    other = msgspec.structs.replace(lost, servers=8)
+    assert best_rows([lost, row, cheap, other], by_cost=False) == [row]
+    assert best_rows([lost, row, cheap, other], by_cost=True) == [cheap]

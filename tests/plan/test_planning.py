@@ -54,7 +54,7 @@ def test_a_layout_is_planned_printed_and_written(tmp_path: Path) -> None:
     assert found.prediction is not None
     assert f"p99 {found.prediction.p99_ms:,.2f} ms" in output
     assert "refused: singular needs 4.9 GiB in the main process, and 2.0 GiB are allowed" in output
-    assert f"{found.plan.strategy.value} on {len(found.plan.shards)} shards: the lowest p99" in output
+    assert f"{found.plan.strategy.value} on {len(found.plan.shards)} shards: a p99 as low as any" in output
     drawn = picture.read_text()
     assert all(label in drawn for label in ("<svg", "</svg>"))
 
@@ -77,6 +77,10 @@ def test_options_change_what_is_planned(tables: str, tmp_path: Path) -> None:
     rated = last_line(run(tables, "--strategy", "singular", "--costs", str(costs), "--rate", "7", "--json"))
     assert quick["mean_ms"] < slow["mean_ms"] / 10
     assert (slow["rate"], quick["rate"], rated["prediction"]["rate"]) == (100, 5, 7)
+    sharded = (tables, "--strategy", "load-balanced", "--shards", "2", "--replicate", "0", "--rate", "20", "--json")
+    apart, together = (last_line(run(*sharded, *more))["prediction"] for more in ((), ("--machine-cores", "2")))
+    assert (apart["cores"], together["cores"]) == (3 * 8, 2)
+    assert 0 == apart["machine_busy"] < together["machine_busy"] < 1
     cached = last_line(run("--hot-rows", "1KiB", "--replicate", "0", "--strategy", "one-shard", "--json", tables))
     assert 0 < cached["prediction"]["main"]["size_bytes"] <= 1024
 
@@ -104,6 +108,12 @@ def test_statistics_of_other_tables_are_refused(tables: str, tmp_path: Path) -> 
 def test_clusters_are_simulated(tables: str) -> None:
     output = run("simulate", tables, "--servers", "4", "--servers", "1", "--replicate", "0", "--rate", "10")
     assert "net-aware" in output
+    assert "best by p99:" in output
+    bounded = last_line(run("simulate", tables, "--servers", "4", "--replicate", "0", "--p99-ms", "60", "--json"))
+    assert len(bounded["best"]) == 1
+    assert bounded["best"][0]["p99_ms"] <= 60
+    cheapest = min(row["server_hours"] for row in bounded["results"] if row["server_hours"] is not None)
+    assert bounded["best"][0]["server_hours"] == cheapest
     rows = last_line(
         run("simulate", tables, "--servers", "4", "--servers", "1", "--memory", "40KiB", "--replicate", "0", "--json")
     )
@@ -137,4 +147,4 @@ def test_other_numbers_of_shards_are_refused(text: str) -> None:
 
 def test_help_is_that_of_the_group() -> None:
     output = run("--help")
-    assert all(f"  {command} " in output for command in ("layout", "stats", "simulate"))
+    assert all(f"  {command} " in output for command in ("layout", "stats", "simulate", "costs"))

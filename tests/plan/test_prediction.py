@@ -31,7 +31,7 @@ def test_without_others_a_request_takes_what_its_steps_take() -> None:
     plan = make_plan(Strategy.LOAD_BALANCED, DLRM, 4, MemoryLimits())
     work = request_work(plan, DLRM, costs)
     calls = max(call.serve_us.at(200) for call in work.calls) + work.wire_us.at(200)
-    expected = work.send_us.at(200) + max(work.local_us.at(200), calls) + work.finish_us.at(200)
+    expected = work.send_us.at(200) + max(work.local_us.at(200), calls) + work.join_us.at(200) + work.dense_us.at(100)
     told = predict(plan, DLRM, costs)
     assert told.mean_ms == pytest.approx(expected / 1e3)
     assert told.p99_ms == pytest.approx(expected / 1e3)
@@ -72,6 +72,23 @@ def test_it_is_near_the_simulation(strategy: Strategy, rate: float) -> None:
     assert told.mean_ms == pytest.approx(float(np.mean(simulated.latency_us)) / 1e3, rel=0.1)
     assert told.p99_ms == pytest.approx(simulated.quantile_ms(0.99), rel=0.15)
     assert told.busiest == pytest.approx(simulated.busiest(costs), rel=0.05)
+
+
+def test_one_machine_is_simulated() -> None:
+    """Shards that have the main server's cores beside theirs make it wait; busy beyond its cores, it has no latency."""
+    costs = msgspec.structs.replace(CostModel(), rate=60, main_cores=2, shard_cores=1, wire_us=0.0, wire_bytes_us=1e9)
+    machine = msgspec.structs.replace(costs, machine_cores=2, loopback_us=0.0)
+    plan = make_plan(Strategy.LOAD_BALANCED, DLRM, 3, MemoryLimits())
+    told, requests = predict(plan, DLRM, machine), poisson_requests(machine, 6000)
+    assert told.cores == 2
+    together, apart = (
+        simulate_cluster(requests, request_work(plan, DLRM, one), smallest_shape(plan), one).settled_us.mean() / 1e3
+        for one in (machine, costs)
+    )
+    assert told.mean_ms == pytest.approx(together)
+    assert together > 1.01 * apart
+    assert predict(plan, DLRM, msgspec.structs.replace(machine, rate=110)).p99_ms is None
+    assert predict(plan, DLRM, msgspec.structs.replace(costs, rate=100)).p99_ms is not None
 
 
 def test_figures_of_servers_add_up() -> None:

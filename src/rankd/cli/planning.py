@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rankd.cli.cost_measuring import costs
 from rankd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ def planning_options(command: Command) -> Command:
             "--replicate", default="1MiB", show_default=True, help="Tables up to this size are in every main server."
         ),
         click.option("--hot-rows", default="0", help="Size of a main server's cache of hot rows."),
-        click.option("--costs", "costs_path", type=click.Path(path_type=Path), help="Measured costs, JSON or TOML."),
+        click.option("--costs", "costs_path", type=click.Path(path_type=Path), help="What `rankd plan costs` wrote."),
         click.option("--rate", type=click.FloatRange(0, min_open=True), help="Requests a second."),
+        click.option(
+            "--machine-cores", type=click.IntRange(1), help="All servers are processes of one machine, and share these."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -157,31 +161,49 @@ def stats(path: Path, tables: str | None, out: Path, as_json: bool) -> None:
     show_default=True,
     help="This share of calls takes ten times as long.",
 )
+@click.option(
+    "--p99-ms", type=click.FloatRange(0, min_open=True), help="Find the highest rate that keeps it, in place of --rate."
+)
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
-def simulate(shards: int | None, servers: tuple[int, ...], stragglers: float, as_json: bool, **given: Any) -> None:
+def simulate(
+    shards: int | None,
+    servers: tuple[int, ...],
+    stragglers: float,
+    p99_ms: float | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Simulate every strategy on many servers.
 
     Servers beyond one for each shard and a main one go to whichever kind is the busiest. --rate is for each server:
-    requests grow with the cluster.
+    requests grow with the cluster. With --p99-ms the best is what a million requests cost the fewest server-hours,
+    else the lowest p99.
     """
     import msgspec
 
     from rankd.cli.progress import progress_bar
     from rankd.plan.cluster_simulation import Stragglers
-    from rankd.plan.cluster_sizes import SizeOptions, simulate_sizes, smallest_plans
-    from rankd.plan.plan_report import print_sizes
+    from rankd.plan.cluster_sizes import SizeOptions, best_rows, simulate_sizes, smallest_plans
+    from rankd.plan.plan_report import print_best, print_sizes
 
     task = _read_task(**given)
     plans, refused = smallest_plans(task.loads, _strategies(AUTO), task.limits, shards)
-    options = SizeOptions(tuple(sorted(set(servers))), task.costs.rate, Stragglers(stragglers))
+    options = SizeOptions(tuple(sorted(set(servers))), task.costs.rate, Stragglers(stragglers), p99_ms)
     with progress_bar("simulate") as advance:
         rows = simulate_sizes(plans, task.loads, task.costs, options, advance)
     if as_json:
-        click.echo(msgspec.json.encode({"model": task.declaration.name, "results": rows, "refused": refused}))
+        best = best_rows(rows, p99_ms is not None)
+        click.echo(
+            msgspec.json.encode({"model": task.declaration.name, "results": rows, "best": best, "refused": refused})
+        )
         return
     print_sizes(rows)
+    print_best(rows, p99_ms is not None)
     for one in refused:
         click.echo(f"refused: {one}")
+
+
+plan.add_command(costs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +241,7 @@ def _read_task(
     hot_rows: str,
     costs_path: Path | None,
     rate: float | None,
+    machine_cores: int | None,
 ) -> PlanTask:
     """The values of `planning_options`, read."""
     import msgspec
@@ -226,6 +249,7 @@ def _read_task(
     from rankd.config import read_struct
     from rankd.plan.byte_sizes import read_bytes
     from rankd.plan.cost_model import CostModel
+    from rankd.plan.costs_file import read_costs
     from rankd.plan.declaration import StatisticsFile, check_statistics, loads_of, read_declaration
     from rankd.plan.table_plan import MemoryLimits
 
@@ -235,9 +259,11 @@ def _read_task(
     shard_bytes = None if memory is None else read_bytes(memory)
     main_bytes = shard_bytes if main_memory is None else read_bytes(main_memory)
     limits = MemoryLimits(shard_bytes, main_bytes, read_bytes(replicate), read_bytes(hot_rows))
-    costs = CostModel() if costs_path is None else read_struct(CostModel, costs_path)
+    costs = CostModel() if costs_path is None else read_costs(costs_path)
     if rate is not None:
         costs = msgspec.structs.replace(costs, rate=rate)
+    if machine_cores is not None:
+        costs = msgspec.structs.replace(costs, machine_cores=machine_cores)
     return PlanTask(declaration, loads_of(declaration, counted), limits, costs)
 
 

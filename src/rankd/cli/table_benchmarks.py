@@ -66,30 +66,53 @@ def tables(
     show_default=True,
     help="Numbers of shards; may be given several times.",
 )
-@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each measurement.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.1),
+    help="Of each measurement; as long as a p99 of ten requests takes if left out.",
+)
 @click.option(
     "--runs", type=click.IntRange(1), default=5, show_default=True, help="Rounds; the figures are their medians."
 )
+@click.option("--costs", type=click.Path(path_type=Path), help="Where measured costs are written, for `rankd plan`.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Where the time goes: a .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
-def shards(name: str, shards: tuple[int, ...], seconds: float, runs: int, picture: Path | None, as_json: bool) -> None:
+def shards(
+    name: str,
+    shards: tuple[int, ...],
+    seconds: float | None,
+    runs: int,
+    costs: Path | None,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
     """What dividing embedding tables over processes costs, for each strategy of `rankd plan`.
 
     A server and its shards in processes of their own on this machine, all layouts in turn, at half of what one process
-    answers at most: latency, processor time, and where the time of a request goes.
+    answers at most: latency, processor time, where the time of a request goes, and what the simulator of `rankd plan`
+    says of the same requests.
     """
+    import msgspec
+
     from rankd.bench.shard_suite.attribution_picture import draw_attribution
     from rankd.bench.shard_suite.dlrm_workload import load_dlrm
     from rankd.bench.shard_suite.sharding import ShardOptions, run_shards
     from rankd.cli.progress import progress_bar
     from rankd.cli.reporting import show_report
     from rankd.picture import check_picture
+    from rankd.plan.cost_model import CostModel
+    from rankd.plan.costs_file import check_costs_path, write_costs
 
     workload = load_dlrm(name)
+    if costs is not None:
+        check_costs_path(costs)
     if picture is not None:
         check_picture(picture)
     with progress_bar("shards") as advance:
-        report = run_shards(workload, ShardOptions(tuple(dict.fromkeys(shards)), seconds, runs), advance)
+        options = ShardOptions(tuple(dict.fromkeys(shards)), seconds, runs)
+        report = run_shards(workload, options, advance, lambda line: click.echo(line, err=True))
     if picture is not None:
         draw_attribution(report, picture)
+    if costs is not None:
+        write_costs(costs, msgspec.convert(report.workload["costs"], CostModel), ["Measured by rankd bench shards."])
     show_report(report, as_json)

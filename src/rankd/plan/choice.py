@@ -19,6 +19,8 @@ from rankd.plan.table_statistics import TableLoad
 
 ALONE = (Strategy.SINGULAR, Strategy.ONE_SHARD)
 """Strategies that have no number of shards."""
+ALIKE = 1.02
+"""Of the lowest p99: so near predictions say nothing, and the cheaper plan is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ def choose(
     costs: CostModel,
     bound_ms: float | None = None,
 ) -> Choice:
-    """The option with the lowest p99; with a bound, the one with the fewest cores whose p99 keeps it.
+    """The option with the lowest p99, or one that is cheaper and nearly as quick; with a bound, the one with the fewest
+    cores whose p99 keeps it.
 
     Raises:
         ConfigError: nothing fits the limits, keeps up with the rate, or keeps the bound.
@@ -100,22 +103,23 @@ def choose(
             f"nothing keeps a p99 of {bound_ms:,.1f} ms: the quickest is {quickest.title} with {quickest.p99_ms:,.1f} "
             "ms; give servers more cores, a lower rate or another bound"
         )
-    ranked = sorted(options, key=lambda one: _order(one, bound_ms))
+    ranked = sorted(options, key=lambda one: _order(one, bound_ms, quickest.p99_ms))
     reason = _reason(ranked, bound_ms, costs)
     return Choice(ranked[0], reason, tuple(options), tuple(refused))
 
 
-def _order(option: Option, bound_ms: float | None) -> tuple[bool, float, float, int]:
-    """The smallest comes first: who keeps the bound, then cores, then p99 (without a bound: p99, then cores)."""
+def _order(option: Option, bound_ms: float | None, lowest_ms: float) -> tuple[float, int, float, float, int]:
+    """The smallest comes first: who keeps the bound, then cores, then p99. Without a bound: p99, save that those near
+    the lowest are alike; then cores, then CPU."""
     parts = sum(len(shard.parts) for shard in option.plan.shards)
-    cores = option.prediction.cores
+    told = option.prediction
     if bound_ms is None:
-        return False, option.p99_ms, cores, parts
-    return option.p99_ms > bound_ms, cores, option.p99_ms, parts
+        return max(option.p99_ms, ALIKE * lowest_ms), told.cores, told.cpu_ms, option.p99_ms, parts
+    return float(option.p99_ms > bound_ms), told.cores, option.p99_ms, told.cpu_ms, parts
 
 
 def _reason(ranked: Sequence[Option], bound_ms: float | None, costs: CostModel) -> str:
-    aim = "the lowest p99" if bound_ms is None else f"the fewest cores with a p99 of at most {bound_ms:,.1f} ms"
+    aim = "a p99 as low as any" if bound_ms is None else f"the fewest cores with a p99 of at most {bound_ms:,.1f} ms"
     said = f"{ranked[0].title}: {aim} at {costs.rate:,.0f} requests a second, {_figures(ranked[0])}."
     if len(ranked) == 1:
         return said

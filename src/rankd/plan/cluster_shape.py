@@ -22,7 +22,9 @@ class ClusterShape:
         return self.mains + sum(self.replicas)
 
     def cores(self, costs: CostModel) -> int:
-        """All of them."""
+        """All of them; those of the machine, if all servers share one."""
+        if costs.machine_cores is not None:
+            return costs.machine_cores
         return self.mains * costs.main_cores + sum(self.replicas) * costs.shard_cores
 
     def size_bytes(self, plan: Plan) -> int:

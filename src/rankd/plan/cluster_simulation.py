@@ -1,19 +1,19 @@
 """A cluster without servers: requests go through a plan's steps (`request_work.py`) event by event, in made-up time.
 
 In: when requests come and how large they are, what one takes, and how many servers there are. Out: when each was done,
-and how busy servers were. Servers have cores and a queue; a task has one core. A main server sends the calls of new
-requests before it finishes answered ones, so that shards work meanwhile; the other way round calls wait for dense
-parts, come in bunches, and p99 was twice as long on slow wires. Requests go to the servers of a kind in turn. Not
-simulated: links that several requests share, and memory bandwidth that cores share.
+and how busy servers were. Servers have cores and a queue; a task has one core, and the dense part of a request as many
+as are idle when it begins. A main server sends the calls of new requests before it finishes answered ones, so that
+shards work meanwhile; the other way round calls wait for dense parts, come in bunches, and p99 was twice as long on
+slow wires. Requests go to the servers of a kind in turn. Servers that are processes of one machine share its cores as
+an operating system shares them (`shared_cores.py`). Not simulated: links that several requests share, and memory
+bandwidth that cores share.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from rankd.plan.cluster_shape import ClusterShape
 from rankd.plan.cost_model import CostModel
 from rankd.plan.queueing import Times
 from rankd.plan.request_work import RequestWork
+from rankd.plan.shared_cores import Events, Happens, Machine, OwnCores, SharedCores
 
-Happens = Callable[[float], None]
 WARM = 0.2
 """Of the requests: the first ones find an empty cluster and are left out of quantiles."""
 
@@ -53,28 +53,42 @@ class SimulatedCluster:
     shard_us: tuple[tuple[float, ...], ...]
     ended_us: float
 
+    @property
+    def settled_us(self) -> Times:
+        """Latencies of the requests after the first ones."""
+        return self.latency_us[int(len(self.latency_us) * WARM) :]
+
     def quantile_ms(self, share: float) -> float:
         """Of the requests after the first ones."""
-        return float(np.quantile(self.latency_us[int(len(self.latency_us) * WARM) :], share)) / 1e3
+        return float(np.quantile(self.settled_us, share)) / 1e3
 
     def busiest(self, costs: CostModel) -> float:
-        """The busy share of main servers, or of the servers of the busiest shard, each kind as a whole."""
+        """The busy share of main servers, or of the servers of the busiest shard, each kind as a whole; of the machine,
+        if all share one."""
+        if costs.machine_cores is not None:
+            worked_us = sum(self.main_us) + sum(sum(replicas) for replicas in self.shard_us)
+            return worked_us / (costs.machine_cores * self.ended_us)
         kinds = [(self.main_us, costs.main_cores), *((replicas, costs.shard_cores) for replicas in self.shard_us)]
         return max(sum(worked) / (len(worked) * cores * self.ended_us) for worked, cores in kinds)
 
 
 @dataclass(slots=True)
 class _Task:
-    """Takes a core for `takes_us`; `starts` and `ends` are told the moment."""
+    """Takes a core for `takes_us`; `starts` and `ends` are told the moment. `pieces` follow at once, if there are any:
+    what each takes if so many cores may share them."""
 
     takes_us: float
     ends: Happens
     starts: Happens | None = None
+    pieces: Callable[[int], Sequence[float]] | None = None
 
 
 @dataclass(slots=True)
 class _Server:
+    """`idle` of the cores that it may use at once; `machine` is what they are cores of."""
+
     idle: int
+    machine: Machine
     new: deque[_Task] = field(default_factory=deque)
     answered: deque[_Task] = field(default_factory=deque)
     worked_us: float = 0.0
@@ -83,21 +97,14 @@ class _Server:
 class _Simulation:
     def __init__(self, work: RequestWork, shape: ClusterShape, costs: CostModel, stragglers: Stragglers) -> None:
         self._work, self._stragglers = work, stragglers
-        self.mains = [_Server(costs.main_cores) for _ in range(shape.mains)]
-        self.shards = [[_Server(costs.shard_cores) for _ in range(number)] for number in shape.replicas]
+        self.events = Events()
+        shared = SharedCores(self.events, costs.machine_cores) if costs.machine_cores is not None else None
+        alone = OwnCores(self.events)
+        self.mains = [_Server(costs.main_cores, shared or alone) for _ in range(shape.mains)]
+        self.shards = [
+            [_Server(costs.shard_cores, shared or alone) for _ in range(number)] for number in shape.replicas
+        ]
         self._random = np.random.default_rng(0)
-        self._events: list[tuple[float, int, Happens]] = []
-        self._numbers = count()
-
-    def at(self, moment: float, happens: Happens) -> None:
-        heapq.heappush(self._events, (moment, next(self._numbers), happens))
-
-    def run(self) -> float:
-        now = 0.0
-        while self._events:
-            now, _, happens = heapq.heappop(self._events)
-            happens(now)
-        return now
 
     def arrives(self, number: int, samples: float, ended: Happens, now: float) -> None:
         """Request `number` comes to a main server, which sends its calls and looks up what it has itself."""
@@ -105,19 +112,26 @@ class _Simulation:
         main = self.mains[number % len(self.mains)]
         waiting_for, ready = 1 + len(work.calls), 0.0
 
+        def pieces(idle: int) -> list[float]:
+            return [work.piece_us(piece, samples) for piece in work.pieces(samples, idle)]
+
+        def join(then: float) -> None:
+            main.answered.append(_Task(work.join_us.at(samples), ended, pieces=pieces))
+            self._serve(main, then)
+
         def answer(then: float) -> None:
             nonlocal waiting_for, ready
             waiting_for, ready = waiting_for - 1, max(ready, then)
             if not waiting_for:
-                self.at(ready, lambda now: self._join(main, work.finish_us.at(samples), ended, now))
+                self.events.at(ready, join)
 
         def send(then: float) -> None:
             self._call(number, samples, answer, then + work.send_us.at(samples))
 
-        if not work.calls:
-            main.new.append(_Task(work.main_us.at(samples), ended))
-        else:
+        if work.calls:
             main.new.append(_Task((work.send_us + work.local_us).at(samples), answer, send))
+        else:
+            main.new.append(_Task(work.local_us.at(samples), ended, pieces=pieces))
         self._serve(main, now)
 
     def _call(self, number: int, samples: float, answer: Happens, sent: float) -> None:
@@ -129,7 +143,7 @@ class _Simulation:
             if self._stragglers.share and self._random.random() < self._stragglers.share:
                 takes_us *= self._stragglers.times
             task = _Task(takes_us, lambda then: answer(then + way_us))
-            self.at(sent + way_us, self._comes(replicas[number % len(replicas)], task))
+            self.events.at(sent + way_us, self._comes(replicas[number % len(replicas)], task))
 
     def _comes(self, server: _Server, task: _Task) -> Happens:
         def comes(now: float) -> None:
@@ -137,10 +151,6 @@ class _Simulation:
             self._serve(server, now)
 
         return comes
-
-    def _join(self, main: _Server, takes_us: float, ended: Happens, now: float) -> None:
-        main.answered.append(_Task(takes_us, ended))
-        self._serve(main, now)
 
     def _serve(self, server: _Server, now: float) -> None:
         """Give idle cores work, if there is any."""
@@ -150,15 +160,36 @@ class _Simulation:
             server.worked_us += task.takes_us
             if task.starts is not None:
                 task.starts(now)
-            self.at(now + task.takes_us, self._ends(server, task))
+            server.machine.run(task.takes_us, self._ends(server, task), now)
 
     def _ends(self, server: _Server, task: _Task) -> Happens:
         def ends(now: float) -> None:
             server.idle += 1
-            task.ends(now)
+            if task.pieces is None:
+                task.ends(now)
+            else:
+                self._share(server, task.pieces, task.ends, now)
             self._serve(server, now)
 
         return ends
+
+    def _share(self, server: _Server, pieces: Callable[[int], Sequence[float]], ended: Happens, now: float) -> None:
+        """Begin all pieces at once, on the core that is there and those which nobody else waits for."""
+        begun = pieces(max(server.idle - len(server.new) - len(server.answered), 1))
+        left = len(begun)
+
+        def ends(then: float) -> None:
+            nonlocal left
+            left -= 1
+            server.idle += 1
+            if not left:
+                ended(then)
+            self._serve(server, then)
+
+        for takes_us in begun:
+            server.idle -= 1
+            server.worked_us += takes_us
+            server.machine.run(takes_us, ends, now)
 
 
 def poisson_requests(costs: CostModel, number: int, seed: int = 0) -> ClusterRequests:
@@ -186,8 +217,8 @@ def simulate_cluster(
         return lambda now: simulation.arrives(number, samples, ended, now)
 
     for number, (at_us, samples) in enumerate(zip(requests.at_us.tolist(), requests.samples.tolist(), strict=True)):
-        simulation.at(at_us, comes(number, at_us, samples))
-    ended_us = simulation.run()
+        simulation.events.at(at_us, comes(number, at_us, samples))
+    ended_us = simulation.events.run()
     return SimulatedCluster(
         latency_us,
         tuple(server.worked_us for server in simulation.mains),

@@ -5,8 +5,10 @@ In: tables, limits, a cost model, numbers of servers. Out: a row for each strate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -22,14 +24,18 @@ from rankd.plan.table_plan import MemoryLimits, Plan, Strategy
 from rankd.plan.table_statistics import TableLoad
 
 REQUESTS_A_SERVER = 50
+MILLION, SECONDS_AN_HOUR = 1_000_000, 3600
 FEWEST_REQUESTS = 3000
+PROBES = 7
+"""Rates tried to find the highest one that keeps a bound; the last two differ by less than a hundredth of what fits."""
 SEARCHED_SHARDS = 256
 """The fewest shards that fit are looked for up to so many."""
 
 
 class ClusterRow(msgspec.Struct, frozen=True):
     """A plan on so many servers: main ones, and those with shards; `rate` is of all of them. `size_bytes` of tables in
-    all servers. Latencies are None where the busiest server cannot keep up."""
+    all servers. Latencies are None where the busiest server cannot keep up. `server_hours`: what a million requests
+    take, all servers counted; None where they cannot keep up, or not the bound."""
 
     strategy: str
     servers: int
@@ -42,15 +48,18 @@ class ClusterRow(msgspec.Struct, frozen=True):
     busy: float
     p50_ms: float | None
     p99_ms: float | None
+    server_hours: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class SizeOptions:
-    """Numbers of servers, requests a second for each of them, and calls that take longer."""
+    """Numbers of servers, requests a second for each of them, and calls that take longer. With `bound_ms` the rate is
+    the highest at which p99 keeps it."""
 
     servers: tuple[int, ...]
     rate_a_server: float
     stragglers: Stragglers
+    bound_ms: float | None = None
 
 
 def smallest_plans(
@@ -91,9 +100,45 @@ def simulate_sizes(
         for place, plan in enumerate(plans):
             shape = spread_servers(request_work(plan, loads, loaded), len(plan.shards), servers, loaded)
             if shape is not None:
-                rows.append(_row(plan, shape, loads, loaded, options.stragglers))
+                row = _row if options.bound_ms is None else partial(_fastest_row, bound_ms=options.bound_ms)
+                rows.append(row(plan, shape, loads, loaded, options.stragglers))
             advance(number * len(plans) + place + 1, total, f"{servers} servers, {plan.strategy.value}")
     return rows
+
+
+def best_rows(rows: Iterable[ClusterRow], by_cost: bool) -> list[ClusterRow]:
+    """For each number of servers the row with the lowest p99, or the one with the fewest server-hours."""
+
+    def order(row: ClusterRow) -> tuple[float, float]:
+        p99_ms = math.inf if row.p99_ms is None else row.p99_ms
+        return (math.inf if row.server_hours is None else row.server_hours) if by_cost else 0.0, p99_ms
+
+    found: dict[int, ClusterRow] = {}
+    for row in rows:
+        if row.server_hours is not None and (row.servers not in found or order(row) < order(found[row.servers])):
+            found[row.servers] = row
+    return list(found.values())
+
+
+def _fastest_row(
+    plan: Plan,
+    shape: ClusterShape,
+    loads: Sequence[TableLoad],
+    costs: CostModel,
+    stragglers: Stragglers,
+    bound_ms: float,
+) -> ClusterRow:
+    """The row of the highest rate found whose p99 keeps the bound; if none does, of the lowest one tried."""
+    low, high = 0.0, costs.rate / predict(plan, loads, costs, shape).busiest
+    kept: ClusterRow | None = None
+    for _ in range(PROBES):
+        tried = msgspec.structs.replace(costs, rate=(low + high) / 2)
+        row = _row(plan, shape, loads, tried, stragglers)
+        if row.p99_ms is not None and row.p99_ms <= bound_ms:
+            low, kept = tried.rate, row
+        else:
+            high = tried.rate
+    return kept or msgspec.structs.replace(row, server_hours=None)
 
 
 def _row(
@@ -120,4 +165,5 @@ def _row(
         busy=busy,
         p50_ms=p50_ms,
         p99_ms=p99_ms,
+        server_hours=None if p99_ms is None else shape.servers / costs.rate * MILLION / SECONDS_AN_HOUR,
     )

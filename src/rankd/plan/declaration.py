@@ -147,6 +147,20 @@ def loads_of(declaration: Declaration, statistics: Iterable[TableStatistics] = (
     )
 
 
+def read_loads(version: Path, statistics: Path | None = None) -> tuple[TableLoad, ...]:
+    """The tables that a model version has beside its graph, asked as a file of statistics says; () if it has none.
+
+    Raises:
+        ArtifactError: a table is damaged. ConfigError: statistics that cannot be read or are of other tables.
+    """
+    if not (version / FOLDER).is_dir():
+        return ()
+    declaration = tables_of(version)
+    counted = () if statistics is None else read_struct(StatisticsFile, statistics).tables
+    check_statistics(counted, [table.name for table in declaration.tables], str(statistics))
+    return loads_of(declaration, counted)
+
+
 def _check_once(names: Iterable[str], what: str) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ConfigError(f"{what} '{twice[0]}' is there twice; each may be once")

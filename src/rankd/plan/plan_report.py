@@ -11,10 +11,11 @@ from rich.table import Table
 from rankd.picture import new_picture
 from rankd.plan.byte_sizes import show_bytes
 from rankd.plan.choice import Option
-from rankd.plan.cluster_sizes import ClusterRow
+from rankd.plan.cluster_sizes import ClusterRow, best_rows
 from rankd.plan.prediction import ServerFigures
+from rankd.plan.table_plan import show_shards
 
-WIDTH = 120
+WIDTH, WIDE = 120, 140
 DPI = 120
 
 
@@ -73,6 +74,7 @@ def print_sizes(rows: Iterable[ClusterRow]) -> None:
         "busiest",
         "p50 ms",
         "p99 ms",
+        "server-hours",
     )
     for title in columns:
         table.add_column(title, justify="left" if title == "strategy" else "right")
@@ -90,9 +92,22 @@ def print_sizes(rows: Iterable[ClusterRow]) -> None:
             f"{row.busy:.0%}",
             _milliseconds(row.p50_ms),
             _milliseconds(row.p99_ms),
+            _milliseconds(row.server_hours),
         )
         before = row.servers
-    Console(width=WIDTH).print(table)
+    Console(width=WIDE).print(table)
+
+
+def print_best(rows: Iterable[ClusterRow], by_cost: bool) -> None:
+    """The best strategy for each number of servers, a line each."""
+    console = Console(width=WIDTH)
+    console.print("server-hours are those of a million requests; best by " + ("them:" if by_cost else "p99:"))
+    for row in best_rows(rows, by_cost):
+        console.print(
+            f"{row.servers} servers: {row.strategy} on {show_shards(row.shards)}, {row.rate:,.0f} requests a second, "
+            f"p99 {row.p99_ms:,.2f} ms, {row.server_hours:,.2f} server-hours",
+            highlight=False,
+        )
 
 
 def draw_options(options: Sequence[Option], path: Path, title: str) -> None:

@@ -3,16 +3,18 @@
 In: a plan, how its tables are asked, a cost model. Out: RequestWork, which `prediction.py` reckons with by formulas and
 `cluster_simulation.py` by events. The steps:
 
-    main    [send: a call for each shard and net][local: replicated tables, hot rows]     [finish: join, dense part]
+    main    [send: a call for each shard and net][local: replicated tables, hot rows]     [join][dense part, in pieces]
     shard                  wire -> [serve: look up, pool, answer] -> wire                 ^ local and all calls are done
 
-Ids go out as int64 with an offset for each sample and table, pooled rows come back as float32, zeros or not. What a
-request sends and receives passes its main server's own link, so each of its calls waits for all of its bytes. Every
-shard is called for every net it has a part for: in hundreds of samples there is nearly always one that needs it.
+Ids go out in as few bytes as the rows of their part need; a table in parts has a count of one byte for each sample
+beside them. Pooled rows come back as float32, zeros or not. What a request sends and receives passes its main server's
+own link, so each of its calls waits for all of its bytes. Every shard is called for every net it has a part for: in
+hundreds of samples there is nearly always one that needs it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +23,11 @@ from rankd.plan.cost_model import CostModel
 from rankd.plan.table_plan import Plan
 from rankd.plan.table_statistics import TableLoad, hot_share
 
-ID_BYTES = OFFSET_BYTES = 8
+CALL_BYTES, PART_BYTES = 28, 8
+"""Of the headers of a call: of the frame, the request and its one block; and of a part."""
 VALUE_BYTES = 4
+ID_BYTES = ((1 << 16, 2), (1 << 32, 4))
+"""Of an id, for parts of up to so many rows; 8 above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class CallWork:
-    """One call: to a shard, for a net. `lookups` over samples, bytes both ways, and the shard's CPU in us."""
+    """One call: to a shard, for a net. `lookups` over samples, bytes both ways, the shard's CPU in us, and that of the
+    main server which sends it."""
 
     shard: int
     net: str
@@ -53,28 +59,46 @@ class CallWork:
     out_bytes: Line
     back_bytes: Line
     serve_us: Line
+    send_us: Line
 
 
 @dataclass(frozen=True, slots=True)
 class RequestWork:
-    """All of a request: CPU of its main server in us, the calls, and one call's way on the wire, there and back."""
+    """All of a request: CPU of its main server in us, the calls, and one call's way on the wire, there and back.
+    Idle cores may share the dense part in pieces of a multiple of `piece_samples`."""
 
     send_us: Line
     local_us: Line
-    finish_us: Line
+    join_us: Line
+    dense_us: Line
     local_lookups: Line
     calls: tuple[CallWork, ...]
     wire_us: Line
+    piece_samples: int
 
     @property
     def main_us(self) -> Line:
         """CPU of the main server."""
-        return self.send_us + self.local_us + self.finish_us
+        return self.send_us + self.local_us + self.join_us + self.dense_us
 
     @property
     def cpu_us(self) -> Line:
         """CPU of all servers."""
         return sum((call.serve_us for call in self.calls), self.main_us)
+
+    def pieces(self, samples: float, idle: int) -> tuple[float, ...]:
+        """Samples of each piece of the dense part if so many cores may share it; all but the last are as large.
+
+        >>> 300 samples in pieces of a multiple of 100: 2 idle cores -> (200, 100), 4 -> (100, 100, 100)
+        """
+        units = max(math.ceil(samples / self.piece_samples), 1)
+        piece = math.ceil(units / min(max(idle, 1), units)) * self.piece_samples
+        count = max(math.ceil(samples / piece), 1)
+        return (*(float(piece),) * (count - 1), samples - (count - 1) * piece)
+
+    def piece_us(self, piece: float, samples: float) -> float:
+        """CPU of a piece of the dense part of `samples`; what is fixed is shared as the samples are."""
+        return self.dense_us.at(samples) * (piece / samples) if samples else self.dense_us.fixed
 
 
 def request_work(plan: Plan, loads: Sequence[TableLoad], costs: CostModel) -> RequestWork:
@@ -88,18 +112,19 @@ def request_work(plan: Plan, loads: Sequence[TableLoad], costs: CostModel) -> Re
             parts = [part for part in shard.parts if by_name[part.table].net == net]
             calls.append(_call(number, net, parts, by_name, cached, costs))
     local = [(by_name[name], 1.0) for name in plan.replicated] + [(by_name[name], s) for name, s in cached.items()]
-    lookup_us = sum(load.statistics.lookups * share * _row_us(load, costs) for load, share in local)
+    lookup_us = sum(load.statistics.lookups * share * costs.row_us(load.spec) for load, share in local)
     dims = sum(load.spec.dim * min(load.statistics.used, load.statistics.lookups * share) for load, share in local)
     out = sum((call.out_bytes for call in calls), Line())
     back = sum((call.back_bytes for call in calls), Line())
     return RequestWork(
-        send_us=Line(costs.call_us * len(calls)) + out * costs.serialise_byte_us,
+        send_us=sum((call.send_us for call in calls), Line()),
         local_us=Line(0.0, lookup_us + dims * costs.pooled_value_us),
-        finish_us=Line(costs.dense_us, costs.dense_sample_us)
-        + back * (costs.serialise_byte_us + costs.pooled_value_us / VALUE_BYTES),
+        join_us=back * costs.answer_byte_us,
+        dense_us=Line(costs.dense_us, costs.dense_sample_us),
         local_lookups=Line(0.0, sum(load.statistics.lookups * share for load, share in local)),
         calls=tuple(calls),
-        wire_us=Line(2 * costs.wire_us) + (out + back) * (1 / costs.wire_bytes_us) if calls else Line(),
+        wire_us=Line(2 * costs.way_us) + (out + back) * (1 / costs.way_bytes_us) if calls else Line(),
+        piece_samples=costs.piece_samples,
     )
 
 
@@ -112,19 +137,25 @@ def _call(
     costs: CostModel,
 ) -> CallWork:
     """The call for the parts of one net in one shard. A look-up is in a part with the chance 1 / modulus."""
-    lookups = rows_us = pooled = dims = 0.0
+    lookups = split = rows_us = pooled = dims = out_bytes = 0.0
     for part in parts:
         load = by_name[part.table]
         asked = load.statistics.lookups * (1 - cached.get(part.table, 0.0)) / part.modulus
         lookups += asked
-        rows_us += asked * _row_us(load, costs)
+        rows_us += asked * costs.row_us(load.spec)
         pooled += load.spec.dim * min(load.statistics.used, asked)
         dims += load.spec.dim
-    out = Line(OFFSET_BYTES, OFFSET_BYTES * len(parts) + ID_BYTES * lookups)
+        out_bytes += asked * _id_bytes(part.rows_of(load.spec))
+        if part.modulus > 1:
+            split += asked
+            out_bytes += 1
+    out = Line(CALL_BYTES + PART_BYTES * len(parts), out_bytes)
     back = Line(0.0, VALUE_BYTES * dims)
-    serve = Line(costs.call_us, rows_us + pooled * costs.pooled_value_us) + (out + back) * costs.serialise_byte_us
-    return CallWork(shard, net, Line(0.0, lookups), out, back, serve)
+    serve = Line(costs.shard_call_us, rows_us + pooled * costs.pooled_value_us + lookups * costs.shard_id_us)
+    serve += back * costs.shard_answer_byte_us
+    send = Line(costs.call_us, lookups * costs.id_us + split * costs.split_id_us)
+    return CallWork(shard, net, Line(0.0, lookups), out, back, serve, send)
 
 
-def _row_us(load: TableLoad, costs: CostModel) -> float:
-    return costs.lookup_us + load.spec.row_bytes * costs.lookup_byte_us
+def _id_bytes(rows: int) -> int:
+    return next((size for most, size in ID_BYTES if rows <= most), 8)

@@ -5,19 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rankd.bench.report import Report
+from rankd.bench.shard_suite.open_loop import PARTS
 from rankd.picture import new_picture
-
-PARTS = (
-    "outside_ms",
-    "queue_ms",
-    "features_ms",
-    "lookup_ms",
-    "wire_ms",
-    "shard_queue_ms",
-    "shard_service_ms",
-    "dense_ms",
-    "order_ms",
-)
 
 
 def draw_attribution(report: Report, path: Path) -> None:
@@ -27,7 +16,7 @@ def draw_attribution(report: Report, path: Path) -> None:
         MissingExtra: matplotlib is not installed. ConfigError: not a kind of picture, or no folder for it.
     """
     figure, (parts, tails) = new_picture(path, 2)
-    rows = list(report.results)
+    rows = [row for row in report.results if PARTS[0] in row]
     places = list(range(len(rows)))
     left = [0.0] * len(rows)
     for part in PARTS:
@@ -38,6 +27,8 @@ def draw_attribution(report: Report, path: Path) -> None:
     parts.legend(fontsize=7)
     tails.barh(places, [float(row["p99_ms"]) for row in rows], color="grey")
     tails.barh(places, [float(row["p50_ms"]) for row in rows], color="black", height=0.3)
+    tails.plot([float(row["predicted_p99_ms"]) for row in rows], places, "r|", markersize=12, label="p99, simulated")
+    tails.legend(fontsize=7)
     tails.set(title="p99 (grey) and p50 (black)", xlabel="ms")
     for panel in (parts, tails):
         panel.set_yticks(places, [str(row["contestant"]).partition(" (")[0] for row in rows], fontsize=7)

@@ -1,156 +1,177 @@
 """`rankd bench shards`: every way to divide a model's tables, beside all of them in one process.
 
-In: a DLRM workload. Out: a Report. A layout runs at a time, all in turn in every round; the generator offers all of
-them the same requests at half of what one process (`singular`) answers at most. Shards share this machine's cores with
-the server, so the processor time of both stands beside each latency.
+In: a DLRM workload. Out: a Report. In this order:
 
-Where the time of a request goes, mean milliseconds: what the client sees beside the server (`outside`), the server's
-stages, of the look-ups what shards waited and worked for (`shard_queue`, `shard_service`) and the rest of their wait
-(`wire`: routing, both sides' frames, sockets, and waiting for the slowest).
+    1  scores of every layout are compared with singular's, tables in float32 and in int8
+    2  the costs that plans reckon with are measured (`measured_costs.py`)
+    3  what singular answers at most, once; half of it is offered to all
+    4  rounds: all layouts in turn, another one first in each, the same requests at the same moments
+    5  requests of one size, one at a time
+    6  the simulator is asked for the same requests (`layout_prediction.py`), hypotheses are judged (`hypotheses.py`);
+       of singular it knows the CPU of a request, of the others nothing
+
+All servers and shards run from 2 on, and share this machine's cores with the one that is measured; those that nobody
+asks wait. So the processor time of both sides stands beside each latency.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
+import msgspec
 
 from rankd.artifact import Artifact
 from rankd.bench.arrivals import poisson_arrivals
-from rankd.bench.load import LoadPlan, generate
 from rankd.bench.parity import SAME, max_difference
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians, percentile
 from rankd.bench.served_model import ServedModel
 from rankd.bench.shard_suite.dlrm_workload import DlrmWorkload, build_dlrm, draw_dlrm_requests
-from rankd.bench.shard_suite.placed_server import PlacedServer, ShardWork
-from rankd.bench.wire_forms import Form, decode_scores, encode_request
-from rankd.errors import ConfigError, EngineFailure
-from rankd.plan.choice import choose
+from rankd.bench.shard_suite.hypotheses import Findings, all_hypotheses
+from rankd.bench.shard_suite.layout_prediction import Costs, auto_layout, both_costs, known_costs, predicted
+from rankd.bench.shard_suite.layouts import Layout, all_layouts, workload_loads
+from rankd.bench.shard_suite.measured_costs import CostOptions, at_load, table_costs, with_dense_part
+from rankd.bench.shard_suite.open_loop import Offered, measured, most_requests_a_second, one_by_one_ms
+from rankd.bench.shard_suite.placed_server import PlacedServer
+from rankd.bench.shard_suite.served_costs import encoded, served_cpu
+from rankd.bench.wire_forms import Form, decode_scores
+from rankd.embeddings.table_spec import TableStorage
+from rankd.errors import EngineFailure
 from rankd.plan.cost_model import CostModel
-from rankd.plan.declaration import Declaration, loads_of, read_declaration, tables_of
-from rankd.plan.plan_file import write_plan
-from rankd.plan.strategies import make_plan
-from rankd.plan.table_plan import MemoryLimits, Plan
-from rankd.plan.table_plan import Strategy as Placing
+from rankd.plan.declaration import Declaration, tables_of
 from rankd.plan.table_statistics import TableLoad
 from rankd.types import RankRequest
 
-SINGULAR = Placing.SINGULAR.value
 REQUESTS, CHECKED, WARM = 400, 8, 60
-CONNECTIONS = 32
+ASKED_AT_MOST = 200
+"""Requests that show what singular answers at most."""
+CONNECTIONS = 4
 HALF = 0.5
-STAGES = ("queue", "features", "encode", "score", "order")
+BEHIND_P99 = 10
+"""Requests that a measurement's p99 stands on where nobody says how long it takes, if MOST_SECONDS allow it."""
+MOST_SECONDS = 17 * 60.0
+"""Of all measurements together, where nobody says: then p99 over all rounds stands on more than one round's does."""
+SIZE_SECONDS = 2.0
+ABOUT_SECONDS = 330.0
+"""What is done beside measurements of dlrm: two models built, servers started, parity, costs."""
 Step = Callable[[int, int, str], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardOptions:
-    """Numbers of shards, seconds of a measurement, rounds."""
+    """Numbers of shards, seconds of a measurement (None: as many as a p99 needs), rounds, how costs are measured."""
 
     shards: tuple[int, ...] = (1, 2, 4)
-    seconds: float = 10.0
+    seconds: float | None = None
     runs: int = 5
+    costs: CostOptions = field(default_factory=CostOptions)
 
 
-@dataclass(slots=True)
-class _Layout:
-    """A plan's file (None: singular), other names of the same plan, and its figures round by round."""
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """All layouts' servers, and what they are asked."""
 
-    name: str
-    plan: Plan
-    path: Path | None
-    same: list[str] = field(default_factory=list)
-    rounds: list[dict[str, float]] = field(default_factory=list)
+    layouts: list[Layout]
+    placed: list[PlacedServer]
+    requests: list[RankRequest]
+    encoded: list[bytes]
+    rate: float
+
+    @property
+    def samples(self) -> list[int]:
+        return [len(request.candidates) for request in self.requests]
 
 
-def run_shards(workload: DlrmWorkload, options: ShardOptions, advance: Step) -> Report:
-    """Run the suite.
+def run_shards(workload: DlrmWorkload, options: ShardOptions, advance: Step, say: Say) -> Report:
+    """Run the suite; `say` is told how long it will take.
 
     Raises:
         MissingExtra: torch is not installed.
         EngineFailure: scores of a layout differ from singular's, or it answers nothing.
     """
-    surroundings, parity = machine(), dict[str, float]()
-    with TemporaryDirectory(prefix="rankd-bench-") as folder:
+    surroundings, neighbours, parity = machine(), Neighbours(), dict[str, float]()
+    requests = draw_dlrm_requests(workload, REQUESTS)
+    wire = encoded(requests)
+    with TemporaryDirectory(prefix="rankd-bench-") as folder, ExitStack() as running:
+        other = TableStorage.INT8 if workload.storage is not TableStorage.INT8 else TableStorage.FP32
+        parity |= _other_parity(msgspec.structs.replace(workload, storage=other), options, wire, Path(folder), advance)
         advance(0, 1, "model")
         version = build_dlrm(workload, Path(folder) / "models")
         declaration = tables_of(version)
-        loads = _loads(workload, declaration)
-        layouts = _layouts(declaration, loads, options.shards, Path(folder))
-        (record,) = Artifact.open(version).manifest.engines.values()
-        bound = SAME[record.precision]
-        requests = draw_dlrm_requests(workload, REQUESTS)
-        encoded = [encode_request(Form.BINARY, request) for request in requests]
-        steps, done, neighbours = 1 + options.runs * len(layouts), 1, Neighbours()
-        rate, expected = 0.0, list[Any]()
-        for number in range(options.runs):
-            for layout in layouts:
-                advance(done, steps, f"{layout.name}, round {number + 1}")
-                with PlacedServer(version.parent.parent, version, layout.path) as placed:
-                    given = _scores(placed.server, encoded[:CHECKED])
-                    expected = expected or given
-                    parity[layout.name] = _same(layout.name, expected, given, bound)
-                    capacity = _capacity(placed.server, encoded)
-                    rate = rate or HALF * capacity
-                    seed = workload.seed + number
-                    layout.rounds.append(_measure(placed, encoded, requests, rate, options.seconds, seed))
-                done += 1
-        surroundings["others_cpu_share"] = neighbours.share()
-        advance(steps, steps, "done")
-    results = [_row(layout, rate) for layout in layouts]
-    return Report(
-        "shards",
-        _about(workload, declaration, options, rate),
-        surroundings,
-        commit(),
-        parity,
-        results,
-        _ratios(layouts, loads, options, _costs(layouts[0], requests, rate)),
-    )
+        loads = workload_loads(workload, declaration)
+        layouts = all_layouts(declaration, loads, options.shards, Path(folder))
+        costs, _ = table_costs(options.costs, advance)
+        placed = [running.enter_context(_placed(version, layout)) for layout in layouts]
+        parity |= _parity(layouts, placed, wire, _bound(version))
+        for one in placed:
+            most_requests_a_second(one.server, wire, WARM, CONNECTIONS)
+        rate = HALF * most_requests_a_second(placed[0].server, wire, ASKED_AT_MOST, CONNECTIONS)
+        asked = _Running(layouts, placed, requests, wire, rate)
+        costs = _with_model(costs, asked, loads, workload)
+        rounds = _rounds(asked, loads, both_costs(costs, rate, asked.samples), workload.seed, options, advance, say)
+        by_samples = _overhead_by_samples(asked, options.runs)
+    surroundings["others_cpu_share"] = neighbours.share()  # processes of ours count once they have ended
+    samples = statistics.mean(asked.samples)
+    costs = at_load(costs, loads, _median(layouts[0], "server_cpu_ms") * 1e3, samples)
+    both = both_costs(costs, rate, asked.samples)
+    findings = Findings(layouts, by_samples, loads, both, rounds)
+    results = [_row(layout, rate) | predicted(layout, loads, both, rounds) for layout in layouts]
+    auto = auto_layout(layouts, loads, options.shards, both.here)
+    ratios = _ratios(layouts, results, auto)
+    ratios |= {f"latency_overhead {samples} candidates": ratio for samples, ratio in by_samples.items()}
+    results += all_hypotheses(findings, options.shards)
+    about = _about(workload, declaration, options, rate, costs)
+    return Report("shards", about, surroundings, commit(), parity, results, ratios)
 
 
-def _loads(workload: DlrmWorkload, declaration: Declaration) -> tuple[TableLoad, ...]:
-    """The version's tables, asked as the workload's declaration says."""
-    known = {f"item.{load.name}": load.statistics for load in loads_of(read_declaration(workload.tables))}
-    return tuple(
-        TableLoad(load.spec, load.net, known.get(load.name, load.statistics)) for load in loads_of(declaration)
-    )
+def _placed(version: Path, layout: Layout) -> PlacedServer:
+    return PlacedServer(version.parent.parent, version, layout.path)
 
 
-def _layouts(
-    declaration: Declaration, loads: Sequence[TableLoad], numbers: Sequence[int], folder: Path
-) -> list[_Layout]:
-    """Singular, and every strategy with every number of shards; one that places rows as another does is named there."""
-    limits = MemoryLimits(replicate_bytes=0)
-    found = [_Layout(SINGULAR, make_plan(Placing.SINGULAR, loads, 1, limits), None)]
-    for strategy in Placing:
-        for number in numbers:
-            alone = strategy in (Placing.SINGULAR, Placing.ONE_SHARD)
-            if strategy is Placing.SINGULAR or (alone and number != numbers[0]):
-                continue
-            try:
-                plan = make_plan(strategy, loads, number, limits)
-            except ConfigError:  # fewer tables than shards
-                continue
-            name = strategy.value if alone else f"{strategy.value} on {number}"
-            known = next((one for one in found if one.plan.shards == plan.shards), None)
-            if known is not None:
-                known.same.append(name)
-                continue
-            path = folder / f"plan-{len(found)}.json"
-            write_plan(path, declaration, plan)
-            found.append(_Layout(name, plan, path))
+def _bound(version: Path) -> float:
+    """The largest difference of a score that is none."""
+    (record,) = Artifact.open(version).manifest.engines.values()
+    return SAME[record.precision]
+
+
+def _other_parity(
+    workload: DlrmWorkload, options: ShardOptions, wire: list[bytes], folder: Path, advance: Step
+) -> dict[str, float]:
+    """Parity of all layouts with the tables in another storage, a layout at a time."""
+    advance(0, 1, f"scores with tables in {workload.storage.value}")
+    root = folder / workload.storage.value
+    with TemporaryDirectory(prefix="other-", dir=folder) as made:
+        version = build_dlrm(workload, Path(made))
+        declaration = tables_of(version)
+        root.mkdir()
+        layouts = all_layouts(declaration, workload_loads(workload, declaration), options.shards, root)
+        bound, found, expected = _bound(version), dict[str, float](), list[Any]()
+        for layout in layouts:
+            with _placed(version, layout) as placed:
+                given = _scores(placed.server, wire[:CHECKED])
+            expected = expected or given
+            name = f"{layout.name}, {workload.storage.value}"
+            found[name] = _same(name, expected, given, bound)
     return found
 
 
-def _scores(server: ServedModel, encoded: Sequence[bytes]) -> list[Any]:
-    return [decode_scores(Form.BINARY, server.exchange(one)) for one in encoded]
+def _parity(
+    layouts: Sequence[Layout], placed: Sequence[PlacedServer], wire: list[bytes], bound: float
+) -> dict[str, float]:
+    given = [_scores(one.server, wire[:CHECKED]) for one in placed]
+    return {
+        layout.name: _same(layout.name, given[0], scores, bound) for layout, scores in zip(layouts, given, strict=True)
+    }
+
+
+def _scores(server: ServedModel, wire: Sequence[bytes]) -> list[Any]:
+    return [decode_scores(Form.BINARY, server.exchange(one)) for one in wire]
 
 
 def _same(name: str, expected: Sequence[Any], given: Sequence[Any], bound: float) -> float:
@@ -162,113 +183,78 @@ def _same(name: str, expected: Sequence[Any], given: Sequence[Any], bound: float
     return worst
 
 
-def _capacity(server: ServedModel, encoded: list[bytes]) -> float:
-    """Requests a second when it always has some; it is warm afterwards."""
-    plan = LoadPlan(server.host, server.port, encoded[:WARM], arrivals_s=[0.0] * WARM, connections=4)
-    result = generate(plan)
-    good = sum(status == 200 for status in result.statuses)
-    if not good:
-        raise EngineFailure(f"none of {WARM} requests was answered with 200")
-    return good / result.wall_s
+def _with_model(costs: CostModel, asked: _Running, loads: Sequence[TableLoad], workload: DlrmWorkload) -> CostModel:
+    """Costs with this model's dense part, from singular's CPU for requests of each size."""
+    cpu_us = served_cpu(asked.placed[0].server, asked.requests, 2 * SIZE_SECONDS)
+    return with_dense_part(costs, cpu_us, loads, workload.buckets[0])
 
 
-def _measure(
-    placed: PlacedServer,
-    encoded: list[bytes],
-    requests: Sequence[RankRequest],
-    rate: float,
-    seconds: float,
-    seed: int,
-) -> dict[str, float]:
-    server, before, stages = placed.server, placed.work(), _stages(placed.server)
-    arrivals = poisson_arrivals(rate, seconds, seed)
-    plan = LoadPlan(server.host, server.port, encoded, arrivals_s=arrivals, connections=CONNECTIONS)
-    result = generate(plan)
-    after, spent = placed.work(), _differences(stages, _stages(server))
-    latencies = [
-        (done - planned) * 1e3
-        for status, planned, done in zip(result.statuses, result.scheduled_s, result.done_s, strict=True)
-        if status == 200
-    ]
-    if not latencies:
-        raise EngineFailure(f"none of {len(arrivals)} requests was answered with 200")
-    count = len(latencies)
-    figures = {
-        "p50_ms": percentile(latencies, 0.5),
-        "p99_ms": percentile(latencies, 0.99),
-        "failed": float(len(result.statuses) - count),
-        "throughput": sum(len(requests[index].candidates) for index in result.index) / result.wall_s,
-        "server_cpu_ms": (after.server_cpu_s - before.server_cpu_s) * 1e3 / count,
-        "shards_cpu_ms": (after.shards_cpu_s - before.shards_cpu_s) * 1e3 / count,
-        "calls": (after.calls - before.calls) / count,
-    }
-    return figures | _attribution(spent, before, after, statistics.mean(latencies), count)
-
-
-def _attribution(
-    spent: Mapping[str, float], before: ShardWork, after: ShardWork, seen_ms: float, count: int
-) -> dict[str, float]:
-    """Mean milliseconds of a request, by where they went; see this file's head."""
-    lookup_ms = spent["lookup"] * 1e3 / count
-    calls = max(after.calls - before.calls, 1)
-    queue_ms, service_ms = (
-        (getattr(after, name) - getattr(before, name)) / calls for name in ("queue_ms", "service_ms")
-    )
-    sharded = after.calls > before.calls
-    wire_ms = max(lookup_ms - queue_ms - service_ms, 0.0) if sharded else 0.0
+def _by_samples(asked: _Running) -> dict[int, list[bytes]]:
+    """The requests of the smallest, a middle and the largest size."""
+    sizes = sorted(set(asked.samples))
     return {
-        "outside_ms": max(seen_ms - spent["total"] / count, 0.0),
-        "queue_ms": spent["queue"] / count,
-        "features_ms": max(spent["features"] / count - lookup_ms, 0.0),
-        "lookup_ms": 0.0 if sharded else lookup_ms,
-        "wire_ms": wire_ms,
-        "shard_queue_ms": queue_ms if sharded else 0.0,
-        "shard_service_ms": service_ms if sharded else 0.0,
-        "dense_ms": (spent["encode"] + spent["score"]) / count,
-        "order_ms": spent["order"] / count,
+        size: [one for one, samples in zip(asked.encoded, asked.samples, strict=True) if samples == size]
+        for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1])
     }
 
 
-def _stages(server: ServedModel) -> dict[str, float]:
-    """Milliseconds of each stage so far, and seconds of look-ups."""
-    found = dict.fromkeys((*STAGES, "total", "lookup"), 0.0)
-    for family in text_string_to_metric_families(server.metrics_text()):
-        for sample in family.samples:
-            if sample.name == "rankd_stage_milliseconds_sum":
-                found[sample.labels["stage"]] += sample.value
-            elif sample.name == "rankd_table_lookup_seconds_total":
-                found["lookup"] += sample.value
-    return found
+def _rounds(
+    asked: _Running,
+    loads: Sequence[TableLoad],
+    costs: Costs,
+    seed: int,
+    options: ShardOptions,
+    advance: Step,
+    say: Say,
+) -> list[Offered]:
+    """Measure all layouts in turn, and say what was offered in each round."""
+    layouts = asked.layouts
+    total = options.runs * len(layouts)
+    seconds = options.seconds or min(100 * BEHIND_P99 / asked.rate, MOST_SECONDS / total)
+    say(
+        f"{asked.rate:.1f} requests a second, half of what singular answers at most; {total} measurements of "
+        f"{seconds:.0f} s: about {(total * (seconds + 1) + ABOUT_SECONDS) / 60:.0f} minutes in all; "
+        f"{asked.rate * seconds / 100:.0f} requests behind the p99 of one"
+    )
+    known = [known_costs(layout.plan, loads, costs.here) for layout in layouts]
+    rounds = []
+    for number in range(options.runs):
+        arrivals = poisson_arrivals(asked.rate, seconds, seed + number)
+        rounds.append(Offered(asked.encoded, asked.samples, arrivals))
+        for place in range(len(layouts)):
+            turn = (place + number) % len(layouts)
+            advance(number * len(layouts) + place, total, f"{layouts[turn].name}, round {number + 1}")
+            figures, latencies_ms = measured(asked.placed[turn], rounds[-1], known[turn])
+            layouts[turn].rounds.append(figures)
+            layouts[turn].latencies_ms += latencies_ms
+    advance(total, total, "done")
+    return rounds
 
 
-def _differences(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    return {name: after[name] - before[name] for name in after}
+def _overhead_by_samples(asked: _Running, runs: int) -> dict[int, float]:
+    """Latency of one request at a time in the sharded layout with the lowest p99, over singular's in its round."""
+    best = min(range(1, len(asked.layouts)), key=lambda place: _median(asked.layouts[place], "p99_ms"))
+    found: dict[int, list[float]] = {}
+    for _ in range(runs):
+        for samples, wire in _by_samples(asked).items():
+            singular, sharded = (one_by_one_ms(asked.placed[place].server, wire, SIZE_SECONDS) for place in (0, best))
+            found.setdefault(samples, []).append(sharded / singular)
+    return {samples: statistics.median(ratios) for samples, ratios in found.items()}
 
 
-def _row(layout: _Layout, rate: float) -> Row:
+def _median(layout: Layout, name: str) -> float:
+    return statistics.median(one[name] for one in layout.rounds)
+
+
+def _row(layout: Layout, rate: float) -> Row:
     same = f" (and {', '.join(layout.same)})" if layout.same else ""
     table = f"{rate:.1f} requests a second, half of what singular answers at most"
     about: Row = {"contestant": layout.name + same, "table": table, "shards": len(layout.plan.shards)}
-    return about | medians(layout.rounds)
+    return about | medians(layout.rounds) | {"p99_of_all_ms": percentile(layout.latencies_ms, 0.99)}
 
 
-def _costs(singular: _Layout, requests: Sequence[RankRequest], rate: float) -> CostModel:
-    """The planner's costs with what the dense part was measured to take here."""
-    samples = tuple(len(request.candidates) for request in requests)
-    dense_ms = statistics.median(one["dense_ms"] for one in singular.rounds)
-    return CostModel(
-        rate=rate,
-        main_cores=os.cpu_count() or 1,
-        shard_cores=1,
-        dense_sample_us=dense_ms * 1e3 / statistics.mean(samples),
-        samples=samples,
-    )
-
-
-def _ratios(
-    layouts: Sequence[_Layout], loads: Sequence[TableLoad], options: ShardOptions, costs: CostModel
-) -> dict[str, float]:
-    """Of a layout over singular, in the same round; medians of the rounds. `auto` picks among the sharded ones."""
+def _ratios(layouts: Sequence[Layout], results: Sequence[Row], auto: Layout) -> dict[str, float]:
+    """Of a layout over singular, in the same round, medians of the rounds; and how well the simulator knew it."""
     singular = layouts[0].rounds
     p99, cpu = dict[str, float](), dict[str, float]()
     for layout in layouts[1:]:
@@ -279,14 +265,25 @@ def _ratios(
             for one, alone in pairs
         )
     best = min(p99, key=lambda name: p99[name])
-    sharded = [strategy for strategy in Placing if strategy is not Placing.SINGULAR]
-    chosen = choose(loads, sharded, options.shards, MemoryLimits(replicate_bytes=0), costs).best.plan
-    auto = next(layout.name for layout in layouts if layout.plan.shards == chosen.shards)
-    ratios = {"p99_overhead_best": p99[best], "p99_overhead_auto": p99[auto], "cpu_overhead_best": cpu[best]}
+    of_all = [percentile(layout.latencies_ms, 0.99) for layout in layouts]
+    apart = {layout.name: float(row["apart_p99_ms"]) for layout, row in zip(layouts, results, strict=True)}
+    errors = [abs(float(row["p99_error"])) for row in results]
+    ratios = {
+        "p99_overhead_best": p99[best],
+        "p99_overhead_best_of_all": min(of_all[1:]) / of_all[0],
+        "p99_overhead_best_simulated": min(apart[name] for name in p99) / apart[layouts[0].name],
+        "p99_overhead_auto": p99[auto.name],
+        "auto_over_best": p99[auto.name] / p99[best],
+        "cpu_overhead_best": cpu[best],
+        "p99_prediction_error_median": statistics.median(errors),
+        "p99_prediction_error_largest": max(errors),
+    }
     return ratios | {f"p99_overhead {name}": value for name, value in p99.items()}
 
 
-def _about(workload: DlrmWorkload, declaration: Declaration, options: ShardOptions, rate: float) -> dict[str, Any]:
+def _about(
+    workload: DlrmWorkload, declaration: Declaration, options: ShardOptions, rate: float, costs: CostModel
+) -> dict[str, Any]:
     size = sum(table.size_bytes for table in declaration.tables)
     return {
         "name": workload.name,
@@ -295,4 +292,5 @@ def _about(workload: DlrmWorkload, declaration: Declaration, options: ShardOptio
         "rate": rate,
         "served": {"tables": len(declaration.tables), "bytes": size, "storage": workload.storage.value},
         "flops": {},
+        "costs": msgspec.to_builtins(costs),
     }

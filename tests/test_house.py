@@ -28,6 +28,7 @@ FLOORS = [
     ["request_path"],
     ["ranker"],
     ["serve", "client"],
+    ["deploy"],
     ["train"],
     ["build"],
     ["demo", "bench"],

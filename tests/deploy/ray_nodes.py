@@ -25,7 +25,9 @@ CLONE_NEWNET = 0x40000000  # linux/sched.h
 HEAD, OTHER = "10.77.0.1", "10.77.0.2"
 PORT = 6399
 PATIENCE_S = 60.0
-NODE = ("--num-cpus", "16", "--memory", str(8 << 30), "--object-store-memory", str(100 << 20), "--disable-usage-stats")
+NODE = ("--num-cpus", "4", "--object-store-memory", str(100 << 20), "--disable-usage-stats")
+MEMORY = {HEAD: 8 << 30, OTHER: 1 << 30}
+"""What Ray gives away of each node: a process that reserves more than the second has is on the first."""
 QUICK = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
 """A node that has ended is missed after seconds."""
 
@@ -37,6 +39,7 @@ class RayNodes:
 
     def __init__(self, wire: list[str], folder: Path) -> None:
         self._wire, self._folder = wire, folder
+        self._namespaces = {_namespace("thread-self"), _namespace(wire[2])}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         token = folder / "token"
         token.write_text("0123456789abcdef" * 4)
@@ -62,6 +65,11 @@ class RayNodes:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
+    def processes(self, command: str) -> list[int]:
+        """The processes on both nodes that have this in their command lines."""
+        found = subprocess.run(["pgrep", "-f", command], capture_output=True, text=True).stdout.split()
+        return [int(pid) for pid in found if _namespace(pid) in self._namespaces]
+
     def close(self) -> None:
         """Both nodes."""
         for host in (OTHER, HEAD):
@@ -76,7 +84,18 @@ class RayNodes:
         ray = str(Path(sys.executable).with_name("ray"))
         with log.open("wb") as output:
             self._processes[host] = subprocess.Popen(
-                [*prefix, ray, "start", "--block", "--node-ip-address", host, *options, *NODE],
+                [
+                    *prefix,
+                    ray,
+                    "start",
+                    "--block",
+                    "--node-ip-address",
+                    host,
+                    "--memory",
+                    str(MEMORY[host]),
+                    *options,
+                    *NODE,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -88,6 +107,14 @@ class RayNodes:
             if time.monotonic() > until or self._processes[host].poll() is not None:
                 pytest.fail(f"Ray did not start at {host}:\n{text[-3000:]}")
             time.sleep(0.05)
+
+
+def _namespace(pid: str) -> int:
+    """The network namespace of a process; 0 if it has ended, or is not ours to see."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/net").st_ino
+    except OSError:
+        return 0
 
 
 @contextmanager
@@ -132,7 +159,7 @@ def _namespaces() -> Iterator[list[str]]:
 def _wire(other: int, inside: list[str]) -> None:
     """Both ends of a virtual cable, addressed and up."""
     until = time.monotonic() + PATIENCE_S
-    while os.stat(f"/proc/{other}/ns/net").st_ino == os.stat("/proc/thread-self/ns/net").st_ino:
+    while _namespace(str(other)) == _namespace("thread-self"):
         assert time.monotonic() < until, "unshare has not made a namespace"
         time.sleep(0.01)
     for command in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,14 +20,15 @@ from torch import nn
 
 from rankd import Client, Ranker, RankRequest
 from rankd.build.pack import BuildOptions, build_artifact
-from rankd.deploy.deployment_status import DeploymentStatus, ProcessStatus
+from rankd.deploy.deployment_status import DeploymentStatus
 from rankd.deploy.process_report import ProcessReport, ProcessState
 from rankd.embeddings.table_spec import TableStorage
 from rankd.engine.backend import EngineConfig
 from rankd.errors import RankdError
 from rankd.models.protocol import create_model
 from rankd.train.recipe import ModelChoice
-from tests.deploy.ray_nodes import OTHER, RayNodes, two_nodes
+from rankd.types import Float32Array
+from tests.deploy.ray_nodes import HEAD, OTHER, RayNodes, two_nodes
 from tests.features.stores.redis_server import eventually
 from tests.train.small_log import RECIPE, small_dataset
 
@@ -47,12 +46,12 @@ replicas = 2
 servers = 1
 
 [shard]
-cpus = 0.5
+cpus = 0.25
 memory = "64MiB"
 workers = 1
 
 [server]
-memory = "256MiB"
+memory = "2GiB"  # more than the second node has
 config = "rankd.toml"
 
 [watch]
@@ -107,30 +106,25 @@ class Deployed:
         """`rankd deploy ...`; its output."""
         return rankd(["deploy", *arguments, "--ray", self._nodes.address], self._nodes.environment, self._folder)
 
-    def status(self) -> DeploymentStatus:
-        """How all is now."""
-        return msgspec.json.decode(self.deploy("status", "--json"), type=DeploymentStatus)
+    def processes(self) -> dict[str, ProcessReport]:
+        """How each process is now that answers."""
+        found = msgspec.json.decode(self.deploy("status", "--json"), type=DeploymentStatus)
+        return {process.name: process.report for process in found.processes if process.report is not None}
 
-    def report(self, name: str) -> ProcessReport:
-        """How a process is."""
-        (found,) = [process.report for process in self.status().processes if process.name == name]
-        return found or ProcessReport(ProcessState.STARTING)
-
-    def recovered(self, name: str, restarts: int) -> ProcessReport:
-        """How a process is when it is up after so many restarts."""
+    def up_again(self, name: str, since: ProcessReport) -> ProcessReport:
+        """How a process is when it is up, and another one than `since`."""
 
         def up() -> ProcessReport | None:
-            report = self.report(name)
-            return report if report.state is ProcessState.UP and report.restarts >= restarts else None
+            report = self.processes().get(name)
+            return report if report and report.state is ProcessState.UP and report.pid != since.pid else None
 
         found: ProcessReport = eventually(up, f"{name} is up again", PATIENCE_S)
         return found
 
     def url(self) -> str:
         """Of the ranking server."""
-        (server,) = [process for process in self.status().processes if process.shard is None]
-        assert server.report is not None
-        return f"http://{server.report.address}"
+        (server,) = [report for name, report in self.processes().items() if name.startswith("server")]
+        return f"http://{server.address}"
 
 
 def rankd(arguments: list[str], environment: dict[str, str], folder: Path | None = None) -> str:
@@ -154,23 +148,20 @@ def deployed(nodes: RayNodes, folder: Path) -> Iterator[Deployed]:
     running.deploy("up", "films.toml")
     yield running
     running.deploy("down", "films")
-    left = subprocess.run(["pgrep", "-af", "rankd.deploy.leashed"], capture_output=True, text=True).stdout
-    assert str(folder) not in left
+    eventually(lambda: not nodes.processes("rankd.deploy.leashed"), "no process is left", PATIENCE_S)
 
 
 class Load:
-    """Requests all the time, each compared with the scores of a ranker that has all tables itself."""
+    """Requests all the time, each compared with `expected` scores."""
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self._url, self._folder = url, folder
+    def __init__(self, url: str, expected: list[Float32Array]) -> None:
+        self.url, self._expected = url, expected
         self._stop = threading.Event()
         self.sent = 0
         self.wrong: list[str] = []
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(2)]
 
     def __enter__(self) -> Load:
-        with Ranker.load(self._folder / "models" / "films", EngineConfig(executors=1)) as ranker:
-            self._expected = [ranker.rank(request).scores for request in REQUESTS]
         for thread in self._threads:
             thread.start()
         self.settle()
@@ -181,13 +172,13 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def settle(self, more: int = 20) -> None:
+    def settle(self, more: int = 10) -> None:
         """Until so many more requests were answered."""
         end = self.sent + more
         eventually(lambda: self.sent >= end, f"{more} more answers", PATIENCE_S)
 
     def _run(self, number: int) -> None:
-        with Client(self._url) as client:
+        with Client(self.url) as client:
             while not self._stop.is_set():
                 number = (number + 1) % len(REQUESTS)
                 try:
@@ -199,12 +190,121 @@ class Load:
                 if answer.degraded or not np.allclose(answer.scores, self._expected[number], atol=1e-4):
                     self.wrong.append(f"other scores, degraded {answer.degraded}")
                 self.sent += 1
-                time.sleep(0.005)
+                time.sleep(0.03)  # this machine starts processes too
 
 
-def test_up(deployed: Deployed, folder: Path) -> None:
-    found = deployed.status()
-    print(found)
-    with Load(deployed.url(), folder) as load:
-        load.settle()
-    assert load.wrong == []
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[Float32Array]:
+    """The scores of a ranker that has all tables itself."""
+    with Ranker.load(folder / "models" / "films", EngineConfig(executors=1)) as ranker:
+        return [ranker.rank(request).scores for request in REQUESTS]
+
+
+@pytest.fixture
+def load(deployed: Deployed, expected: list[Float32Array]) -> Iterator[Load]:
+    """Requests while the test runs; at its end none was lost, and all had the right scores."""
+    with Load(deployed.url(), expected) as running:
+        yield running
+        running.settle()
+    assert running.wrong == []
+
+
+def running(report: ProcessReport) -> bool:
+    """Whether that process is still there."""
+    return Path(f"/proc/{report.pid}").exists()
+
+
+def shards_of(processes: dict[str, ProcessReport], number: int) -> dict[str, ProcessReport]:
+    return {name: report for name, report in processes.items() if name.startswith(f"shard-{number}-")}
+
+
+def test_replicas_of_a_shard_are_on_different_nodes(deployed: Deployed, load: Load) -> None:
+    processes = deployed.processes()
+    for number in (0, 1):
+        assert {report.host for report in shards_of(processes, number).values()} == {HEAD, OTHER}
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_shard_that_dies_or_hangs_is_replaced_and_no_request_is_lost(
+    deployed: Deployed, load: Load, fault: signal.Signals
+) -> None:
+    name, before = next(iter(shards_of(deployed.processes(), 0).items()))
+    os.kill(before.pid, fault)
+    after = deployed.up_again(name, before)
+    assert (after.address, after.restarts) == (before.address, before.restarts + 1)
+    assert after.recovery_s is not None
+    assert ("SIGKILL" in after.trouble) if fault is signal.SIGKILL else ("did not answer 2 times" in after.trouble)
+    print(f"{fault.name}: away {after.recovery_s:.2f} s, {load.sent} requests answered, {len(load.wrong)} lost")
+
+
+def test_a_supervisor_that_dies_takes_its_shard_along_and_ray_starts_both_again(
+    deployed: Deployed, nodes: RayNodes, load: Load
+) -> None:
+    name, before = next(iter(shards_of(deployed.processes(), 1).items()))
+    agent = int(Path(f"/proc/{before.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    (controller,) = nodes.processes("ray::ControllerActor")
+    os.kill(agent, signal.SIGKILL)
+    os.kill(controller, signal.SIGKILL)
+    eventually(lambda: not running(before), "the shard has ended too")
+    deployed.up_again(name, before)
+    assert nodes.processes("ray::ControllerActor") not in ([], [controller])
+
+
+def test_replicas_go_and_ranking_servers_come(deployed: Deployed, load: Load, expected: list[Float32Array]) -> None:
+    deployed.deploy("scale", "--replicas", "1", "--servers", "2")
+    processes = deployed.processes()
+    assert [len(shards_of(processes, number)) for number in (0, 1)] == [1, 1]
+    (newest,) = [report for name, report in processes.items() if report.address not in load.url and "server" in name]
+    with Load(f"http://{newest.address}", expected) as other:
+        other.settle()
+    assert other.wrong == []
+    deployed.deploy("scale", "--servers", "1")
+    assert len(deployed.processes()) == 3
+    assert not running(newest)
+
+
+def test_a_plan_grows_from_two_shards_to_four(deployed: Deployed, load: Load) -> None:
+    before = deployed.processes()
+    deployed.deploy("apply", "four.json")
+    after = deployed.processes()
+    assert [len(shards_of(after, number)) for number in range(4)] == [1, 1, 1, 1]
+    gone = set(before) - set(after)
+    assert gone == {name for name in before if name.startswith("shard")}
+    assert not [name for name in gone if running(before[name])]
+
+
+def test_a_node_is_drained(deployed: Deployed, load: Load) -> None:
+    before = deployed.processes()
+    (node,) = {report.node for report in before.values() if report.host == OTHER}
+    deployed.deploy("drain", "--node", node)
+    after = deployed.processes()
+    assert {report.host for report in after.values()} == {HEAD}
+    assert [len(shards_of(after, number)) for number in range(4)] == [1, 1, 1, 1]
+
+
+def test_a_node_that_ends_costs_no_request_and_its_shards_come_back_with_it(
+    deployed: Deployed, nodes: RayNodes, load: Load
+) -> None:
+    deployed.deploy("scale", "--replicas", "2")
+    before = {name: report for name, report in deployed.processes().items() if report.host == OTHER}
+    assert sorted(name[:7] for name in before) == ["shard-0", "shard-1", "shard-2", "shard-3"]
+    nodes.end(OTHER)
+    eventually(lambda: not any(map(running, before.values())), "all that was there has ended", PATIENCE_S)
+    load.settle()
+    nodes.start_other()
+    for name, report in before.items():
+        deployed.up_again(name, report)
+
+
+def test_wrong_changes_are_refused_and_change_nothing(deployed: Deployed) -> None:
+    before = set(deployed.processes())
+    for arguments, message in (
+        (("up", "films.toml"), "is there already"),
+        (("drain", "shard-9-9"), "no process 'shard-9-9' here"),
+        (("drain", "--node", "nowhere"), "no node 'nowhere' here"),
+        (("scale", "--replicas", "1000"), "no room for"),
+        (("down", "fims"), "Did you mean 'films'?"),
+    ):
+        with pytest.raises(AssertionError, match=re.escape(message)):
+            deployed.deploy(*arguments)
+    assert set(deployed.processes()) == before

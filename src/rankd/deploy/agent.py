@@ -1,4 +1,4 @@
-"""A supervisor as a Ray actor: Ray puts it on a node, starts it again when it fails, and moves it when its node ends."""
+"""A supervisor as a Ray actor: Ray puts it on a node, starts it again when it fails, moves it when its node ends."""
 
 from __future__ import annotations
 

@@ -100,11 +100,7 @@ class DeploymentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def wanted(self, process: Process, others: tuple[Process, ...], avoid: frozenset[str]) -> Wanted:
         """A process as it is to be started; `others` are those that there will be, replicas of it among them."""
-        replicas = tuple(
-            one.name
-            for one in others
-            if one.shard is not None and one.shard == process.shard and one.name != process.name
-        )
+        replicas = tuple(one.name for one in others if one.shard == process.shard and one.name != process.name)
         return Wanted(process.name, self.role(process), self.needs(process), avoid, replicas)
 
     def with_names(self, kinds: Sequence[int | None]) -> tuple[DeploymentRecord, tuple[Process, ...]]:

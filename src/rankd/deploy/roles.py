@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import httpx
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 from rankd.errors import ShardFailure, Trouble, Unavailable
 from rankd.plan.plan_file import PlanFile
@@ -133,7 +131,9 @@ class _ServerProber:
     """Readiness over HTTP, and the generation from /metrics."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        import httpx
+
+        self._address, self._errors = address, httpx.HTTPError
         self._http = httpx.Client(base_url=f"http://{address}", trust_env=False)
 
     def probe(self, within_s: float) -> int:
@@ -142,7 +142,7 @@ class _ServerProber:
             if ready.status_code != 200:
                 raise Unavailable(f"the server at {self._address} is not ready: {ready.text}")
             return _generation(self._http.get("/metrics", timeout=within_s).text)
-        except httpx.HTTPError as error:
+        except self._errors as error:
             kind = type(error).__name__
             raise Unavailable(f"the server at {self._address} did not answer: {kind} {error}") from error
 
@@ -152,6 +152,8 @@ class _ServerProber:
 
 def _generation(metrics: str) -> int:
     """The oldest generation that a model of the server still uses; 0 if none follows placements."""
+    from prometheus_client.parser import text_string_to_metric_families
+
     found = [
         int(sample.value)
         for family in text_string_to_metric_families(metrics)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -169,10 +169,13 @@ class Controller:
         try:
             record, started = self._record, self._fleet.names()
             expected = {one.name: one for one in record.processes}
-            self._fleet.stop(sorted(started - set(expected)), record.deployment.watch.drain_seconds)
-            lost = [one for name, one in expected.items() if name not in started]
-            self._fleet.start([record.wanted(one, record.processes, frozenset()) for one in lost])
-            self._follow_addresses(self._fleet.reports(list(expected)))
+            if lost := [one for name, one in expected.items() if name not in started]:
+                self._fleet.start([record.wanted(one, record.processes, frozenset()) for one in lost])
+            reports = self._fleet.reports(list(expected))
+            self._follow_addresses(reports)
+            left = started - set(expected)
+            if left and not self._behind(reports):  # else a ranking server may still ask them
+                self._fleet.stop(sorted(left), record.deployment.watch.drain_seconds)
         finally:
             self._changes.release()
 
@@ -233,22 +236,28 @@ class Controller:
             after = replace(after, generation=before.generation + 1, addresses=self._addresses(after))
         self._adopt(after)
         try:
-            self._until(self._not_gone_over)
+            self._until(lambda reports: self._said(self._behind(reports)))
         except BaseException:
-            self._adopt(replace(before, generation=self._record.generation + 1))
+            self._go_back(before)
             self._end(new)
             raise
 
-    def _not_gone_over(self, reports: Reports) -> str:
-        """Which ranking server still asks where shards were; one that is not there asks nobody."""
+    def _go_back(self, before: DeploymentRecord) -> None:
+        """Let all be as before, and wait until no ranking server that had gone over asks new processes any more."""
+        reports = self._fleet.reports([one.name for one in self._record.servers])
+        over = set(reports) - set(self._behind(reports))
+        self._adopt(replace(before, generation=self._record.generation + 1))
+        with suppress(Unavailable):
+            self._until(lambda reports: self._said([name for name in self._behind(reports) if name in over]))
+
+    def _behind(self, reports: Reports) -> list[str]:
+        """Ranking servers that still ask where shards were; one that does not report asks nobody."""
         wanted = self._record.generation
-        for one in self._record.servers:
-            if one.name in reports and reports[one.name][0].generation < wanted:
-                report = reports[one.name][0]
-                return (
-                    f"{one.name} uses placement {report.generation}, not {wanted} ({report.trouble or 'see its log'})"
-                )
-        return ""
+        servers = [one.name for one in self._record.servers if one.name in reports]
+        return [name for name in servers if reports[name][0].generation < wanted]
+
+    def _said(self, behind: Sequence[str]) -> str:
+        return f"{', '.join(behind)} did not go over to placement {self._record.generation}" if behind else ""
 
     def _until(self, holds_not: Callable[[Reports], str], more: Sequence[str] = ()) -> None:
         """Until `holds_not` gives no reason any more, of reports of all processes and `more`.

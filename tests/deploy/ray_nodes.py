@@ -120,10 +120,9 @@ def _namespace(pid: str) -> int:
 @contextmanager
 def two_nodes() -> Iterator[RayNodes]:
     """Started, and ended with the block."""
-    if find_spec("ray") is None:
-        pytest.skip("Ray is not installed: pip install 'rankd[cluster]'")
     with ExitStack() as stack:
-        wire = stack.enter_context(_namespaces())
+        stack.enter_context(own_namespace())
+        wire = stack.enter_context(_wired())
         # Not pytest's folder: the names of Ray's sockets in it would be too long for the kernel
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankd-ray-", ignore_cleanup_errors=True))
         nodes = RayNodes(wire, Path(folder))
@@ -134,41 +133,47 @@ def two_nodes() -> Iterator[RayNodes]:
 
 
 @contextmanager
-def _namespaces() -> Iterator[list[str]]:
-    """This thread is in a namespace of its own at HEAD; the command that runs another one at OTHER."""
-    for program in ("unshare", "nsenter", "ip"):
+def own_namespace() -> Iterator[None]:
+    """This thread is in a network namespace that has a loopback device and nothing else."""
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed: pip install 'rankd[cluster]'")
+    for program in ("unshare", "nsenter", "ip", "pgrep"):
         if shutil.which(program) is None:
             pytest.skip(f"no `{program}` on this machine: Ray has to run where nobody reaches it")
     libc = ctypes.CDLL(None, use_errno=True)
     before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    if libc.unshare(CLONE_NEWNET) != 0:
+    try:
+        if libc.unshare(CLONE_NEWNET) != 0:
+            pytest.skip(f"no network namespace for Ray: {os.strerror(ctypes.get_errno())}")
+        try:
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            yield
+        finally:
+            libc.setns(before, CLONE_NEWNET)
+    finally:
         os.close(before)
-        pytest.skip(f"no network namespace for Ray: {os.strerror(ctypes.get_errno())}")
+
+
+@contextmanager
+def _wired() -> Iterator[list[str]]:
+    """A cable from here, which is HEAD, to a namespace at OTHER; yields the command that runs another one there."""
     other = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
     inside = ["nsenter", "--target", str(other.pid), "--net"]
     try:
-        _wire(other.pid, inside)
+        until = time.monotonic() + PATIENCE_S
+        while _namespace(str(other.pid)) == _namespace("thread-self"):
+            assert time.monotonic() < until, "unshare has not made a namespace"
+            time.sleep(0.01)
+        for command in (
+            "ip link add rankd0 type veth peer name rankd1",
+            f"ip link set rankd1 netns {other.pid}",
+            f"ip addr add {HEAD}/24 dev rankd0",
+            "ip link set rankd0 up",
+        ):
+            subprocess.run(command.split(), check=True)
+        for command in ("ip link set lo up", f"ip addr add {OTHER}/24 dev rankd1", "ip link set rankd1 up"):
+            subprocess.run([*inside, *command.split()], check=True)
         yield inside
     finally:
         other.kill()
         other.wait()
-        libc.setns(before, CLONE_NEWNET)
-        os.close(before)
-
-
-def _wire(other: int, inside: list[str]) -> None:
-    """Both ends of a virtual cable, addressed and up."""
-    until = time.monotonic() + PATIENCE_S
-    while _namespace(str(other)) == _namespace("thread-self"):
-        assert time.monotonic() < until, "unshare has not made a namespace"
-        time.sleep(0.01)
-    for command in (
-        "ip link set lo up",
-        "ip link add rankd0 type veth peer name rankd1",
-        f"ip link set rankd1 netns {other}",
-        f"ip addr add {HEAD}/24 dev rankd0",
-        "ip link set rankd0 up",
-    ):
-        subprocess.run(command.split(), check=True)
-    for command in ("ip link set lo up", f"ip addr add {OTHER}/24 dev rankd1", "ip link set rankd1 up"):
-        subprocess.run([*inside, *command.split()], check=True)

@@ -35,7 +35,7 @@ def up(file: Path, address: str) -> None:
     from rankd.deploy.deployment_record import DeploymentRecord
     from rankd.plan.plan_file import read_plan
 
-    deployment, plan = read_deployment(file), None
+    deployment = read_deployment(file)
     plan = read_plan(Path(deployment.plan))
     if not (deployment.security.secret or deployment.security.tls_cert):
         made_up = replace(deployment.security, secret=secrets.token_hex(16))
@@ -43,7 +43,7 @@ def up(file: Path, address: str) -> None:
     ray_pid = ray_session.start_local() if address == ray_session.LOCAL else 0
     try:
         ray_session.connect(ray_session.AUTO if ray_pid else address)
-        controller = ray_session.start_controller(deployment, DeploymentRecord(deployment, plan, ray_pid=ray_pid))
+        controller = ray_session.start_controller(DeploymentRecord(deployment, plan, ray_pid=ray_pid))
         try:
             ray_session.answer(controller.up.remote())
         except BaseException:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-
-from ray.exceptions import RayError
+import time
 
 from rankd.deploy.controller import Controller
 from rankd.deploy.deployment_record import DeploymentRecord
@@ -32,7 +31,6 @@ class ControllerActor:
         record = fleet.load() or first
         fleet.save(record)
         self._controller = Controller(record, fleet)
-        self._closing = threading.Event()
         threading.Thread(target=self._follow, name="controller-follow", daemon=True).start()
 
     def up(self) -> None:
@@ -52,8 +50,7 @@ class ControllerActor:
         self._controller.drain(names, node)
 
     def down(self) -> None:
-        """See `Controller.down`; nothing is followed after this."""
-        self._closing.set()
+        """See `Controller.down`."""
         self._controller.down()
 
     def status(self) -> DeploymentStatus:
@@ -61,8 +58,11 @@ class ControllerActor:
         return self._controller.status()
 
     def _follow(self) -> None:
-        while not self._closing.wait(FOLLOW_S):
+        while True:
+            time.sleep(FOLLOW_S)
             try:
                 self._controller.follow()
-            except (RankdError, RayError) as error:  # tried again at the next look
+            except RankdError as error:  # no room, for example; tried again at the next look
                 log.warning("%s", error)
+            except Exception:  # the edge of the thread: it goes on as long as the actor does
+                log.exception("the deployment could not be followed")

@@ -53,8 +53,12 @@ class RayFleet:
         found = internal_kv._internal_kv_get(self._key)
         return None if found is None else msgspec.json.decode(found, type=DeploymentRecord)
 
-    def forget(self) -> None:
-        """Keep the record no more."""
+    def end_all(self) -> None:
+        """End all processes that are left, give up all places, and keep the record no more."""
+        self.stop(sorted(self.names()), self._watching.drain_seconds)
+        for group in placement_group_table().values():
+            if group["name"].startswith(self._group_name("")) and group["state"] != "REMOVED":
+                remove_placement_group(get_placement_group(group["name"]))
         internal_kv._internal_kv_del(self._key)
 
     def names(self) -> set[str]:
@@ -134,7 +138,7 @@ class RayFleet:
             return None
 
     def _group_name(self, name: str) -> str:
-        return f"{self.namespace}-{name}"
+        return f"{self.namespace}/{name}"
 
     def _find_room(self, one: Wanted, wanted: Collection[Wanted]) -> PlacementGroup:
         """A place for a process, apart from its replicas if there is one."""

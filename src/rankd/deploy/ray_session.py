@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rankd.deploy.deployment import Deployment
 from rankd.deploy.deployment_record import DeploymentRecord
 from rankd.errors import ConfigError, MissingExtra, NotFound, RankdError, Unavailable, nearest
 
@@ -42,8 +41,8 @@ def connect(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, RayError) as error:
         raise Unavailable(
-            f"no Ray at '{address}' lets us in: {str(error).splitlines()[0]}; start one with `ray start --head`, or "
-            "let `rankd deploy up --ray local` do it"
+            f"no Ray at '{address}' lets us in: {' '.join(str(error).split())[:300]}; start one with `ray start "
+            "--head`, or let `rankd deploy up --ray local` do it"
         ) from error
 
 
@@ -67,7 +66,7 @@ def start_local() -> int:
     until = time.monotonic() + START_S
     while "Ray runtime started" not in (text := Path(output.name).read_text(errors="replace")):
         if process.poll() is not None or time.monotonic() > until:
-            process.kill()
+            stop_local(process.pid)
             raise Unavailable(f"Ray did not start; {output.name} ends so:\n{text[-2000:]}")
         time.sleep(0.1)
     return process.pid
@@ -79,12 +78,14 @@ def stop_local(pid: int) -> None:
         os.kill(pid, signal.SIGINT)
         until = time.monotonic() + STOP_S
         while time.monotonic() < until:
+            with suppress(ChildProcessError):  # it is not ours, and somebody else's to wait for
+                os.waitpid(pid, os.WNOHANG)
             os.kill(pid, 0)
             time.sleep(0.1)
         os.kill(pid, signal.SIGKILL)
 
 
-def start_controller(deployment: Deployment, record: DeploymentRecord) -> Any:
+def start_controller(record: DeploymentRecord) -> Any:
     """The controller of a new deployment.
 
     Raises:
@@ -95,12 +96,13 @@ def start_controller(deployment: Deployment, record: DeploymentRecord) -> Any:
     from rankd.deploy.controller_actor import ControllerActor
     from rankd.deploy.ray_fleet import CONTROLLER, NAMESPACE
 
-    if deployment.name in deployments():
+    name = record.deployment.name
+    if name in deployments():
         raise ConfigError(
-            f"deployment '{deployment.name}' is there already; change it with `rankd deploy apply` or `scale`, or end "
+            f"deployment '{name}' is there already; change it with `rankd deploy apply` or `scale`, or end "
             "it with `rankd deploy down`"
         )
-    options = {"name": CONTROLLER, "namespace": NAMESPACE + deployment.name, "lifetime": "detached"}
+    options = {"name": CONTROLLER, "namespace": NAMESPACE + name, "lifetime": "detached"}
     actor = ray.remote(ControllerActor).options(**options, max_restarts=-1, max_concurrency=8, num_cpus=0)
     return actor.remote(record)
 
@@ -137,14 +139,14 @@ def find_controller(name: str) -> tuple[str, Any]:
 
 
 def end_controller(name: str, actor: Any) -> None:
-    """End a controller whose processes have ended, and forget its record."""
+    """End a controller, and what it has not ended yet itself."""
     import ray
 
     from rankd.deploy.deployment import Watching
     from rankd.deploy.ray_fleet import RayFleet
 
-    RayFleet(name, Watching()).forget()
     ray.kill(actor, no_restart=True)
+    RayFleet(name, Watching()).end_all()
 
 
 def answer(reference: Any) -> Any:

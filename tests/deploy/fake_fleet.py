@@ -38,8 +38,8 @@ class FakeFleet:
     def names(self) -> set[str]:
         return set(self.running)
 
-    def nodes(self) -> set[str]:
-        return set(NODES)
+    def nodes(self) -> dict[str, str]:
+        return {node: f"at-{node}" for node in NODES}
 
     def start(self, wanted: Collection[Wanted]) -> None:
         if len(self.running) + len(wanted) > self.room:

@@ -145,7 +145,9 @@ def test_scaling_starts_the_missing_and_ends_the_newest() -> None:
 
 def test_a_drained_node_has_nothing_any_more() -> None:
     controller, fleet = started(2, replicas=2, servers=2)
-    controller.drain((), NODES[1])
+    with pytest.raises(NotFound, match="'n' are 2 nodes"):
+        controller.drain((), "n")
+    controller.drain((), f"at-{NODES[1]}")
     assert {fleet.nodes_of[name] for name in fleet.running} == {NODES[0]}
     assert kinds(fleet) == {"shard-0": 2, "shard-1": 2, "server": 2}
     controller.drain(["shard-0-1"])
@@ -153,7 +155,7 @@ def test_a_drained_node_has_nothing_any_more() -> None:
     assert kinds(fleet)["shard-0"] == 2
     with pytest.raises(NotFound, match="no process 'shard-0-1' here"):
         controller.drain(["shard-0-1"])
-    with pytest.raises(NotFound, match="no node 'n3' here"):
+    with pytest.raises(NotFound, match="'n3' are 0 nodes; there are n1 at at-n1, n2 at at-n2"):
         controller.drain((), "n3")
     assert fleet.lost == []
 

@@ -113,7 +113,7 @@ def apply(plan: Path, name: str, address: str) -> None:
 
 @deploy.command()
 @click.argument("processes", nargs=-1)
-@click.option("--node", default="", help="All processes on this node (its id, as in `status`), to other nodes.")
+@click.option("--node", default="", help="All processes on this node: its address, or its id.")
 @click.option("--name", default="", help="The deployment, if there are several.")
 @ray_option
 def drain(processes: tuple[str, ...], node: str, name: str, address: str) -> None:
@@ -173,4 +173,4 @@ def _cells(process: ProcessStatus) -> list[str]:
     if report is None:
         return ["no answer", "", "", "", "", ""]
     away = "" if report.recovery_s is None else f"{report.recovery_s:.1f} s"
-    return [report.state.value, report.address, report.node, str(report.pid), str(report.restarts), away]
+    return [report.state.value, report.address, report.node[:8], str(report.pid), str(report.restarts), away]

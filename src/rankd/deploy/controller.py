@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from msgspec.structs import replace
 
-from rankd.deploy.deployment_record import DeploymentRecord, Process, Wanted
+from rankd.deploy.deployment_record import DeploymentRecord, Process, Wanted, is_server
 from rankd.deploy.deployment_status import DeploymentStatus, ProcessStatus
 from rankd.deploy.process_report import ProcessState, Reports
 from rankd.errors import ConfigError, NotFound, Unavailable, nearest
@@ -38,8 +38,8 @@ class Fleet(Protocol):
         """Processes that were started and not ended."""
         ...
 
-    def nodes(self) -> set[str]:
-        """The ids of all nodes."""
+    def nodes(self) -> Mapping[str, str]:
+        """The addresses of all nodes, by their ids."""
         ...
 
     def start(self, wanted: Collection[Wanted]) -> None:
@@ -81,7 +81,7 @@ class Controller:
                 servers = self._start([None] * wanted.servers)
                 self._go_over((*self._record.processes, *servers))
             except BaseException:
-                self._end(self._record.processes)
+                self._end(_names(self._record.processes))
                 raise
 
     def apply(self, plan: PlanFile) -> None:
@@ -102,7 +102,7 @@ class Controller:
             numbers = [n for n in range(len(plan.plan.shards)) for _ in range(before.deployment.replicas)]
             new = self._start(numbers, following)
             self._go_over((*new, *before.servers), new, plan)
-            self._end(before.shards)
+            self._end(_names(before.shards))
 
     def scale(self, replicas: int | None = None, servers: int | None = None) -> None:
         """Have so many processes for each shard, and so many ranking servers; None leaves them as they are.
@@ -123,33 +123,34 @@ class Controller:
             leaving = [one for kind, own in have.items() for one in own[most[kind] :]]
             self._go_over((*(one for one in before.processes if one not in leaving), *new), new)
             self._adopt(replace(self._record, deployment=wanted))
-            self._end(leaving)
+            self._end(_names(leaving))
 
     def drain(self, names: Sequence[str], node: str = "") -> None:
-        """Start others in place of these processes, and of all on a node (elsewhere), then end them.
+        """Start others in place of these processes, and of all on a node (its address or the first digits of its id;
+        elsewhere), then end them.
 
         Raises:
             NotFound: no such process or node. Unavailable: as `apply`.
         """
         with self._changing("drain"):
+            node = self._node(node) if node else ""
             leaving = self._leaving(names, node)
             new = self._start([one.shard for one in leaving], avoid=frozenset({node} if node else ()))
             staying = [one for one in self._record.processes if one not in leaving]
             self._go_over((*staying, *new), new)
-            self._end(leaving)
+            self._end(_names(leaving))
 
     def down(self) -> None:
         """End everything: ranking servers first, so that none misses its shards."""
         with self._changing("down"):
             before = self._record
             self._adopt(replace(before, processes=()))
-            self._end(before.servers)
-            self._end(before.shards)
+            self._end(_names(before.processes))
 
     def status(self) -> DeploymentStatus:
         """What runs, also while something changes."""
         record = self._record
-        reports = self._fleet.reports([one.name for one in record.processes])
+        reports = self._fleet.reports(_names(record.processes))
         processes = tuple(
             ProcessStatus(one.name, one.shard, reports[one.name][0] if one.name in reports else None)
             for one in record.processes
@@ -175,7 +176,7 @@ class Controller:
             self._follow_addresses(reports)
             left = started - set(expected)
             if left and not self._behind(reports):  # else a ranking server may still ask them
-                self._fleet.stop(sorted(left), record.deployment.watch.drain_seconds)
+                self._end(left)
         finally:
             self._changes.release()
 
@@ -201,11 +202,18 @@ class Controller:
         for name in names:
             if name not in processes:
                 raise NotFound(f"no process '{name}' here; there are {', '.join(processes)}.{nearest(name, processes)}")
-        if node and node not in self._fleet.nodes():
-            raise NotFound(f"no node '{node}' here; there are {', '.join(sorted(self._fleet.nodes()))}")
         reports = self._fleet.reports(list(processes)) if node else {}
         there = {name for name, (report, _) in reports.items() if report.node == node}
         return [one for name, one in processes.items() if name in there or name in names]
+
+    def _node(self, given: str) -> str:
+        """The id of a node, of which its address or the first digits of its id were given."""
+        nodes = self._fleet.nodes()
+        found = [node for node, address in nodes.items() if given == address or node.startswith(given)]
+        if len(found) != 1:
+            shown = ", ".join(f"{node[:8]} at {address}" for node, address in sorted(nodes.items()))
+            raise NotFound(f"'{given}' are {len(found)} nodes; there are {shown}: name one of them")
+        return found[0]
 
     def _start(
         self,
@@ -220,10 +228,9 @@ class Controller:
         others = new if following else (*named.processes, *new)
         try:
             self._fleet.start([record.wanted(one, others, avoid) for one in new])
-            names = [one.name for one in new]
-            self._until(lambda reports: _not_up(names, reports), names)
+            self._until(lambda reports: _not_up(_names(new), reports), _names(new))
         except BaseException:
-            self._end(new)
+            self._end(_names(new))
             raise
         return new
 
@@ -239,12 +246,12 @@ class Controller:
             self._until(lambda reports: self._said(self._behind(reports)))
         except BaseException:
             self._go_back(before)
-            self._end(new)
+            self._end(_names(new))
             raise
 
     def _go_back(self, before: DeploymentRecord) -> None:
         """Let all be as before, and wait until no ranking server that had gone over asks new processes any more."""
-        reports = self._fleet.reports([one.name for one in self._record.servers])
+        reports = self._fleet.reports(_names(self._record.servers))
         over = set(reports) - set(self._behind(reports))
         self._adopt(replace(before, generation=self._record.generation + 1))
         with suppress(Unavailable):
@@ -268,7 +275,7 @@ class Controller:
         within_s = self._record.deployment.watch.start_seconds
         until = time.monotonic() + within_s
         while True:
-            reports = self._fleet.reports([*(one.name for one in self._record.processes), *more])
+            reports = self._fleet.reports([*_names(self._record.processes), *more])
             self._follow_addresses(reports)
             reason = holds_not(reports)
             if not reason:
@@ -279,7 +286,7 @@ class Controller:
 
     def _addresses(self, record: DeploymentRecord, reports: Reports | None = None) -> dict[str, str]:
         """Of its shards: as reported now, or as they were."""
-        found = self._fleet.reports([one.name for one in record.shards]) if reports is None else reports
+        found = self._fleet.reports(_names(record.shards)) if reports is None else reports
         now = {name: report.address for name, (report, _) in found.items() if report.address}
         both = {**record.addresses, **now}
         return {one.name: both[one.name] for one in record.shards if one.name in both}
@@ -291,7 +298,7 @@ class Controller:
         if addresses != record.addresses:
             self._adopt(replace(record, addresses=addresses, generation=record.generation + 1))
             return
-        servers = [one.name for one in record.servers]
+        servers = _names(record.servers)
         behind = [name for name in servers if name in reports and reports[name][1] < record.generation]
         if behind and record.complete:
             self._fleet.tell(behind, record.placement())
@@ -302,10 +309,19 @@ class Controller:
         self._record = record
         self._fleet.save(record)
         if not told and record.complete:
-            self._fleet.tell([one.name for one in record.servers], record.placement())
+            self._fleet.tell(_names(record.servers), record.placement())
 
-    def _end(self, processes: Sequence[Process]) -> None:
-        self._fleet.stop([one.name for one in processes], self._record.deployment.watch.drain_seconds)
+    def _end(self, names: Collection[str]) -> None:
+        """End processes: ranking servers first, so that none misses its shards."""
+        drain_seconds = self._record.deployment.watch.drain_seconds
+        servers = sorted(name for name in names if is_server(name))
+        for leaving in (servers, sorted(set(names) - set(servers))):
+            if leaving:
+                self._fleet.stop(leaving, drain_seconds)
+
+
+def _names(processes: Sequence[Process]) -> list[str]:
+    return [one.name for one in processes]
 
 
 def _not_up(names: Collection[str], reports: Reports) -> str:

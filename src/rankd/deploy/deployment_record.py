@@ -18,6 +18,14 @@ from rankd.plan.byte_sizes import read_bytes
 from rankd.plan.plan_file import PlanFile
 from rankd.shards.placement_file import Placement
 
+SERVER = "server-"
+"""How the names of ranking servers begin."""
+
+
+def is_server(name: str) -> bool:
+    """Whether a process of that name is a ranking server."""
+    return name.startswith(SERVER)
+
 
 class Process(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A process by its name, which no other ever had. `shard`: its number in the plan; None: a ranking server."""
@@ -106,7 +114,7 @@ class DeploymentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def with_names(self, kinds: Sequence[int | None]) -> tuple[DeploymentRecord, tuple[Process, ...]]:
         """New processes, and the record that has given their names away; it does not have them to run yet."""
         made = tuple(
-            Process(f"{'server' if kind is None else f'shard-{kind}'}-{self.named + number}", kind)
+            Process(f"{SERVER if kind is None else f'shard-{kind}-'}{self.named + number}", kind)
             for number, kind in enumerate(kinds, 1)
         )
         return replace(self, named=self.named + len(made)), made

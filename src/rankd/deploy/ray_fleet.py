@@ -66,9 +66,9 @@ class RayFleet:
         found = list_named_actors(all_namespaces=True)
         return {one["name"] for one in found if one["namespace"] == self.namespace and one["name"] != CONTROLLER}
 
-    def nodes(self) -> set[str]:
-        """The ids of the nodes that are there."""
-        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    def nodes(self) -> dict[str, str]:
+        """The addresses of the nodes that are there, by their ids."""
+        return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
     def start(self, wanted: Collection[Wanted]) -> None:
         """Start processes, all or none.
@@ -144,7 +144,7 @@ class RayFleet:
         """A place for a process, apart from its replicas if there is one."""
         replicas = {node for name in one.apart_from if (node := self._node_of(name))}
         apart = one.avoid | replicas
-        if replicas and self.nodes() - apart:
+        if replicas and set(self.nodes()) - apart:
             group = self._reserve(one, apart)
             if group.wait(APART_S):
                 return group

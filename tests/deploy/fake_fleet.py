@@ -52,7 +52,9 @@ class FakeFleet:
             self.nodes_of[one.name] = min(free, key=taken.count)
             self.move(one.name)
             if isinstance(one.role, ServerRole):
-                self.told[one.name] = self.used[one.name] = one.role.placement
+                self.told[one.name] = one.role.placement
+                if one.name not in self.stubborn:
+                    self.used[one.name] = one.role.placement
 
     def reports(self, names: Collection[str]) -> Reports:
         return {name: self._report(name) for name in names if name in self.running}

@@ -121,9 +121,9 @@ def test_a_change_that_fails_leaves_all_as_it_was(fault: str) -> None:
 
 
 def test_up_that_fails_leaves_nothing() -> None:
-    for room, starts in ((3, True), (1000, False)):
+    for room, starts, stubborn in ((3, True, ""), (1000, False, ""), (1000, True, "server-5")):
         fleet = FakeFleet()
-        fleet.room, fleet.starts = room, starts
+        fleet.room, fleet.starts, fleet.stubborn = room, starts, {stubborn}
         with pytest.raises(Unavailable):
             Controller(DeploymentRecord(deployment(2), PLANS[2]), fleet).up()
         assert fleet.running == {}

@@ -77,9 +77,10 @@ class Controller:
         with self._changing("up"):
             wanted = self._record.deployment
             try:
-                self._go_over(self._start(self._shard_numbers(wanted.replicas)))
+                shards = self._start(self._shard_numbers(wanted.replicas))
+                self._go_over(shards, shards)
                 servers = self._start([None] * wanted.servers)
-                self._go_over((*self._record.processes, *servers))
+                self._go_over((*shards, *servers), servers)
             except BaseException:
                 self._end(_names(self._record.processes))
                 raise
@@ -264,7 +265,13 @@ class Controller:
         return [name for name in servers if reports[name][0].generation < wanted]
 
     def _said(self, behind: Sequence[str]) -> str:
-        return f"{', '.join(behind)} did not go over to placement {self._record.generation}" if behind else ""
+        """Why a change has to wait for these."""
+        if not behind:
+            return ""
+        return (
+            f"{', '.join(behind)} did not go over to placement {self._record.generation}; does it serve a model with "
+            "these tables, and what does its log say?"
+        )
 
     def _until(self, holds_not: Callable[[Reports], str], more: Sequence[str] = ()) -> None:
         """Until `holds_not` gives no reason any more, of reports of all processes and `more`.

@@ -147,19 +147,11 @@ def down(name: str, address: str) -> None:
 
 def _show(found: DeploymentStatus) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     change = f", {found.change} is under way" if found.change else ""
-    table = Table(
-        "process",
-        "state",
-        "address",
-        "node",
-        "pid",
-        "restarts",
-        "away last",
-        title=f"{found.name}: {found.plan}{change}",
-    )
+    kept = (Column(name, no_wrap=True) for name in ("process", "state", "address"))
+    table = Table(*kept, "node", "pid", "restarts", "away last", title=f"{found.name}: {found.plan}{change}")
     for process in found.processes:
         table.add_row(process.name, *_cells(process))
     Console().print(table)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from rankd.deploy import ray_session
 from rankd.deploy.deployment import Deployment, read_deployment
-from rankd.errors import ConfigError
+from rankd.errors import ConfigError, MissingExtra
 
 LINES = ('name = "films"', 'models = "models"', 'plan = "plan.json"', 'tables = "models"')
 
@@ -45,3 +46,10 @@ def test_what_is_wrong_is_named(tmp_path: Path, line: str, complaint: str) -> No
 def test_a_name_is_one_that_ray_takes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name"):
         read_deployment(written(tmp_path, 'name = "Films!"', *LINES[1:]))
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_session, "find_spec", lambda name: None)
+    for needs_ray in (lambda: ray_session.connect("auto"), ray_session.start_local):
+        with pytest.raises(MissingExtra, match=r"rankd\[cluster\]"):
+            needs_ray()

@@ -161,8 +161,10 @@ def _show(found: DeploymentStatus) -> None:
 
 
 def _cells(process: ProcessStatus) -> list[str]:
+    from rich.markup import escape
+
     report = process.report
     if report is None:
         return ["no answer", "", "", "", "", ""]
     away = "" if report.recovery_s is None else f"{report.recovery_s:.1f} s"
-    return [report.state.value, report.address, report.node[:8], str(report.pid), str(report.restarts), away]
+    return [report.state.value, escape(report.address), report.node[:8], str(report.pid), str(report.restarts), away]

@@ -80,6 +80,12 @@ class FakeFleet:
         self._ports += 1
         self.addresses[name] = f"10.0.0.1:{self._ports}"
 
+    def lose(self, name: str) -> None:
+        """Let a process be gone, as if somebody had ended its agent."""
+        del self.running[name]
+        self.told.pop(name, None)
+        self.used.pop(name, None)
+
     def _report(self, name: str) -> tuple[ProcessReport, int]:
         told = self.told[name].generation if name in self.told else 0
         used = self.used[name].generation if name in self.used else 0

@@ -234,7 +234,7 @@ def test_whatever_changes_all_that_is_wanted_runs_and_nobody_asks_what_has_ended
             elif what == "move":
                 fleet.move(name)
             elif what == "lose":
-                del fleet.running[name]
+                fleet.lose(name)
             else:
                 fleet.room = 6 if what == "no room" else 1000
                 fleet.deaf = {name} if what == "deaf" else set()

@@ -61,6 +61,7 @@ every_seconds = 0.25
 answer_seconds = 0.75
 misses = 2
 drain_seconds = 15
+room_seconds = 2
 """
 SERVER = """
 [engine]

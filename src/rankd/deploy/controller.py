@@ -259,10 +259,10 @@ class Controller:
             self._until(lambda reports: self._said([name for name in self._behind(reports) if name in over]))
 
     def _behind(self, reports: Reports) -> list[str]:
-        """Ranking servers that still ask where shards were; one that does not report asks nobody."""
+        """Ranking servers that still ask where shards were, or may: also one that does not report."""
         wanted = self._record.generation
-        servers = [one.name for one in self._record.servers if one.name in reports]
-        return [name for name in servers if reports[name][0].generation < wanted]
+        servers = _names(self._record.servers)
+        return [name for name in servers if name not in reports or reports[name][0].generation < wanted]
 
     def _said(self, behind: Sequence[str]) -> str:
         """Why a change has to wait for these."""

@@ -53,13 +53,15 @@ class ServerNeeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Watching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A process is asked every `every_seconds` and has `answer_seconds`; after `misses` in a row it is killed and
-    started again. It has `start_seconds` until it answers for the first time, and `drain_seconds` to finish."""
+    started again. It has `start_seconds` until it answers for the first time, and `drain_seconds` to finish. Ray has
+    `room_seconds` to find a place for each; more where nodes are added when they are needed."""
 
     every_seconds: _Positive = 0.5
     answer_seconds: _Positive = 1.0
     misses: Annotated[int, Meta(ge=1)] = 3
     start_seconds: _Positive = 120.0
     drain_seconds: _Positive = 30.0
+    room_seconds: _Positive = 10.0
 
 
 class Deployment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import signal
 import sys
 
@@ -26,9 +27,7 @@ def hold_to(parent: int) -> None:
 def main() -> None:
     """Run the command line."""
     hold_to(int(sys.argv.pop(1)))
-    from rankd.cli import main as rankd
-
-    rankd()
+    runpy.run_module("rankd", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

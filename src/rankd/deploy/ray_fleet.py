@@ -27,10 +27,8 @@ from rankd.shards.placement_file import Placement
 
 CONTROLLER = "controller"
 NAMESPACE = "rankd-"
-ROOM_S = 10.0
-"""How long Ray may take to find room for a process."""
-APART_S = 2.0
-"""How long it may look for room apart from replicas."""
+APART_S = 1.0
+"""How long Ray may look for room apart from replicas."""
 CALL_S = 3.0
 """How long an agent may take to say how it is."""
 
@@ -149,7 +147,7 @@ class RayFleet:
             if group.wait(APART_S):
                 return group
         group = self._reserve(one, one.avoid)
-        if group.wait(ROOM_S):
+        if group.wait(self._watching.room_seconds):
             return group
         remove_placement_group(group)
         raise Unavailable(_no_room(wanted, one))

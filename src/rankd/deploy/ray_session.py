@@ -73,7 +73,10 @@ def start_local() -> int:
 
 
 def stop_local(pid: int) -> None:
-    """End the Ray that `start_local` started, and all that it runs."""
+    """End the Ray that `start_local` started, and all that it runs; this process is not connected to it any more."""
+    import ray
+
+    ray.shutdown()
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGINT)
         until = time.monotonic() + STOP_S

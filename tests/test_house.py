@@ -29,6 +29,7 @@ FLOORS = [
     ["request_path"],
     ["ranker"],
     ["serve", "client"],
+    ["deploy"],
     ["train"],
     ["build"],
     ["compress"],
@@ -91,10 +92,10 @@ def test_files_stay_readable() -> None:
     assert long == {}
 
 
-HEAVY = ("openvino", "torch", "numpy", "polars", "starlette", "uvicorn", "rich", "httpx", "msgspec")
+HEAVY = ("openvino", "torch", "ray", "numpy", "polars", "starlette", "uvicorn", "rich", "httpx", "msgspec")
 
 
-@pytest.mark.parametrize("command", ["", "serve", "train", "compress", "plan", "bench"])
+@pytest.mark.parametrize("command", ["", "serve", "train", "compress", "plan", "deploy", "bench"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     arguments = [*command.split(), "--help"]
     code = (

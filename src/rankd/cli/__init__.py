@@ -20,6 +20,7 @@ COMMANDS = {
     "features": "rankd.cli.feature_tables",
     "plan": "rankd.cli.planning",
     "shard": "rankd.cli.shards",
+    "deploy": "rankd.cli.deploying",
     "bench": "rankd.cli.benchmarks",
 }
 HELP = {
@@ -33,6 +34,7 @@ HELP = {
     "features": "Fill and inspect a feature store.",
     "plan": "Plan where embedding tables live on shards, and predict what that costs.",
     "shard": "Serve embedding tables of a plan from a process of their own.",
+    "deploy": "Run shards and ranking servers on a Ray cluster, and change them while they serve.",
     "bench": "Measure this machine, with the contestants in one run.",
 }
 

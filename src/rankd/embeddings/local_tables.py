@@ -89,6 +89,13 @@ class LocalTables:
         """None: there are no shards."""
         return {}
 
+    def generation(self) -> int:
+        """0: they stay where they are."""
+        return 0
+
+    def wait_up(self, within_s: float) -> None:
+        """Do nothing: there are no shards to wait for."""
+
     def close(self) -> None:
         """End the helpers; calls that are under way end first."""
         if self._helpers is not None:

@@ -39,6 +39,18 @@ class TableSource(Protocol):
         """How many replicas of each shard can be asked; empty where there are none."""
         ...
 
+    def generation(self) -> int:
+        """Which of the placements that followed each other is in use alone; 0 where tables stay where they are."""
+        ...
+
+    def wait_up(self, within_s: float) -> None:
+        """Do nothing if each shard can be asked, at one replica at least, within this time.
+
+        Raises:
+            ShardFailure: one cannot.
+        """
+        ...
+
     def close(self) -> None:
         """Nothing is asked for after this."""
         ...

@@ -75,7 +75,9 @@ class EmbeddedInputs:
         """What was looked up so far."""
         with self._lock:
             lookups, seconds = self._lookups, self._seconds
-        return TableFigures(lookups, seconds, self._tables.calls(), self._tables.replicas_up())
+        return TableFigures(
+            lookups, seconds, self._tables.calls(), self._tables.replicas_up(), self._tables.generation()
+        )
 
     def close(self) -> None:
         """Nothing is looked up after this."""

@@ -15,12 +15,14 @@ from rankd.observe.schedule_metrics import Key
 @dataclass(frozen=True, slots=True)
 class TableFigures:
     """A snapshot: look-ups since the start and the seconds that requests waited for them; calls of shards by what
-    became of them, and how many replicas of each shard can be asked: empty where all tables are in this process."""
+    became of them, and how many replicas of each shard can be asked: empty where all tables are in this process.
+    `generation` is that of the placement in use, 0 where it does not change."""
 
     lookups: int = 0
     seconds: float = 0.0
     calls: Mapping[str, int] = field(default_factory=dict)
     replicas: Mapping[str, int] = field(default_factory=dict)
+    generation: int = 0
 
 
 class TableCollector(Collector):
@@ -40,11 +42,13 @@ class TableCollector(Collector):
         seconds = CounterMetricFamily("rankd_table_lookup_seconds", "What requests waited for them.", labels=labels)
         calls = CounterMetricFamily("rankd_shard_calls", "Calls of shards by what became.", labels=(*labels, "what"))
         replicas = GaugeMetricFamily("rankd_shard_replicas", "That can be asked.", labels=(*labels, "shard"))
+        generation = GaugeMetricFamily("rankd_table_generation", "Of the placement in use.", labels=labels)
         for key, figures in self._shown.items():
+            generation.add_metric(key, figures.generation)
             lookups.add_metric(key, figures.lookups)
             seconds.add_metric(key, figures.seconds)
             for what, count in figures.calls.items():
                 calls.add_metric((*key, what), count)
             for shard, count in figures.replicas.items():
                 replicas.add_metric((*key, shard), count)
-        yield from (lookups, seconds, calls, replicas)
+        yield from (lookups, seconds, calls, replicas, generation)

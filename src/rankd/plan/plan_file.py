@@ -55,9 +55,18 @@ def read_plan(path: Path) -> PlanFile:
             bytes than the limits allow.
     """
     found = read_struct(PlanFile, path)
+    check_plan_file(found, str(path))
+    return found
+
+
+def check_plan_file(found: PlanFile, source: str) -> None:
+    """Do nothing if it is as `read_plan` wants it.
+
+    Raises:
+        ConfigError: another format, rows that nobody or two have, or more bytes than the limits allow.
+    """
     if found.format != FORMAT:
-        raise ConfigError(f"{path} has format {found.format}, and this rankd reads {FORMAT}; plan again")
-    source = str(path)
+        raise ConfigError(f"{source} has format {found.format}, and this rankd reads {FORMAT}; plan again")
     check_declaration(Declaration(found.model, found.plan.tables, found.nets), source)
     check_plan(found.plan, source)
     told = found.prediction
@@ -65,4 +74,3 @@ def read_plan(path: Path) -> PlanFile:
         raise ConfigError(
             f"{source}: {len(found.plan.shards)} shards, and a prediction of {len(told.shards)}; plan again"
         )
-    return found

@@ -8,6 +8,8 @@
     routing.py           ids of a request -> what each shard is asked
     shard_link.py        the client's side of a connection; replica.py keeps one; shard_client.py has those of a shard
     sharded_pooling.py   all shards as one `Pooling`; pending.py waits, hedges and adds up
+    placed_tables.py     tables here and on shards; live_tables.py follows placement_file.py while they move
+                         (table_config.py chooses)
 
 A request: route -> a call for each shard and net, all at once -> sums by sample -> added in the order of the layout.
 """

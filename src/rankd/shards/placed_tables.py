@@ -55,6 +55,14 @@ class PlacedTables:
         """How many replicas of each shard can be asked."""
         return self._sharded.replicas_up()
 
+    def generation(self) -> int:
+        """0: they stay where they are."""
+        return 0
+
+    def wait_up(self, within_s: float) -> None:
+        """See `ShardedPooling.wait_up`."""
+        self._sharded.wait_up(within_s)
+
     def close(self) -> None:
         """End all connections."""
         self._sharded.close()

@@ -1,0 +1,171 @@
+"""The command line's way to Ray: connect, find controllers, call them; and a Ray of this machine alone.
+
+Who reaches Ray runs code on all of its nodes: its token (`RAY_AUTH_MODE=token`) is asked for unless that was decided
+otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rankd.deploy.deployment_record import DeploymentRecord
+from rankd.errors import ConfigError, MissingExtra, NotFound, RankdError, Unavailable, nearest
+
+LOCAL = "local"
+AUTO = "auto"
+START_S = 60.0
+STOP_S = 30.0
+
+
+def connect(address: str) -> None:
+    """Be connected to the Ray at "host:port", or to the one of this machine for "auto".
+
+    Raises:
+        MissingExtra: Ray is not installed. Unavailable: nobody answers there, or does not let us in.
+    """
+    if find_spec("ray") is None:
+        raise MissingExtra("rankd deploy", "cluster")
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise Unavailable(
+            f"no Ray at '{address}' lets us in: {' '.join(str(error).split())[:300]}; start one with `ray start "
+            "--head`, or let `rankd deploy up --ray local` do it"
+        ) from error
+
+
+def start_local() -> int:
+    """Start a Ray of this machine alone, which `stop_local` ends; its process.
+
+    Raises:
+        MissingExtra: Ray is not installed. Unavailable: it does not start.
+    """
+    if find_spec("ray") is None:
+        raise MissingExtra("rankd deploy", "cluster")
+    program = Path(sys.executable).with_name("ray")
+    if "RAY_AUTH_MODE" not in os.environ:
+        subprocess.run([program, "get-auth-token", "--generate"], check=True, capture_output=True)  # noqa: S603
+        os.environ["RAY_AUTH_MODE"] = "token"
+    command = [str(program), "start", "--head", "--block", "--include-dashboard=false", "--disable-usage-stats"]
+    with tempfile.NamedTemporaryFile("wb", prefix="rankd-ray-", suffix=".log", delete=False) as output:
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    until = time.monotonic() + START_S
+    while "Ray runtime started" not in (text := Path(output.name).read_text(errors="replace")):
+        if process.poll() is not None or time.monotonic() > until:
+            stop_local(process.pid)
+            raise Unavailable(f"Ray did not start; {output.name} ends so:\n{text[-2000:]}")
+        time.sleep(0.1)
+    return process.pid
+
+
+def stop_local(pid: int) -> None:
+    """End the Ray that `start_local` started, and all that it runs; this process is not connected to it any more."""
+    import ray
+
+    ray.shutdown()
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGINT)
+        until = time.monotonic() + STOP_S
+        while time.monotonic() < until:
+            with suppress(ChildProcessError):  # it is not ours, and somebody else's to wait for
+                os.waitpid(pid, os.WNOHANG)
+            os.kill(pid, 0)
+            time.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+
+
+def start_controller(record: DeploymentRecord) -> Any:
+    """The controller of a new deployment.
+
+    Raises:
+        ConfigError: there is one of that name.
+    """
+    import ray
+
+    from rankd.deploy.controller_actor import ControllerActor
+    from rankd.deploy.ray_fleet import CONTROLLER, NAMESPACE
+
+    name = record.deployment.name
+    if name in deployments():
+        raise ConfigError(
+            f"deployment '{name}' is there already; change it with `rankd deploy apply` or `scale`, or end "
+            "it with `rankd deploy down`"
+        )
+    options = {"name": CONTROLLER, "namespace": NAMESPACE + name, "lifetime": "detached"}
+    actor = ray.remote(ControllerActor).options(**options, max_restarts=-1, max_concurrency=8, num_cpus=0)
+    return actor.remote(record)
+
+
+def deployments() -> list[str]:
+    """The names of those that have a controller."""
+    from ray.util import list_named_actors
+
+    from rankd.deploy.ray_fleet import CONTROLLER, NAMESPACE
+
+    found = [one["namespace"] for one in list_named_actors(all_namespaces=True) if one["name"] == CONTROLLER]
+    return sorted(one.removeprefix(NAMESPACE) for one in found if one.startswith(NAMESPACE))
+
+
+def find_controller(name: str) -> tuple[str, Any]:
+    """A deployment's name and its controller; without a name of the only one there is.
+
+    Raises:
+        NotFound: there is none of that name. ConfigError: no name, and several deployments.
+    """
+    import ray
+
+    from rankd.deploy.ray_fleet import CONTROLLER, NAMESPACE
+
+    names = deployments()
+    if not name and len(names) > 1:
+        raise ConfigError(f"there are the deployments {', '.join(names)}; name one")
+    wanted = name or (names[0] if names else "")
+    if wanted not in names:
+        raise NotFound(
+            f"no deployment '{wanted}' here; there is: {', '.join(names) or 'none'}.{nearest(wanted, names)}"
+        )
+    return wanted, ray.get_actor(CONTROLLER, namespace=NAMESPACE + wanted)
+
+
+def end_controller(name: str, actor: Any) -> None:
+    """End a controller, and what it has not ended yet itself."""
+    import ray
+
+    from rankd.deploy.deployment import Watching
+    from rankd.deploy.ray_fleet import RayFleet
+
+    ray.kill(actor, no_restart=True)
+    RayFleet(name, Watching()).end_all()
+
+
+def answer(reference: Any) -> Any:
+    """What an actor answers.
+
+    Raises:
+        RankdError: what it raised. Unavailable: it failed otherwise.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, RankdError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise Unavailable(f"Ray lost the controller: {error}; see `rankd deploy status`") from error

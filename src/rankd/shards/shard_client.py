@@ -80,6 +80,10 @@ class ShardClient:
                 return link
         return None
 
+    def has_another(self, asked: Sequence[ShardLink]) -> bool:
+        """Whether a replica can be asked that is not `asked` yet."""
+        return any((link := replica.link) is not None and link not in asked for replica in self._replicas)
+
     def failure(self) -> ShardFailure:
         """Why no replica can be asked."""
         troubles = [replica.trouble for replica in self._replicas]
@@ -97,7 +101,7 @@ class ShardClient:
         inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         deadline, addresses = time.perf_counter() + within_s, {}
         for replica in self._replicas:
-            question = Question(next(NUMBERS), Kind.STATS, (), None, deadline, inbox)
+            question = Question(next(NUMBERS), Kind.STATS, (), None, deadline, inbox.put)
             link = replica.link
             if link is not None and link.ask(question):
                 addresses[question.number] = replica.address

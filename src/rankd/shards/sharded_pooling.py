@@ -8,11 +8,13 @@ meanwhile; `pool` also waits. Next: `routing.py`, then `pending.py`.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from rankd.embeddings.jagged import JaggedIds
 from rankd.errors import ConfigError, nearest
+from rankd.gate import Alarm
 from rankd.shards.client_counts import ClientCounts
 from rankd.shards.pending import Pending
 from rankd.shards.routing import Router
@@ -34,7 +36,7 @@ class ShardedPooling:
         self._router, self._config = Router(layout), config
         self._defaults = dict(_default(default, layout) for default in config.defaults)
         self._clients = [ShardClient(shard, layout.plan, layout.served_by(shard), config) for shard in layout.shards]
-        self._counts = ClientCounts()
+        self._counts, self._alarm = ClientCounts(), Alarm()
 
     def start(self) -> None:
         """Begin to connect; it goes on until `close`."""
@@ -59,9 +61,11 @@ class ShardedPooling:
         """End all connections; whoever waits is told."""
         for client in self._clients:
             client.close()
+        self._alarm.close()
 
-    def begin(self, asked: JaggedIds, deadline: float | None = None) -> Pending:
-        """Ask all shards and do not wait. `deadline` in seconds of `time.perf_counter`, else `timeout_ms` from now.
+    def begin(self, asked: Sequence[JaggedIds], deadline: float | None = None) -> Pending:
+        """Ask all shards and do not wait; one call for each shard and net, however many questions. `deadline` in
+        seconds of `time.perf_counter`, else `timeout_ms` from now.
 
         Raises:
             InvalidRequest: an unknown table, offsets that do not fit, an id outside of its table, or more than a shard
@@ -69,11 +73,8 @@ class ShardedPooling:
         """
         if deadline is None:
             deadline = time.perf_counter() + self._config.timeout_ms / 1e3
-        places = self._router.places(asked)
-        calls = self._router.route(asked, places)
-        pending = Pending(asked, places, self._defaults, deadline, self._counts)
-        for call in calls:
-            pending.send(self._clients[call.shard], call)
+        pending = Pending(self._router.route(asked), self._defaults, deadline, self._counts, self._alarm)
+        pending.send(self._clients)
         return pending
 
     def pool(self, asked: JaggedIds) -> Float32Array:
@@ -84,7 +85,7 @@ class ShardedPooling:
             DeadlineExceeded: a table without a default was not there within `timeout_ms`.
             Unavailable: a table without a default could not be had.
         """
-        return self.begin(asked).result().values
+        return self.begin([asked]).result()[0].values
 
     def counts(self) -> dict[str, int]:
         """What was done since the start, by `client_counts.Counted` value."""

@@ -110,6 +110,14 @@ class LocalTables:
         """None: there are no shards."""
         return {}
 
+    def rows(self) -> Mapping[str, int]:
+        """None: there are no shards."""
+        return {}
+
+    def kept_bytes(self) -> int:
+        """None: there are no shards."""
+        return 0
+
     def close(self) -> None:
         """End the helpers; calls that are under way end first."""
         if self._helpers is not None:

@@ -70,6 +70,15 @@ class TableSource(Protocol):
         """How many replicas of each shard can be asked; empty where there are none."""
         ...
 
+    def rows(self) -> Mapping[str, int]:
+        """Rows of shards' tables that were looked up since the start: there ("shards") or, being hot, here ("kept");
+        empty where there are no shards."""
+        ...
+
+    def kept_bytes(self) -> int:
+        """Of those that are kept here."""
+        ...
+
     def close(self) -> None:
         """Nothing is asked for after this."""
         ...

@@ -88,7 +88,8 @@ class EmbeddedInputs:
         """What was looked up so far."""
         with self._lock:
             lookups, seconds = self._lookups, self._seconds
-        return TableFigures(lookups, seconds, self._tables.calls(), self._tables.replicas_up())
+        tables = self._tables
+        return TableFigures(lookups, seconds, tables.calls(), tables.replicas_up(), tables.rows(), tables.kept_bytes())
 
     def close(self) -> None:
         """Nothing is looked up after this."""

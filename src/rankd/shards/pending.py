@@ -21,6 +21,7 @@ from rankd.errors import DeadlineExceeded, InvalidRequest, RankdError, Unavailab
 from rankd.gate import Alarm
 from rankd.shards.client_counts import ClientCounts, Counted
 from rankd.shards.frames import Kind
+from rankd.shards.kept_rows import KeptRows
 from rankd.shards.routing import Routed, RoutedCall
 from rankd.shards.shard_client import NUMBERS, ShardClient
 from rankd.shards.shard_link import Outcome, Question, ShardLink
@@ -60,9 +61,10 @@ class Pending:
         deadline: float,
         counts: ClientCounts,
         alarm: Alarm,
+        kept: KeptRows | None = None,
     ) -> None:
         self._routed, self._defaults, self._deadline = routed, defaults, deadline
-        self._counts, self._alarm = counts, alarm
+        self._counts, self._alarm, self._kept = counts, alarm, kept
         self._calls: list[PoolCall] = []
         self._waiting: dict[int, PoolCall] = {}
         self._left = 0
@@ -136,7 +138,9 @@ class Pending:
             if call.answer is None:
                 lost.update(dict.fromkeys(self._routed.positions(call.routed), call))
         self._check_lost({tables[place]: call for place, call in sorted(lost.items())})
-        self._routed.add_up([call.answer for call in self._calls], into, columns)
+        here = self._routed.kept
+        kept_answer = self._kept.answer(here) if self._kept is not None and here is not None else None
+        self._routed.add_up([call.answer for call in self._calls], into, columns, kept_answer)
         ends = np.concatenate([np.zeros((0, 2), np.int64), *columns])
         for place in lost:
             number, has_ids = self._routed.has_ids(place)

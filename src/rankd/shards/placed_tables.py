@@ -58,6 +58,14 @@ class PlacedTables:
         """How many replicas of each shard can be asked."""
         return self._sharded.replicas_up()
 
+    def rows(self) -> Mapping[str, int]:
+        """See `TableSource.rows`."""
+        return self._sharded.rows()
+
+    def kept_bytes(self) -> int:
+        """Of the hot rows that are kept here."""
+        return self._sharded.kept_bytes()
+
     def close(self) -> None:
         """End all connections."""
         self._sharded.close()

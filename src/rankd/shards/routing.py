@@ -13,7 +13,7 @@ What several samples have in common travels once (`routing_kernels.py` says when
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -51,7 +51,7 @@ class KeptIndex:
 
 
 class Routed:
-    """All calls of a request, and how their answers become sums."""
+    """All calls of a request, and how their answers become sums. `kept`: what of it is looked up in this process."""
 
     def __init__(
         self,
@@ -63,7 +63,9 @@ class Routed:
     ) -> None:
         from rankd.shards import answer_kernels, routing_kernels
 
-        self.asked, self.calls, self._dims = tuple(asked), tuple(calls), dims
+        self.asked, self._dims = tuple(asked), dims
+        self.calls = tuple(call for call in calls if call.shard != KEPT)
+        self.kept = next((call for call in calls if call.shard == KEPT), None)
         self._pieces, self._bags_of = pieces, bags_of
         self._fields, self._kernels = routing_kernels, answer_kernels
         self.tables = tuple(name for one in self.asked for name in one.tables)
@@ -72,6 +74,10 @@ class Routed:
         """Which of the `tables` asked a call is for."""
         found: list[int] = self._pieces[call.first : call.end, self._fields.POSITION].tolist()
         return found
+
+    def num_ids(self, call: RoutedCall) -> int:
+        """How many rows a call is for."""
+        return int(self._pieces[call.first : call.end, self._fields.IDS].sum())
 
     def has_ids(self, position: int) -> tuple[int, Array]:
         """The place among `asked` of a table's question, and which of its samples (B,) have ids."""
@@ -95,15 +101,19 @@ class Routed:
         answers: Sequence[Array | None],
         into: Sequence[Float32Array],
         columns: Sequence[Int64Array],
+        kept_answer: Array | None = None,
     ) -> None:
         """Write the sums of each of `asked` into its `into` (B, W), those of its f-th table into the columns from
-        columns[f, 0] up to columns[f, 1]; zeros for a table of which an answer, one for each call, is not there."""
+        columns[f, 0] up to columns[f, 1]; zeros for a table of which an answer, one for each of `calls` and for `kept`
+        if there is that, is not there."""
         fields, pieces = self._fields, self._pieces
         addresses = np.zeros(len(pieces), np.int64)
         for call, answer in zip(self.calls, answers, strict=True):
             addresses[call.first : call.end] = 0 if answer is None else answer.ctypes.data
+        if self.kept is not None and kept_answer is not None:
+            addresses[self.kept.first : self.kept.end] = kept_answer.ctypes.data
         order = np.lexsort((pieces[:, fields.REMAINDER], pieces[:, fields.POSITION]))
-        if any(answer is None for answer in answers):
+        if not addresses.all():
             lost = np.unique(pieces[addresses == 0, fields.POSITION])
             order = order[~np.isin(pieces[order, fields.POSITION], lost)]
         pieces, addresses = pieces[order], addresses[order]
@@ -154,6 +164,19 @@ class Router:
         self._nothing_kept = KeptIndex(
             np.asarray(tables, np.int64).reshape(-1, fields.TABLE_FIELDS), np.zeros((0, 2), np.int64)
         )
+
+    def index_of(self, rows: Mapping[str, Int64Array]) -> KeptIndex:
+        """What `route` has to know of rows, each table's once, that are kept in this process; of n rows of a table the
+        first is row 0 of those kept, and so on."""
+        fields, tables = self._fields, self._nothing_kept.tables.copy()
+        sizes = {name: 1 << (2 * len(some) - 1).bit_length() for name, some in rows.items() if len(some)}
+        index, begin = np.full((sum(sizes.values()), 2), -1, np.int64), 0
+        for name, size in sizes.items():
+            table = tables[self._numbers[name]]
+            table[fields.KEPT_AT], table[fields.KEPT_MASK] = begin, size - 1
+            fields.index_rows(np.ascontiguousarray(rows[name]), index[begin : begin + size])
+            begin += size
+        return KeptIndex(tables, index)
 
     def route(self, asked: Sequence[JaggedIds], kept: KeptIndex | None = None) -> Routed:
         """What is asked of whom, by shard and net.

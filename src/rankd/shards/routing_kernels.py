@@ -35,8 +35,7 @@ CALL, FIRST, END, BYTES_BEGIN, BYTES_END, NUMBERS = range(6)
 CALL_FIELDS = 6
 
 TRIED = 64
-"""Where so many bags are all different, the others are not compared: in tables of many rows that would be for nothing.
-Where they would save less than an eighth of 512 samples it would, too."""
+"""Where so many bags are all different the others are not compared: in tables of many rows it would be for nothing."""
 STEP, STEPS = 64, 8
 """The number of bags is rounded up to STEP, and to an eighth of the samples: pieces with the same number share a block,
 and each block costs a shard tens of microseconds."""
@@ -259,6 +258,17 @@ def split(
                 count += 1
         cells_at += places * cells
     return count
+
+
+@kernel(types.void(_LONGS, written(types.int64, 2)))
+def index_rows(rows: Int64Array, index: Int64Array) -> None:
+    """Write the hash table of rows that are kept, and of their places: `index` (a power of two, 2), all -1."""
+    mask = len(index) - 1
+    for at in range(len(rows)):
+        place = spread(rows[at]) & mask
+        while index[place, 0] >= 0:
+            place = (place + 1) & mask
+        index[place, 0], index[place, 1] = rows[at], at
 
 
 @kernel(types.int64(written(types.int64, 2), _MANY_LONGS, written(types.int64, 2)))

@@ -38,6 +38,8 @@ class ShardClient:
         self.name, self._plan, self._nets, self._config = shard.name, plan, nets, config
         self.hedging = Hedging(config.hedge_quantile, config.hedge_least_ms / 1e3, config.hedge_share)
         self._changed = threading.Condition()
+        self.generation = 0
+        """How many connections were made; an answer that comes on one is of this number or an earlier one."""
         tls = client_tls(config.security)
         self._replicas = [self._replica(address, tls) for address in shard.addresses]
 
@@ -133,6 +135,8 @@ class ShardClient:
         except (OSError, RankdError):
             stream.close()
             raise
+        with self._changed:
+            self.generation += 1
         return ShardLink(stream, ready, config, shown)
 
 

@@ -51,7 +51,7 @@ def open_tables(version: Path, widths: Mapping[str, int], config: TableConfig) -
     if not file.plan.shards:
         return open_model_tables(version, widths, config.threads)
     layout = layout_of(file, [shard.split(REPLICAS) for shard in config.shards])
-    sharded = ShardedPooling(layout, config.client)
+    sharded = ShardedPooling(layout, config.client, {hot.table: hot.rows for hot in file.plan.hot_rows})
     sharded.start()
     try:
         sharded.wait_up(config.start_seconds)

@@ -89,7 +89,10 @@ def placed(
 
     monkeypatch.setattr("rankd.ranker.open_tables", held)
     with Ranker.load(version, ENGINE) as ranker:
+        monkeypatch.undo()  # others have tables that answer
         yield ranker, made[0]
+        for lookup in made[0].held:  # else a test that fails would not end
+            lookup.let_go()
 
 
 def asked(ranker: Ranker, tables: HeldTables, request: RankRequest) -> tuple[Future[Scores], HeldLookUp]:

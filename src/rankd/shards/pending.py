@@ -8,6 +8,7 @@ under it.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -27,6 +28,7 @@ from rankd.shards.shard_client import NUMBERS, ShardClient
 from rankd.shards.shard_link import Outcome, Question, ShardLink
 from rankd.types import Array, Float32Array, Int64Array
 
+log = logging.getLogger("rankd")
 MOST_REPLICAS = 3
 """Asked for one call: a request that breaks whoever reads it should not be shown to all."""
 Forget = tuple[ShardLink, int]
@@ -255,7 +257,7 @@ class Pending:
             call.again = alone and call.client.has_another(call.asked)
         for link, number in needless:
             link.forget(number, missed=False)
-        if call.answer is not None:
+        if outcome.payload is not None:
             call.client.hedging.answered(time.perf_counter() - call.begun)
         if ended:
             self._end(missed=False)
@@ -293,7 +295,10 @@ class Pending:
             link.forget(number, missed)
         self._there.set()
         for one in then:
-            one()
+            try:
+                one()
+            except Exception:  # the connection's thread goes on for all others
+                log.exception("a request could not be woken")
 
     def _check_lost(self, calls: Mapping[str, PoolCall]) -> None:
         missing = [table for table in calls if table not in self._defaults]

@@ -24,7 +24,8 @@ class RowCounter:
 
     def __init__(self, wanted: int) -> None:
         self._wanted = wanted
-        self._rows, self._counts = np.zeros(0, np.int64), np.zeros(0)
+        self._rows: Int64Array = np.zeros(0, np.int64)
+        self._counts: Array = np.zeros(0)
         self._requests = 0
 
     def saw(self, ids: Int64Array) -> None:

@@ -1,9 +1,9 @@
 """A model version, ready to rank: `Ranker.load`, then `submit` or `rank`.
 
 It holds the version's artifact, features, compiled graphs, user states and schedule. HTTP, gRPC, the command line and
-the library all call it. What a remote feature store has to be asked is asked on submission; a request comes to its
-turn when the answer is there, and one whose history has to be encoded anyway does so meanwhile. What happens then is in
-`request_path.py`, and when it happens in `schedule/`.
+the library all call it. What a remote feature store has to be asked is asked on submission, and tables on shards when
+it has answered; a request comes to its turn when all answers are there, and one whose history has to be encoded anyway
+does so meanwhile. What happens then is in `request_path.py`, and when it happens in `schedule/`.
 """
 
 from __future__ import annotations

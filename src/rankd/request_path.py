@@ -217,7 +217,7 @@ class RequestPath:
         """Ask for rows of tables that are elsewhere, now that a request's features are there; what is waited for, if
         anything is."""
         embedded = self._embedded
-        if embedded is None or not self.asks_early or item.dropped:
+        if embedded is None or embedded.local or item.dropped:
             return None
         try:
             item.history = self._history(item)
@@ -244,7 +244,7 @@ class RequestPath:
         item.columns, item.looking = whole, embedded.begin(whole, history, item.deadline)
         item.lent.callback(item.looking.forget)
         if item.dropped:  # meanwhile
-            item.lent.close()
+            item.looking.forget()
 
     def _history(self, item: RankItem) -> UserHistory:
         """The events up to the moment of the request, which is found on the way."""

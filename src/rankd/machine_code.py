@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from rankd.types import Array
+from rankd.types import Array, Float32Array
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,3 +110,36 @@ def _prefetch(_context: Any, array: Any, row: Any, column: Any) -> tuple[Any, An
 
 
 prefetch: Callable[[Array, Any, Any], None] = importlib.import_module("numba.extending").intrinsic(_prefetch)
+
+
+def _float_pointer(_context: Any, _address: Any) -> tuple[Any, Any]:
+    """An address, int64, as a pointer to float32."""
+
+    def codegen(_context: Any, code: Any, _signature: Any, arguments: Any) -> Any:
+        return code.inttoptr(arguments[0], _ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+def _store(_context: Any, _address: Any, number: Any) -> tuple[Any, Any]:
+    """Write a number to an address, int64, as it lies, aligned or not."""
+
+    def codegen(context: Any, code: Any, _signature: Any, arguments: Any) -> Any:
+        address, value = arguments
+        code.store(value, code.inttoptr(address, value.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, number), codegen
+
+
+store: Callable[[int, Any], None] = importlib.import_module("numba.extending").intrinsic(_store)
+_pointer: Any = importlib.import_module("numba.extending").intrinsic(_float_pointer)
+_carray: Any = _numba.carray
+
+
+@part
+def floats_at(address: int, count: int) -> Float32Array:
+    """The `count` numbers, float32, at an address: of arrays that differ in number from call to call. Whoever gives the
+    address keeps the memory."""
+    found: Float32Array = _carray(_pointer(address), (count,))
+    return found

@@ -1,9 +1,9 @@
 """A model version, ready to rank: `Ranker.load`, then `submit` or `rank`.
 
 It holds the version's artifact, features, compiled graphs, user states and schedule. HTTP, gRPC, the command line and
-the library all call it. What a remote feature store has to be asked is asked on submission; a request comes to its
-turn when the answer is there, and one whose history has to be encoded anyway does so meanwhile. What happens then is in
-`request_path.py`, and when it happens in `schedule/`.
+the library all call it. What a remote feature store has to be asked is asked on submission, and tables on shards when
+it has answered; a request comes to its turn when all answers are there, and one whose history has to be encoded anyway
+does so meanwhile. What happens then is in `request_path.py`, and when it happens in `schedule/`.
 """
 
 from __future__ import annotations
@@ -201,9 +201,9 @@ class Ranker:
         item = RankItem(request, clock, logits, deadline)
         resident = not self.manifest.split or self.states.has(request.user_id)
         asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority))
-        if features.local:
+        if features.local and not self.path.asks_early:
             return schedule.submit(item, asked)
-        schedule.check_room(asked)  # before anything is asked of the store
+        schedule.check_room(asked)  # before anything is asked of the store or of shards
         item.fetch = self._begin(item)
         return schedule.submit(item, asked, partial(self._when_ready, item, item.fetch, resident))
 
@@ -231,13 +231,21 @@ class Ranker:
             raise InvalidRequest(f"an id of the request cannot be written in UTF-8: {error}; send text") from error
 
     def _when_ready(self, item: RankItem, fetch: Fetch, resident: bool, then: Callable[[], None]) -> None:
-        """Call `then` when a request can come to its turn; one that has to be encoded needs no rows for that."""
+        """Call `then` when a request can come to its turn; one that has to be encoded needs no rows for that. Shards
+        are asked when its features are there, and it comes when they have answered."""
 
         def come() -> None:
             item.clock.lap("features")
             then()
 
-        self.features.when_ready(fetch, resident, come)
+        def have_features() -> None:
+            looking = self.path.look_up_early(item)
+            if looking is None:
+                come()
+            else:
+                looking.when_there(come)
+
+        self.features.when_ready(fetch, resident, have_features)
 
     def _another_executor(self) -> Executor:
         """One in place of an executor that was lost, warm."""

@@ -6,8 +6,8 @@
     finish     all parts: unknown items get their score, and top_k is picked
 
 `schedule/` says when, on which executor, and in how many parts; `ranker.py` takes requests in. What a request waits for
-(the feature store, another request that computes the same user's state) is never waited for on an executor: `prepare`
-says what it is, and is called again when it is there.
+(the feature store, tables on shards, another request that computes the same user's state) is never waited for on an
+executor: `prepare` says what it is, and is called again when it is there.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import numpy as np
 from rankd.artifact import Manifest
 from rankd.engine.backend import Executor
 from rankd.errors import DeadlineExceeded
-from rankd.features.assembly import fill_history, fill_item_columns, fill_request_columns, until
+from rankd.features.assembly import fill_history, fill_item_columns, fill_request_columns, history_arrays, until
 from rankd.features.catalogue import Catalogue
-from rankd.features.embedded import EmbeddedInputs, copy_candidates
+from rankd.features.embedded import EmbeddedInputs, EmbeddedLookUp, copy_candidates
 from rankd.features.reading.stored_events import empty_history
 from rankd.features.reading.version_features import Fetch, VersionFeatures
 from rankd.features.requests import history_of_events, request_time, user_features_with
@@ -43,7 +43,8 @@ from rankd.types import Array, Float32Array, RankRequest, Scores, UserHistory
 @dataclass(slots=True, eq=False)
 class RankItem:
     """A request on its way: the clock that was started when it came, and what was found for it so far. `lent` gives
-    back what it holds; `logits` (C, K) fill up part by part."""
+    back what it holds; `logits` (C, K) fill up part by part. `columns` are its candidates' inputs: `embedded` when
+    `looking` has filled them up."""
 
     request: RankRequest
     clock: StageClock
@@ -56,8 +57,11 @@ class RankItem:
     held: HeldState | None = None
     alone: bool = False
     user: UserFeatures | None = None
+    looking: EmbeddedLookUp | None = None
+    columns: Mapping[str, Array] | None = None
     embedded: Mapping[str, Array] | None = None
     lost_tables: tuple[str, ...] = ()
+    dropped: bool = False
     lent: ExitStack = field(default_factory=ExitStack)
 
 
@@ -81,6 +85,11 @@ class RequestPath:
         self.packing = Packing()
         self._staging = WeakKeyDictionary[Executor, InputBuffers]()  # of executors that are in use
         self._weights = np.asarray([task.rank_weight for task in self.schema.tasks], np.float32)
+
+    @property
+    def asks_early(self) -> bool:
+        """Whether requests have to wait for tables that are elsewhere."""
+        return self._embedded is not None and not self._embedded.local
 
     def use_packing(self, packing: Packing, executors: Sequence[Executor]) -> None:
         """Say how many users share a call, and make room for the inputs of some executors, of no others."""
@@ -121,9 +130,15 @@ class RequestPath:
         assert item.fetch is not None  # noqa: S101 - it came with the history
         if (rows := features.when_rows(item.fetch)) is not None:
             return rows
-        item.user = user_features_with(request.context, features.user(item.fetch), self.schema, self.catalogue)
         if self._embedded is not None and item.embedded is None:
-            self._look_up(self._embedded, item)
+            if item.looking is None:
+                self._look_up(self._embedded, item, _held(item).state.arrays)
+            assert item.looking is not None  # noqa: S101 - it was begun
+            if not alone and not item.looking.there():
+                return item.looking.when_there
+            item.lost_tables = item.looking.finish()
+            item.embedded = item.columns
+        item.user = item.user or self._user(item)
         item.clock.lap("features")
         _check_deadline(item)
         return None
@@ -194,22 +209,42 @@ class RequestPath:
         self.states.abandon(item.request.user_id, executor)
 
     def drop(self, item: RankItem) -> None:
-        """Give the state back."""
+        """Give the state back, and have nobody look up for it any more."""
+        item.dropped = True
         item.lent.close()
 
-    def _look_up(self, embedded: EmbeddedInputs, item: RankItem) -> None:
-        """Rows of tables that are not in the graph, pooled: for all candidates at once, so that a shard is called once
-        and not for every part."""
+    def look_up_early(self, item: RankItem) -> EmbeddedLookUp | None:
+        """Ask for rows of tables that are elsewhere, now that a request's features are there; what is waited for, if
+        anything is."""
+        embedded = self._embedded
+        if embedded is None or embedded.local or item.dropped:
+            return None
+        try:
+            item.history = self._history(item)
+            self._look_up(embedded, item, history_arrays(self.schema, self.features.items, item.history))
+        except Exception:  # noqa: BLE001 - nobody listens here: `prepare` meets it again, and says so
+            return None
+        return item.looking
+
+    def _user(self, item: RankItem) -> UserFeatures:
         assert item.fetch is not None  # noqa: S101 - the caller asked
-        assert item.user is not None  # noqa: S101
+        return user_features_with(item.request.context, self.features.user(item.fetch), self.schema, self.catalogue)
+
+    def _look_up(self, embedded: EmbeddedInputs, item: RankItem, history: Mapping[str, Array]) -> None:
+        """Begin to look up rows of tables that are not in the graph, pooled: for all candidates at once, so that a
+        shard is called once and not for every part."""
+        assert item.fetch is not None  # noqa: S101 - the caller asked
+        item.user = self._user(item)
         rows = item.fetch.candidates
         whole = allocate(candidate_specs(self.schema), {"B": 1, "C": len(rows)}).arrays
         fill_item_columns(self.schema, self.features.items, rows, whole)
         self.features.fill_items(item.fetch, whole, 0, len(rows))
         if self.schema.user_columns:
             whole["context_categories"][0] = item.user.categories
-        item.lost_tables = embedded.fill(whole, _held(item).state.arrays, item.deadline)
-        item.embedded = whole
+        item.columns, item.looking = whole, embedded.begin(whole, history, item.deadline)
+        item.lent.callback(item.looking.forget)
+        if item.dropped:  # meanwhile
+            item.looking.forget()
 
     def _history(self, item: RankItem) -> UserHistory:
         """The events up to the moment of the request, which is found on the way."""

@@ -40,7 +40,8 @@ def test_sums_are_those_of_plain_additions(data: st.DataObject) -> None:
     known = data.draw(tables())
     asked = data.draw(requests(known))
     pooling: Pooling = LocalTables(known.values())
-    np.testing.assert_allclose(pooling.pool(asked), plain_sums(known, asked), rtol=1e-5, atol=1e-5)
+    # Numbers of up to 20 that nearly cancel out leave the rounding errors of the larger ones.
+    np.testing.assert_allclose(pooling.pool(asked), plain_sums(known, asked), rtol=1e-5, atol=1e-4)
 
 
 @settings(deadline=None)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from hypothesis import strategies as st
 
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.table_spec import TablePart, TableSpec
@@ -89,6 +90,42 @@ def random_ids(layout: ShardLayout, samples: int, seed: int) -> JaggedIds:
     )
 
 
+@st.composite
+def layouts(draw: st.DrawFn) -> ShardLayout:
+    """Up to 5 tables in up to 3 nets, on up to 3 shards with up to 2 replicas; addresses are still to come."""
+    num_shards = draw(st.integers(1, 3))
+    tables = [
+        TableSpec(f"t{number}", draw(st.sampled_from([1, 2, 7, 300, 70_000])), draw(st.integers(1, 5)))
+        for number in range(draw(st.integers(1, 5)))
+    ]
+    num_nets = draw(st.integers(1, min(3, len(tables))))
+    nets = tuple(Net(f"n{number}", tuple(tables[number::num_nets])) for number in range(num_nets))
+    parts: list[list[TablePart]] = [[] for _ in range(num_shards)]
+    for spec in tables:
+        modulus = draw(st.integers(1, num_shards))
+        for remainder, shard in enumerate(draw(st.permutations(range(num_shards)))[:modulus]):
+            parts[shard].append(TablePart(spec.name, modulus, remainder))
+    replicas = st.lists(st.just("127.0.0.1:1"), min_size=1, max_size=2).map(tuple)
+    shards = tuple(Shard(f"s{number}", draw(replicas), tuple(some)) for number, some in enumerate(parts))
+    return ShardLayout("drawn", nets, shards)
+
+
+@st.composite
+def questions(draw: st.DrawFn, layout: ShardLayout, most_samples: int = 5) -> JaggedIds:
+    """Some of the tables in any order, also twice; samples that have ids in common."""
+    specs = specs_of(layout)
+    names = draw(st.lists(st.sampled_from(sorted(specs)), max_size=6))
+    samples = draw(st.integers(1, most_samples)) if names else 0
+    lists = []
+    for name in names:
+        some = st.lists(st.integers(0, specs[name].rows - 1), max_size=4)
+        # A few that come again and again: to draw one for each of hundreds of samples takes too long.
+        drawn, seed = draw(st.lists(some, min_size=1, max_size=12)), draw(st.integers(0, 99))
+        chosen = np.random.default_rng(seed).integers(0, len(drawn), samples)
+        lists.append([drawn[number] for number in chosen.tolist()])
+    return jagged(names, lists)
+
+
 def two_shards(first: Sequence[str] = ("127.0.0.1:1",), second: Sequence[str] = ("127.0.0.1:1",)) -> ShardLayout:
     """Shards a and b: table item split over both, user whole on a, city whole on b."""
     return ShardLayout(
@@ -135,9 +172,11 @@ def serving(*servers: ShardServer) -> Iterator[list[str]]:
 
 
 @contextmanager
-def asking(layout: ShardLayout, config: ShardClientConfig | None = None) -> Iterator[ShardedPooling]:
+def asking(
+    layout: ShardLayout, config: ShardClientConfig | None = None, hot_rows: Mapping[str, int] | None = None
+) -> Iterator[ShardedPooling]:
     """A client of a layout, as soon as all of its replicas are up."""
-    pooling = ShardedPooling(layout, config or ShardClientConfig(timeout_ms=5000))
+    pooling = ShardedPooling(layout, config or ShardClientConfig(timeout_ms=5000), hot_rows)
     pooling.start()
     try:
         until(lambda: pooling.replicas_up() == {shard.name: len(shard.addresses) for shard in layout.shards})

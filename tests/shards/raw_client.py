@@ -13,7 +13,6 @@ from rankd.errors import RankdError
 from rankd.shards.frame_errors import read_error
 from rankd.shards.frames import UNLIMITED_US, Kind, frame, read_header, read_payload
 from rankd.shards.handshake import introduce
-from rankd.shards.pool_frames import pool_payload
 from rankd.shards.routing import Router
 from rankd.shards.shard_layout import ShardLayout
 from rankd.shards.streams import Stream
@@ -84,9 +83,8 @@ def let_in(address: str, layout: ShardLayout, shard: int = 0) -> Iterator[RawCli
 
 def pool_request(layout: ShardLayout, asked: JaggedIds) -> bytes:
     """The payload of the only call that a request makes."""
-    router = Router(layout)
-    (call,) = router.route(asked, router.places(asked))
-    return b"".join(pool_payload(call.net, call.asked()))
+    (call,) = Router(layout).route([asked]).calls
+    return bytes(call.payload)
 
 
 def sums(payload: bytes) -> list[float]:

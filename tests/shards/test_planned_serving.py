@@ -8,42 +8,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
-from torch import nn
 
-from rankd import Ranker, RankRequest, Scores
-from rankd.build.pack import BuildOptions, build_artifact
+from rankd import Ranker, Scores
 from rankd.cli import rankd
-from rankd.embeddings.table_spec import TableStorage
-from rankd.engine.backend import EngineConfig
 from rankd.errors import ConfigError, DeadlineExceeded, Unavailable
-from rankd.models.protocol import create_model
 from rankd.plan.plan_file import read_plan
 from rankd.shards.shard_config import ShardClientConfig, ShardSecurity, TableDefault
 from rankd.shards.table_config import TableConfig
-from rankd.train.recipe import ModelChoice
 from tests.features.stores.redis_server import eventually
-from tests.train.small_log import RECIPE, small_dataset
-
-DATASET = small_dataset()
-USERS, ITEMS = DATASET.log.user_ids, DATASET.log.item_ids
-REQUESTS = [RankRequest(user, (*ITEMS[:9], "unheard of", ITEMS[3])) for user in (*USERS[:5], "nobody")]
-ENGINE = EngineConfig(executors=1)
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    model = create_model("dlrm", DATASET.schema, {})
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("dlrm", {}))
-    options = BuildOptions("films", "1", tables=TableStorage.FP32)
-    return build_artifact(tmp_path_factory.mktemp("models"), model.eval(), DATASET, recipe, options)
+from tests.shards.films import ENGINE, REQUESTS
 
 
 @pytest.fixture(scope="module")

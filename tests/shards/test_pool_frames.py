@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.table_spec import TablePart
 from rankd.errors import InvalidRequest, PayloadTooLarge
-from rankd.shards.pool_frames import Block, PartIds, PoolRequest, id_type, pool_payload, read_pool
+from rankd.shards.pool_frames import PoolRequest, id_type, read_pool
 from rankd.shards.shard_layout import ServedNet, ServedPart
+from tests.shards.plain_payload import Block, PartIds, pool_payload
 
 MOST = 1 << 20
 NETS = (

@@ -82,7 +82,7 @@ class Load:
                 self.sent += 1
             begun = time.perf_counter()
             try:
-                pooled = self._pooling.begin(self._asked[number], begun + self._timeout_s).result()
+                pooled = self._pooling.begin([self._asked[number]], begun + self._timeout_s).result()[0]
             except (DeadlineExceeded, Unavailable) as error:
                 with self._lock:
                     self.failed.append(error)
@@ -155,7 +155,7 @@ def test_a_shard_that_hangs_alone_is_given_up_and_asked_again_when_it_answers() 
                 pooling.pool(ASKED)
             only.signal(signal.SIGCONT)
             until(lambda: pooling.replicas_up() == {"a": 1})
-            np.testing.assert_allclose(pooling.begin(ASKED, time.perf_counter() + 5).result().values[1], 0.0)
+            np.testing.assert_allclose(pooling.begin([ASKED], time.perf_counter() + 5).result()[0].values[1], 0.0)
 
 
 def test_after_misses_in_a_row_a_replica_is_passed_over() -> None:
@@ -195,9 +195,9 @@ def test_an_overloaded_replica_is_passed_over_for_the_next_one() -> None:
     with serving(crowded, make_server(layout)) as (first, second):
         busy, layout = one_shard(first), one_shard(first, second)
         with asking(busy, quick(timeout_ms=10_000.0)) as crowd, asking(layout, quick(hedge_share=0.0)) as pooling:
-            waiting = [crowd.begin(ASKED)]
+            waiting = [crowd.begin([ASKED])]
             assert hold.entered.acquire(timeout=10)
-            waiting.append(crowd.begin(ASKED))
+            waiting.append(crowd.begin([ASKED]))
             until(lambda: crowded.stats().waiting == 1)  # else one of those below takes the place, and waits
             for _ in range(10):
                 pooling.pool(ASKED)
@@ -217,7 +217,7 @@ def test_tables_that_cannot_be_had_have_their_defaults_and_are_named() -> None:
         pooling.start()
         try:
             until(lambda: pooling.replicas_up() == {"a": 1, "b": 0})
-            pooled = pooling.begin(asked).result()
+            pooled = pooling.begin([asked]).result()[0]
             expected = whole(layout).pool(asked)
             assert pooled.degraded == ("item", "city")
             np.testing.assert_allclose(pooled.values[:, :3], expected[:, :3], rtol=1e-5)
@@ -225,7 +225,7 @@ def test_tables_that_cannot_be_had_have_their_defaults_and_are_named() -> None:
             assert not pooled.values[:, 7:].any()
             assert pooling.counts()["degraded_tables"] == 2
             whole_only = jagged(["item"], [[[2, 4], [6]]])  # even rows are on the shard that is there
-            assert pooling.begin(whole_only).result().degraded == ()
+            assert pooling.begin([whole_only]).result()[0].degraded == ()
         finally:
             pooling.close()
 
@@ -282,7 +282,7 @@ def test_a_drain_answers_what_waits_and_ends_without_a_client_that_stays() -> No
     hold = Hold()
     server = make_server(one_shard(), config=ShardServerConfig(workers=1, drain_seconds=0.5), before=hold)
     with serving(server) as (address,), asking(one_shard(address), quick(timeout_ms=5000.0)) as pooling:
-        pending = [pooling.begin(ASKED) for _ in range(5)]
+        pending = [pooling.begin([ASKED]) for _ in range(5)]
         assert hold.entered.acquire(timeout=10)
         draining = threading.Thread(target=server.drain)
         draining.start()
@@ -298,7 +298,7 @@ def test_closing_the_client_tells_whoever_waits() -> None:
     hold = Hold()
     with serving(make_server(one_shard(), before=hold)) as (address,):
         with asking(one_shard(address), quick(timeout_ms=10_000.0)) as pooling:
-            pending = pooling.begin(ASKED)
+            pending = pooling.begin([ASKED])
             assert hold.entered.acquire(timeout=10)
         with pytest.raises(Unavailable):
             pending.result()
@@ -312,7 +312,7 @@ def test_after_a_deadline_the_connection_is_in_step() -> None:
     with serving(server) as (address,), asking(one_shard(address), config) as pooling:
         for _ in range(5):
             with pytest.raises(DeadlineExceeded):
-                pooling.begin(ASKED, time.perf_counter() + 0.01).result()
+                pooling.begin([ASKED], time.perf_counter() + 0.01).result()
         hold.let_go()
         for seed in range(5):
             other = random_ids(one_shard(), 3, seed)
@@ -324,15 +324,15 @@ def test_after_a_deadline_the_connection_is_in_step() -> None:
 def test_the_caller_may_do_other_work_meanwhile_and_wait_for_less() -> None:
     hold = Hold()
     with serving(make_server(one_shard(), before=hold)) as (address,), asking(one_shard(address), quick()) as pooling:
-        pending, given_up = pooling.begin(ASKED), pooling.begin(ASKED)
+        pending, given_up = pooling.begin([ASKED]), pooling.begin([ASKED])
         assert hold.entered.acquire(timeout=10)
         with pytest.raises(DeadlineExceeded):
             given_up.result(time.perf_counter() + 0.01)
         hold.let_go()
-        assert pending.result().values.shape == (3, 4)
-        early = pooling.begin(ASKED, time.perf_counter() + 0.2)
+        assert pending.result()[0].values.shape == (3, 4)
+        early = pooling.begin([ASKED], time.perf_counter() + 0.2)
         time.sleep(0.3)  # the answer has come while the caller was busy past the deadline
-        assert early.result().values.shape == (3, 4)
+        assert early.result()[0].values.shape == (3, 4)
 
 
 def test_late_answers_do_not_make_up_for_misses() -> None:
@@ -342,7 +342,7 @@ def test_late_answers_do_not_make_up_for_misses() -> None:
         for answered in (1, 2):
             assert pooling.replicas_up() == {"a": 1}
             with pytest.raises(DeadlineExceeded):
-                pooling.begin(ASKED, time.perf_counter() + 0.05).result()
+                pooling.begin([ASKED], time.perf_counter() + 0.05).result()
             until(lambda answered=answered: server.stats().requests["answered"] == answered)  # type: ignore[misc]
             time.sleep(0.05)  # for the answer to arrive
         assert pooling.replicas_up() == {"a": 0}

@@ -199,9 +199,9 @@ def test_requests_in_both_directions_at_once_over_tls(certificates: dict[str, Sh
         layout = one_shard(address)
         with asking(layout, client_config(certificates["client"])) as pooling:
             asked = [random_ids(layout, 500, seed) for seed in range(20)]
-            pending = [pooling.begin(one) for one in asked]
+            pending = [pooling.begin([one]) for one in asked]
             for one, sums in zip(asked, pending, strict=True):
-                np.testing.assert_allclose(sums.result().values, whole(layout).pool(one), rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(sums.result()[0].values, whole(layout).pool(one), rtol=1e-4, atol=1e-5)
 
 
 def test_strangers_do_not_get_in(certificates: dict[str, ShardSecurity]) -> None:

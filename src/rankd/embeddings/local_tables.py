@@ -10,7 +10,7 @@ ids, so the sums are the same for every number of threads.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import TracebackType
@@ -18,7 +18,7 @@ from types import TracebackType
 import numpy as np
 
 from rankd.embeddings.jagged import JaggedIds
-from rankd.embeddings.pooling import Pooled
+from rankd.embeddings.pooling import LookUp
 from rankd.embeddings.table_file import Table
 from rankd.embeddings.table_layout import COLUMN, DIM, FIELDS, layout
 from rankd.errors import ConfigError, InvalidRequest, nearest
@@ -65,21 +65,42 @@ class LocalTables:
         Raises:
             InvalidRequest: an unknown table, arrays that are not as `JaggedIds` says, or an id outside of its table.
         """
+        ends = self.ends(asked)
+        out = np.empty((asked.num_samples, int(ends[-1])), np.float32)
+        self.pool_into(asked, out, ends[:-1])
+        return out
+
+    def ends(self, asked: JaggedIds) -> Int64Array:
+        """(F + 1,) where the columns of each table begin when they stand side by side, and where the last ends.
+
+        Raises:
+            InvalidRequest: an unknown table.
+        """
+        return np.cumsum([0, *(self._layouts[self._number(name), DIM] for name in asked.tables)], dtype=np.int64)
+
+    def pool_into(self, asked: JaggedIds, out: Float32Array, columns: Int64Array) -> None:
+        """As `pool`, the sums of the f-th table into `out` (B, anything) from columns[f] on; nothing else is written.
+
+        Raises:
+            InvalidRequest: as `pool`.
+        """
         _check_array("offsets", asked.offsets)
         _check_array("ids", asked.ids)
         asked.check()
         layouts = self._layouts[[self._number(name) for name in asked.tables]]
-        ends = np.cumsum(layouts[:, DIM])
-        layouts[:, COLUMN] = ends - layouts[:, DIM]
-        out = np.empty((asked.num_samples, int(ends[-1]) if len(ends) else 0), np.float32)
+        layouts[:, COLUMN] = columns
         wrong = self._sum(layouts, np.ascontiguousarray(asked.offsets), np.ascontiguousarray(asked.ids), out)
         if wrong >= 0:
             raise self._outside(asked, wrong)
-        return out
 
-    def look_up(self, asked: JaggedIds, deadline: float | None = None) -> Pooled:
-        """As `pool`: it takes no time worth a deadline."""
-        return Pooled(self.pool(asked))
+    @property
+    def local(self) -> bool:
+        """Nobody is waited for."""
+        return True
+
+    def begin(self, asked: Sequence[JaggedIds], into: Sequence[Float32Array], deadline: float | None = None) -> LookUp:
+        """See `TableSource.begin`: looked up by `finish`, which takes no time worth a deadline."""
+        return _LookUpHere(self, asked, into)
 
     def calls(self) -> Mapping[str, int]:
         """None: there are no shards."""
@@ -95,6 +116,14 @@ class LocalTables:
 
     def wait_up(self, within_s: float) -> None:
         """Do nothing: there are no shards to wait for."""
+
+    def rows(self) -> Mapping[str, int]:
+        """None: there are no shards."""
+        return {}
+
+    def kept_bytes(self) -> int:
+        """None: there are no shards."""
+        return 0
 
     def close(self) -> None:
         """End the helpers; calls that are under way end first."""
@@ -145,6 +174,30 @@ class LocalTables:
         rows = len(self._tables[self._numbers[name]].records)
         allowed = f" of {rows} rows: give 0 to {rows - 1}" if rows else ", which has no rows here"
         return InvalidRequest(f"id {asked.ids[place]} is not in table '{name}'{allowed}")
+
+
+class _LookUpHere:
+    """What `LocalTables.begin` gives."""
+
+    def __init__(self, tables: LocalTables, asked: Sequence[JaggedIds], into: Sequence[Float32Array]) -> None:
+        self._tables, self._asked, self._into = tables, asked, into
+
+    def there(self) -> bool:
+        """Always."""
+        return True
+
+    def when_there(self, then: Callable[[], None]) -> None:
+        """Now."""
+        then()
+
+    def finish(self) -> tuple[str, ...]:
+        """See `LookUp.finish`; nothing is ever lost."""
+        for asked, out in zip(self._asked, self._into, strict=True):
+            self._tables.pool_into(asked, out, self._tables.ends(asked)[:-1])
+        return ()
+
+    def forget(self) -> None:
+        """Nothing is under way."""
 
 
 def _check_array(name: str, array: Array) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,15 +19,46 @@ class Pooled:
     degraded: tuple[str, ...] = ()
 
 
-class TableSource(Protocol):
-    """What a ranker knows of the tables that are not in its graph."""
+class LookUp(Protocol):
+    """Sums that were asked for. Any thread may call; `finish` is called once, unless `forget` was."""
 
-    def look_up(self, asked: JaggedIds, deadline: float | None = None) -> Pooled:
-        """The sums, by `deadline` (seconds of `time.perf_counter`).
+    def there(self) -> bool:
+        """Whether `finish` need not wait for anybody."""
+        ...
+
+    def when_there(self, then: Callable[[], None]) -> None:
+        """Call `then` once when that is so: from any thread, or now."""
+        ...
+
+    def finish(self) -> tuple[str, ...]:
+        """Write the sums where `TableSource.begin` was told; names the tables that could not be had, whose defaults
+        stand there.
 
         Raises:
             InvalidRequest: as `Pooling.pool`.
             DeadlineExceeded, Unavailable: a table without a default was not there in time, or could not be had.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Nobody wants the sums any more; nothing, if they are there."""
+        ...
+
+
+class TableSource(Protocol):
+    """What a ranker knows of the tables that are not in its graph."""
+
+    @property
+    def local(self) -> bool:
+        """Whether nobody is ever waited for, so that there is nothing to begin early."""
+        ...
+
+    def begin(self, asked: Sequence[JaggedIds], into: Sequence[Float32Array], deadline: float | None = None) -> LookUp:
+        """Look up several questions, of any numbers of samples, together: of each the sums (B, W) as `Pooling.pool`
+        gives them, into its array, by `deadline` (seconds of `time.perf_counter`). Does not wait.
+
+        Raises:
+            InvalidRequest: as `Pooling.pool`; here, or by `finish`.
         """
         ...
 
@@ -49,6 +80,15 @@ class TableSource(Protocol):
         Raises:
             ShardFailure: one cannot.
         """
+        ...
+
+    def rows(self) -> Mapping[str, int]:
+        """Rows of shards' tables that were looked up since the start: there ("shards") or, being hot, here ("kept");
+        empty where there are no shards."""
+        ...
+
+    def kept_bytes(self) -> int:
+        """Of those that are kept here."""
         ...
 
     def close(self) -> None:

@@ -7,9 +7,11 @@ looks up and pools (`embeddings.pooling`): tables here, or shards elsewhere. Out
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from types import ModuleType
@@ -17,10 +19,10 @@ from types import ModuleType
 import numpy as np
 
 from rankd.embeddings.jagged import JaggedIds
-from rankd.embeddings.pooling import Pooled, TableSource
+from rankd.embeddings.pooling import LookUp, TableSource
 from rankd.features.schema import Categorical, EmbeddedFeature, EmbeddedSide, FeatureSchema
 from rankd.observe.table_metrics import TableFigures
-from rankd.types import Array, Features, Int32Array, Int64Array
+from rankd.types import Array, Features, Float32Array, Int32Array, Int64Array
 
 OWN_ROW = (-1, 0, 0)
 
@@ -37,27 +39,38 @@ class EmbeddedInputs:
         self._lookups, self._seconds = 0, 0.0
         self._lock = threading.Lock()  # guards those two
 
-    def fill(
+    @property
+    def local(self) -> bool:
+        """Whether nobody is ever waited for."""
+        return self._tables.local
+
+    def begin(
         self, into: Mapping[str, Array], history: Mapping[str, Array], deadline: float | None = None
-    ) -> tuple[str, ...]:
-        """Write candidate_embedded (1, C, W) and context_embedded (1, W) from the ids and codes of all C candidates, of
-        the user, and of the history's tokens. Names the tables that could not be had.
+    ) -> EmbeddedLookUp:
+        """Look up what `finish` writes into candidate_embedded (1, C, W) and context_embedded (1, W): by the ids and
+        codes of all C candidates, of the user, and of the history's tokens. A candidate that is there twice is looked
+        up once.
 
         Raises:
-            InvalidRequest, DeadlineExceeded, Unavailable: see `TableSource.look_up`.
+            InvalidRequest: see `TableSource.begin`.
         """
-        lost = list[str]()
+        started = time.perf_counter()
+        asked, sums, repeated = list[JaggedIds](), list[Float32Array](), None
         if "context_embedded" in into:
-            context = self._look_up(self._context(history, into), deadline)
-            into["context_embedded"][...] = context.values
-            lost += context.degraded
+            asked.append(self._context(history, into))
+            sums.append(into["context_embedded"])
         if "candidate_embedded" in into:
             rows = into["candidate_item"][0]
             codes = into["candidate_categories"][0] if "candidate_categories" in into else _no_codes(len(rows))
-            own = self._look_up(self._own.asked(rows, codes), deadline)
-            into["candidate_embedded"][0] = own.values
-            lost += own.degraded
-        return tuple(dict.fromkeys(lost))
+            out = into["candidate_embedded"][0]
+            distinct, first, places = np.unique(rows, return_index=True, return_inverse=True)
+            if len(distinct) < len(rows):
+                own = np.empty((len(distinct), self._own.width), np.float32)
+                repeated = _Repeated(own, places, out)
+                rows, codes, out = distinct, codes[first], own
+            asked.append(self._own.asked(rows, codes))
+            sums.append(out)
+        return EmbeddedLookUp(self._tables.begin(asked, sums, deadline), repeated, started, self._looked_up)
 
     def embed(self, features: Features) -> Features:
         """Packed features with their embedded inputs: what checks and offline evaluation feed a graph."""
@@ -68,29 +81,32 @@ class EmbeddedInputs:
         if self._shared:
             width = sum(feature.dim for feature in self._shared)
             candidates["context_embedded"] = np.zeros((1, width), np.float32)
-        self.fill(candidates, features.history)
+        self.begin(candidates, features.history).finish()
         return Features(features.history, candidates, features.num_candidates)
 
     def figures(self) -> TableFigures:
         """What was looked up so far."""
         with self._lock:
             lookups, seconds = self._lookups, self._seconds
+        tables = self._tables
         return TableFigures(
-            lookups, seconds, self._tables.calls(), self._tables.replicas_up(), self._tables.generation()
+            lookups,
+            seconds,
+            tables.calls(),
+            tables.replicas_up(),
+            tables.generation(),
+            tables.rows(),
+            tables.kept_bytes(),
         )
 
     def close(self) -> None:
         """Nothing is looked up after this."""
         self._tables.close()
 
-    def _look_up(self, asked: JaggedIds, deadline: float | None) -> Pooled:
-        started = time.perf_counter()
-        try:
-            return self._tables.look_up(asked, deadline)
-        finally:
-            with self._lock:
-                self._lookups += 1
-                self._seconds += time.perf_counter() - started
+    def _looked_up(self, seconds: float) -> None:
+        with self._lock:
+            self._lookups += 1
+            self._seconds += seconds
 
     def _context(self, history: Mapping[str, Array], candidates: Mapping[str, Array]) -> JaggedIds:
         """The ids of a request, as of one sample."""
@@ -108,6 +124,53 @@ class EmbeddedInputs:
             return []
         asked = self._user.asked(np.zeros(1, np.int32), candidates["context_categories"])
         return np.split(asked.ids, asked.offsets[1:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    """Sums (D, W) of different candidates, the place (C,) of each candidate's among them, and where (C, W) they go."""
+
+    sums: Float32Array
+    places: Int64Array
+    out: Float32Array
+
+
+class EmbeddedLookUp:
+    """A look-up of a request; see `LookUp`. `count` is told the seconds that it was waited for."""
+
+    def __init__(
+        self, lookup: LookUp, repeated: _Repeated | None, started: float, count: Callable[[float], None]
+    ) -> None:
+        self._lookup, self._repeated, self._count = lookup, repeated, count
+        self._started, self._came = started, math.inf
+
+    def there(self) -> bool:
+        """Whether `finish` need not wait for anybody."""
+        return self._lookup.there()
+
+    def when_there(self, then: Callable[[], None]) -> None:
+        """Call `then` once when that is so."""
+
+        def came() -> None:
+            self._came = time.perf_counter()
+            then()
+
+        self._lookup.when_there(came)
+
+    def finish(self) -> tuple[str, ...]:
+        """See `LookUp.finish`."""
+        begun = time.perf_counter()
+        try:
+            lost = self._lookup.finish()
+        finally:  # what passed in between nobody waited for the tables, but for an executor
+            self._count(min(self._came, begun) - self._started + time.perf_counter() - begun)
+        if self._repeated is not None:
+            np.take(self._repeated.sums, self._repeated.places, axis=0, out=self._repeated.out)
+        return tuple(dict.fromkeys(lost))
+
+    def forget(self) -> None:
+        """Nobody wants the sums any more."""
+        self._lookup.forget()
 
 
 def copy_candidates(whole: Mapping[str, Array], into: Mapping[str, Array], first: int, count: int) -> None:

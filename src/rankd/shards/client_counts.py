@@ -16,19 +16,26 @@ class Counted(Enum):
     FAILED = "failed"  # requests of which a table without a default could not be had
 
 
+class RowsFrom(Enum):
+    """Where rows were looked up."""
+
+    SHARDS = "shards"
+    KEPT = "kept"  # in this process, being hot
+
+
 class ClientCounts:
     """Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(Counted, 0)
+        self._counts: dict[Counted | RowsFrom, int] = dict.fromkeys([*Counted, *RowsFrom], 0)
 
-    def add(self, what: Counted, number: int = 1) -> None:
+    def add(self, what: Counted | RowsFrom, number: int = 1) -> None:
         """So many more."""
         with self._lock:
             self._counts[what] += number
 
-    def snapshot(self) -> dict[str, int]:
-        """By Counted value."""
+    def snapshot(self, kind: type[Counted] | type[RowsFrom] = Counted) -> dict[str, int]:
+        """By the values of a kind."""
         with self._lock:
-            return {what.value: number for what, number in self._counts.items()}
+            return {what.value: self._counts[what] for what in kind}

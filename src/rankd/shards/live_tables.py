@@ -13,15 +13,16 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rankd.embeddings.jagged import JaggedIds
-from rankd.embeddings.pooling import Pooled, TableSource
+from rankd.embeddings.pooling import LookUp, TableSource
 from rankd.errors import RankdError, ShardFailure
 from rankd.shards.placement_file import Placement, read_placement
+from rankd.types import Float32Array
 
 LOOK_S = 0.1
 """Between two looks at the file."""
@@ -57,6 +58,7 @@ class LiveTables:
         self._held = _Held(first, open_placed(first))
         self._generation = first.generation
         self._past: Counter[str] = Counter()  # calls of placements that are closed
+        self._past_rows: Counter[str] = Counter()  # and rows
         self._closing = threading.Event()
         self._complaint = ""
         self._thread = threading.Thread(target=self._watch, name="tables-placement", daemon=True)
@@ -67,10 +69,21 @@ class LiveTables:
             raise
         self._thread.start()
 
-    def look_up(self, asked: JaggedIds, deadline: float | None = None) -> Pooled:
-        """The sums, of one placement; see `TableSource.look_up`."""
-        with self._using() as source:
-            return source.look_up(asked, deadline)
+    @property
+    def local(self) -> bool:
+        """Whether the placement in use has no shards."""
+        return self._held.source.local
+
+    def begin(self, asked: Sequence[JaggedIds], into: Sequence[Float32Array], deadline: float | None = None) -> LookUp:
+        """All of it in one placement; see `TableSource.begin`."""
+        with self._changed:
+            held = self._held
+            held.under_way += 1
+        try:
+            return _LiveLookUp(held.source.begin(asked, into, deadline), partial(self._ended, held))
+        except BaseException:
+            self._ended(held)
+            raise
 
     def calls(self) -> Mapping[str, int]:
         """Calls of shards since the start, by what became of them, of all placements."""
@@ -80,6 +93,15 @@ class LiveTables:
     def replicas_up(self) -> Mapping[str, int]:
         """How many replicas of each shard of the newest placement can be asked."""
         return self._held.source.replicas_up()
+
+    def rows(self) -> Mapping[str, int]:
+        """Rows of shards' tables looked up since the start, by where they were, of all placements."""
+        with self._changed:
+            return self._past_rows + Counter(self._held.source.rows())
+
+    def kept_bytes(self) -> int:
+        """Of the hot rows that the newest placement keeps here."""
+        return self._held.source.kept_bytes()
 
     def generation(self) -> int:
         """That of the placement in use; an earlier one is not asked any more."""
@@ -95,18 +117,11 @@ class LiveTables:
         self._thread.join()
         self._held.source.close()
 
-    @contextmanager
-    def _using(self) -> Iterator[TableSource]:
+    def _ended(self, held: _Held) -> None:
         with self._changed:
-            held = self._held
-            held.under_way += 1
-        try:
-            yield held.source
-        finally:
-            with self._changed:
-                held.under_way -= 1
-                if not held.under_way:
-                    self._changed.notify_all()
+            held.under_way -= 1
+            if not held.under_way:
+                self._changed.notify_all()
 
     def _watch(self) -> None:
         while not self._closing.wait(LOOK_S):
@@ -141,6 +156,7 @@ class LiveTables:
             old, self._held = self._held, _Held(placement, source)
             self._changed.wait_for(lambda: not old.under_way)
             self._past += Counter(old.source.calls())
+            self._past_rows += Counter(old.source.rows())
         old.source.close()
         self._generation = placement.generation
         log.info("tables follow placement %d", placement.generation)
@@ -160,6 +176,36 @@ class LiveTables:
                     raise
             else:
                 return
+
+
+class _LiveLookUp:
+    """A look-up of one placement; `ended` is called once, when it needs that placement no more."""
+
+    def __init__(self, looking_up: LookUp, ended: Callable[[], None]) -> None:
+        self._looking_up, self._ended = looking_up, ended
+        self.there, self.when_there = looking_up.there, looking_up.when_there
+        self._lock = threading.Lock()  # guards `_over`
+        self._over = False
+
+    def finish(self) -> tuple[str, ...]:
+        """See `LookUp.finish`."""
+        try:
+            return self._looking_up.finish()
+        finally:
+            self._end()
+
+    def forget(self) -> None:
+        """See `LookUp.forget`."""
+        try:
+            self._looking_up.forget()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            first, self._over = not self._over, True
+        if first:
+            self._ended()
 
 
 def _away(source: TableSource) -> int:

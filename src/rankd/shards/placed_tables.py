@@ -1,20 +1,23 @@
 """The tables of a model where a plan put them: some in this process, the others on shards.
 
-In: JaggedIds over any of them. Out: their sums side by side. Shards are asked first; tables here are looked up while
-they work.
+In: questions over any of them. Out: their sums side by side. Shards are asked first; tables here are looked up when
+somebody finishes, while they work if that is soon enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.local_tables import LocalTables
-from rankd.embeddings.pooling import Pooled
+from rankd.embeddings.pooling import LookUp
+from rankd.shards.pending import Pending
 from rankd.shards.shard_layout import ShardLayout
 from rankd.shards.sharded_pooling import ShardedPooling
+from rankd.types import Float32Array, Int64Array
 
 
 class PlacedTables:
@@ -26,26 +29,26 @@ class PlacedTables:
         self._dims = {name: table.spec.dim for name, table in here.tables.items()}
         self._dims |= {spec.name: spec.dim for net in layout.nets for spec in net.tables}
 
-    def look_up(self, asked: JaggedIds, deadline: float | None = None) -> Pooled:
-        """The sums; see `TableSource.look_up`."""
-        here = [place for place, name in enumerate(asked.tables) if name in self._own]
-        if len(here) == len(asked.tables):
-            return self._here.look_up(asked)
-        away = [place for place, name in enumerate(asked.tables) if name not in self._own]
-        pending = self._sharded.begin(_some(asked, away), deadline)
-        own = self._here.pool(_some(asked, here)) if here else None
-        pooled = pending.result()
-        if own is None:
-            return pooled
-        dims = [self._dims[name] for name in asked.tables]
-        starts = np.cumsum([0, *dims])
-        values = np.empty((asked.num_samples, starts[-1]), np.float32)
-        for sums, places in ((own, here), (pooled.values, away)):
-            first = 0
-            for place in places:
-                values[:, starts[place] : starts[place + 1]] = sums[:, first : first + dims[place]]
-                first += dims[place]
-        return Pooled(values, pooled.degraded)
+    @property
+    def local(self) -> bool:
+        """Shards are waited for."""
+        return False
+
+    def begin(self, asked: Sequence[JaggedIds], into: Sequence[Float32Array], deadline: float | None = None) -> LookUp:
+        """See `TableSource.begin`."""
+        here, away = list[_Question](), list[_Question]()
+        for one, out in zip(asked, into, strict=True):
+            own = [place for place, name in enumerate(one.tables) if name in self._own]
+            others = [place for place, name in enumerate(one.tables) if name not in self._own]
+            here += [self._question(one, own, out)] if own else []
+            away += [self._question(one, others, out)] if others else []
+        pending = self._sharded.begin([question.asked for question in away], deadline)
+        return _PlacedLookUp(self._here, here, pending, away)
+
+    def _question(self, asked: JaggedIds, places: Sequence[int], out: Float32Array) -> _Question:
+        ends = np.cumsum([0, *(self._dims.get(name, 0) for name in asked.tables)])
+        columns = np.stack([ends[:-1], ends[1:]], axis=1)[list(places)]
+        return _Question(asked if len(places) == len(asked.tables) else _some(asked, places), columns, out)
 
     def calls(self) -> Mapping[str, int]:
         """Calls of shards since the start, by what became of them."""
@@ -63,10 +66,54 @@ class PlacedTables:
         """See `ShardedPooling.wait_up`."""
         self._sharded.wait_up(within_s)
 
+    def rows(self) -> Mapping[str, int]:
+        """See `TableSource.rows`."""
+        return self._sharded.rows()
+
+    def kept_bytes(self) -> int:
+        """Of the hot rows that are kept here."""
+        return self._sharded.kept_bytes()
+
     def close(self) -> None:
         """End all connections."""
         self._sharded.close()
         self._here.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Tables that are in one place, and where their sums go: those of the f-th into columns[f, 0] to columns[f, 1]."""
+
+    asked: JaggedIds
+    columns: Int64Array
+    out: Float32Array
+
+
+class _PlacedLookUp:
+    """What `PlacedTables.begin` gives."""
+
+    def __init__(
+        self, tables: LocalTables, here: Sequence[_Question], pending: Pending, away: Sequence[_Question]
+    ) -> None:
+        self._tables, self._here, self._pending, self._away = tables, here, pending, away
+
+    def there(self) -> bool:
+        """Whether all shards have answered, or their time is over."""
+        return self._pending.there()
+
+    def when_there(self, then: Callable[[], None]) -> None:
+        """Call `then` once when that is so."""
+        self._pending.when_there(then)
+
+    def finish(self) -> tuple[str, ...]:
+        """See `LookUp.finish`."""
+        for one in self._here:
+            self._tables.pool_into(one.asked, one.out, np.ascontiguousarray(one.columns[:, 0]))
+        return self._pending.add_up([one.out for one in self._away], [one.columns for one in self._away])
+
+    def forget(self) -> None:
+        """Whoever is still asked need not answer."""
+        self._pending.forget()
 
 
 def _some(asked: JaggedIds, places: Sequence[int]) -> JaggedIds:

@@ -8,8 +8,8 @@ POOL: the net, then the headers of all blocks and parts, then the numbers of all
              number of ids uint32
     numbers  of each part: a count of each sample (uint8, 16 or 32), its ids (uint16, 32 or 64) by sample
 
-A block is a set of samples. A request has one of all samples, and where some tables have the same ids for each of them
-(those of a user, when the samples are candidates) one of a single sample for these: ids and sums travel once.
+A block is a set of samples. A request has one of all samples, and others for parts of which several samples have the
+same ids: ids and sums travel once. `routing_kernels.py` writes requests.
 
 Worked example: net 1, 2 samples, part 3, ids [7] and [2, 2]
     01 00 01 00 | 02 00 00 00 01 00 00 00 | 03 00 01 02 03 00 00 00 | 01 02  07 00 02 00 02 00
@@ -28,7 +28,7 @@ import numpy as np
 from rankd.embeddings.jagged import JaggedIds
 from rankd.errors import InvalidRequest, PayloadTooLarge
 from rankd.shards.shard_layout import ServedNet
-from rankd.types import Array, Int64Array
+from rankd.types import Array
 
 _REQUEST, _BLOCK, _PART = struct.Struct("<HH"), struct.Struct("<IHH"), struct.Struct("<HBBI")
 _UNSIGNED: dict[int, np.dtype[np.unsignedinteger]] = {
@@ -38,24 +38,6 @@ _UNSIGNED: dict[int, np.dtype[np.unsignedinteger]] = {
     8: np.dtype("<u8"),
 }
 _COUNT_BYTES, _ID_BYTES = (1, 2, 4), (2, 4, 8)
-
-
-@dataclass(frozen=True, slots=True)
-class PartIds:
-    """Rows of a part for B samples. `part`: its place in its net; counts (B,) int64: of each sample, None if all have
-    the same number; ids (n,): rows in the part, by sample, unsigned of 2, 4 or 8 bytes."""
-
-    part: int
-    counts: Int64Array | None
-    ids: Array
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """What the same samples are asked of several parts."""
-
-    num_samples: int
-    parts: Sequence[PartIds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +51,6 @@ class PoolRequest:
 def id_type(rows: int) -> np.dtype[np.unsignedinteger]:
     """The smallest type that ids of a part of so many rows are sent in."""
     return _UNSIGNED[2 if rows <= 1 << 16 else 4 if rows <= 1 << 32 else 8]
-
-
-def pool_payload(net: int, blocks: Sequence[Block]) -> list[memoryview]:
-    """The payload of a POOL frame; ids are not copied."""
-    headers, numbers = [_REQUEST.pack(net, len(blocks))], []
-    for block in blocks:
-        headers.append(_BLOCK.pack(block.num_samples, len(block.parts), 0))
-        for part in block.parts:
-            count_bytes = 0
-            if part.counts is not None:
-                most = int(part.counts.max())
-                count_bytes = 1 if most < 1 << 8 else 2 if most < 1 << 16 else 4
-                numbers.append(part.counts.astype(_UNSIGNED[count_bytes]).data.cast("B"))
-            headers.append(_PART.pack(part.part, count_bytes, part.ids.itemsize, len(part.ids)))
-            if len(part.ids):
-                numbers.append(part.ids.data.cast("B"))
-    return [memoryview(b"".join(headers)), *numbers]
 
 
 def read_pool(payload: memoryview, nets: Sequence[ServedNet], max_answer_bytes: int) -> PoolRequest:

@@ -38,6 +38,8 @@ class ShardClient:
         self.name, self._plan, self._nets, self._config = shard.name, plan, nets, config
         self.hedging = Hedging(config.hedge_quantile, config.hedge_least_ms / 1e3, config.hedge_share)
         self._changed = threading.Condition()
+        self.generation = 0
+        """How many connections were made; an answer that comes on one is of this number or an earlier one."""
         tls = client_tls(config.security)
         self._replicas = [self._replica(address, tls) for address in shard.addresses]
 
@@ -80,6 +82,10 @@ class ShardClient:
                 return link
         return None
 
+    def has_another(self, asked: Sequence[ShardLink]) -> bool:
+        """Whether a replica can be asked that is not `asked` yet."""
+        return any((link := replica.link) is not None and link not in asked for replica in self._replicas)
+
     def failure(self) -> ShardFailure:
         """Why no replica can be asked."""
         troubles = [replica.trouble for replica in self._replicas]
@@ -97,7 +103,7 @@ class ShardClient:
         inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         deadline, addresses = time.perf_counter() + within_s, {}
         for replica in self._replicas:
-            question = Question(next(NUMBERS), Kind.STATS, (), None, deadline, inbox)
+            question = Question(next(NUMBERS), Kind.STATS, (), None, deadline, inbox.put)
             link = replica.link
             if link is not None and link.ask(question):
                 addresses[question.number] = replica.address
@@ -129,6 +135,8 @@ class ShardClient:
         except (OSError, RankdError):
             stream.close()
             raise
+        with self._changed:
+            self.generation += 1
         return ShardLink(stream, ready, config, shown)
 
 

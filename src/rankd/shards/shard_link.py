@@ -6,10 +6,9 @@ read and dropped: a late answer is never taken for another one, and the connecti
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rankd.errors import PayloadTooLarge, RankdError, ShardFailure, Trouble
@@ -32,15 +31,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked under a number, and where its outcome goes. `answer_bytes`: of its answer, None if it may differ;
-    `deadline` in seconds of `time.perf_counter`."""
+    """What is asked under a number, and what its outcome is given to, by the connection's thread: `then` has to be
+    quick. `answer_bytes`: of its answer, None if it may differ; `deadline` in seconds of `time.perf_counter`."""
 
     number: int
     kind: Kind
     payload: Sequence[memoryview]
     answer_bytes: int | None
     deadline: float
-    inbox: queue.SimpleQueue[Outcome]
+    then: Callable[[Outcome], None]
 
 
 class ShardLink:
@@ -67,7 +66,7 @@ class ShardLink:
         return len(self._asked)
 
     def ask(self, question: Question) -> bool:
-        """Send a request; False if it cannot be, then nothing will come. Its outcome comes to its inbox.
+        """Send a request; False if it cannot be, then nothing will come. Its outcome comes to `then`.
 
         Raises:
             PayloadTooLarge: the shard does not take so much, or would answer more than is taken here.
@@ -84,7 +83,7 @@ class ShardLink:
             self._stream.send(buffers, min(question.deadline, now + self._config.frame_seconds))
         except OSError:
             with self._lock:
-                return self._asked.pop(question.number, None) is None  # who reads may have told the inbox already
+                return self._asked.pop(question.number, None) is None  # who reads may have told it already
         return True
 
     def forget(self, number: int, missed: bool) -> None:
@@ -114,7 +113,7 @@ class ShardLink:
                 self._asked.clear()
             self._stream.close()
             for question in waiting:
-                question.inbox.put(Outcome(question.number, None, reason))
+                question.then(Outcome(question.number, None, reason))
         return reason
 
     def shut(self) -> None:
@@ -194,4 +193,4 @@ class ShardLink:
                 return
             if error is None:
                 self._misses, self.worked = 0, True
-        question.inbox.put(Outcome(header.number, None if error else payload, error))
+        question.then(Outcome(header.number, None if error else payload, error))

@@ -8,38 +8,52 @@ meanwhile; `pool` also waits. Next: `routing.py`, then `pending.py`.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from rankd.embeddings.jagged import JaggedIds
-from rankd.errors import ConfigError, nearest
-from rankd.shards.client_counts import ClientCounts
+from rankd.errors import ConfigError, Unavailable, nearest
+from rankd.gate import Alarm
+from rankd.shards.client_counts import ClientCounts, RowsFrom
+from rankd.shards.hot_row_cache import HotRowCache
+from rankd.shards.kept_rows import KeptRows
 from rankd.shards.pending import Pending
 from rankd.shards.routing import Router
 from rankd.shards.shard_client import ShardClient
 from rankd.shards.shard_config import ShardClientConfig, TableDefault
 from rankd.shards.shard_layout import ShardLayout
 from rankd.shards.shard_stats import ShardStats
-from rankd.types import Float32Array
+from rankd.types import Float32Array, Int64Array
+
+FETCH_SECONDS = 5.0
+"""That shards have for rows that are to be kept here."""
 
 
 class ShardedPooling:
-    """Asks the shards of a layout. Thread-safe.
+    """Asks the shards of a layout. `hot_rows`: of which tables how many rows are kept here. Thread-safe.
 
     Raises:
         ConfigError: the layout does not hold together, or the configuration does not fit it.
     """
 
-    def __init__(self, layout: ShardLayout, config: ShardClientConfig) -> None:
+    def __init__(
+        self, layout: ShardLayout, config: ShardClientConfig, hot_rows: Mapping[str, int] | None = None
+    ) -> None:
         self._router, self._config = Router(layout), config
         self._defaults = dict(_default(default, layout) for default in config.defaults)
         self._clients = [ShardClient(shard, layout.plan, layout.served_by(shard), config) for shard in layout.shards]
-        self._counts = ClientCounts()
+        self._counts, self._alarm = ClientCounts(), Alarm()
+        self._hot: HotRowCache | None = None
+        if hot_rows:
+            self._hot = HotRowCache(self._router, hot_rows, self._rows_of, self._generation)
 
     def start(self) -> None:
         """Begin to connect; it goes on until `close`."""
         for client in self._clients:
             client.start()
+        if self._hot is not None:
+            self._hot.start()
 
     def wait_up(self, within_s: float) -> None:
         """Do nothing if each shard can be asked, at one replica at least, within this time.
@@ -59,9 +73,13 @@ class ShardedPooling:
         """End all connections; whoever waits is told."""
         for client in self._clients:
             client.close()
+        if self._hot is not None:
+            self._hot.close()
+        self._alarm.close()
 
-    def begin(self, asked: JaggedIds, deadline: float | None = None) -> Pending:
-        """Ask all shards and do not wait. `deadline` in seconds of `time.perf_counter`, else `timeout_ms` from now.
+    def begin(self, asked: Sequence[JaggedIds], deadline: float | None = None) -> Pending:
+        """Ask all shards and do not wait; one call for each shard and net, however many questions. `deadline` in
+        seconds of `time.perf_counter`, else `timeout_ms` from now.
 
         Raises:
             InvalidRequest: an unknown table, offsets that do not fit, an id outside of its table, or more than a shard
@@ -69,11 +87,18 @@ class ShardedPooling:
         """
         if deadline is None:
             deadline = time.perf_counter() + self._config.timeout_ms / 1e3
-        places = self._router.places(asked)
-        calls = self._router.route(asked, places)
-        pending = Pending(asked, places, self._defaults, deadline, self._counts)
-        for call in calls:
-            pending.send(self._clients[call.shard], call)
+        if self._hot is None:
+            return self._send(asked, deadline, None)
+        pending = self._send(asked, deadline, self._hot.kept)
+        self._hot.saw(asked)
+        return pending
+
+    def _send(self, asked: Sequence[JaggedIds], deadline: float, kept: KeptRows | None) -> Pending:
+        routed = self._router.route(asked, None if kept is None else kept.index)
+        pending = Pending(routed, self._defaults, deadline, self._counts, self._alarm, kept)
+        pending.send(self._clients)
+        self._counts.add(RowsFrom.SHARDS, sum(routed.num_ids(call) for call in routed.calls))
+        self._counts.add(RowsFrom.KEPT, 0 if routed.kept is None else routed.num_ids(routed.kept))
         return pending
 
     def pool(self, asked: JaggedIds) -> Float32Array:
@@ -84,7 +109,27 @@ class ShardedPooling:
             DeadlineExceeded: a table without a default was not there within `timeout_ms`.
             Unavailable: a table without a default could not be had.
         """
-        return self.begin(asked).result().values
+        return self.begin([asked]).result()[0].values
+
+    def rows(self) -> dict[str, int]:
+        """How many rows were looked up since the start, by `client_counts.RowsFrom` value."""
+        return self._counts.snapshot(RowsFrom)
+
+    def kept_bytes(self) -> int:
+        """Of the rows that are kept here."""
+        kept = None if self._hot is None else self._hot.kept
+        return 0 if kept is None else kept.size_bytes
+
+    def _rows_of(self, table: str, rows: Int64Array) -> Float32Array:
+        """The numbers (n, dim) of rows (n,), asked of their shards one by one."""
+        asked = JaggedIds((table,), np.arange(len(rows) + 1, dtype=np.int64), rows)
+        (pooled,) = self._send([asked], time.perf_counter() + FETCH_SECONDS, None).result()
+        if pooled.degraded:
+            raise Unavailable(f"rows of table '{table}' could not be had")
+        return pooled.values
+
+    def _generation(self) -> int:
+        return sum(client.generation for client in self._clients)
 
     def counts(self) -> dict[str, int]:
         """What was done since the start, by `client_counts.Counted` value."""

@@ -83,7 +83,7 @@ def _open_placed(
     if not file.plan.shards:
         return open_model_tables(version, widths, config.threads)
     layout = layout_of(file, addresses)
-    sharded = ShardedPooling(layout, config.client)
+    sharded = ShardedPooling(layout, config.client, {hot.table: hot.rows for hot in file.plan.hot_rows})
     here = open_model_tables(version, replicated, config.threads)
     sharded.start()
     return PlacedTables(here, layout, sharded)

@@ -14,12 +14,12 @@ from pathlib import Path
 from rankd.errors import ConfigError
 from rankd.features.cache.row_cache import RowCache
 from rankd.features.feature_config import FeatureConfig
-from rankd.features.reading.gate import Alarm
 from rankd.features.reading.history_table import HistoryTable
 from rankd.features.reading.outbox import Outbox
 from rankd.features.reading.row_table import RowTable
 from rankd.features.stores.feature_store import FeatureStore, StoreFailure, StoreHealth
 from rankd.features.stores.open_store import open_store
+from rankd.gate import Alarm
 from rankd.observe.feature_metrics import FeatureFigures, StoreFigures
 
 log = logging.getLogger("rankd")

@@ -26,7 +26,6 @@ import numpy as np
 from rankd.errors import ConfigError, InvalidRequest
 from rankd.features.catalogue import Catalogue
 from rankd.features.feature_config import FeatureConfig
-from rankd.features.reading.gate import Gate
 from rankd.features.reading.history_table import AskedHistory, Freshness
 from rankd.features.reading.row_table import AskedRows, Loaded, RowTable
 from rankd.features.reading.shared_features import HISTORIES, ITEMS, USERS, FeatureService, SharedFeatures
@@ -39,6 +38,7 @@ from rankd.features.stores.event_records import MAX_VALUES, pack_events
 from rankd.features.stores.feature_store import Trouble
 from rankd.features.stores.store_keys import hash_id, hash_ids
 from rankd.features.tables import UserFeatures, no_user_features
+from rankd.gate import Gate
 from rankd.types import Array, Event, Float32Array, Int32Array, RowCounts, UserHistory
 
 log = logging.getLogger("rankd")

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from rankd.errors import StoreFailure
-from rankd.features.reading.gate import Alarm, Gate
+from rankd.gate import Alarm, Gate
 
 
 @dataclass

@@ -12,6 +12,7 @@ says what it is, and is called again when it is there.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from rankd.features.schema import UNKNOWN_ROW, candidate_specs
 from rankd.features.staging import InputBuffers, allocate
 from rankd.features.tables import UserFeatures
 from rankd.observe.clocks import StageClock
+from rankd.observe.tracing import Attribute, RequestTrace, SpanNote, noted
 from rankd.schedule.packing import Packing
 from rankd.schedule.served import Part, When
 from rankd.states.lending import HeldState, NoStates, StateBusy, States
@@ -59,6 +61,7 @@ class RankItem:
     embedded: Mapping[str, Array] | None = None
     lost_tables: tuple[str, ...] = ()
     lent: ExitStack = field(default_factory=ExitStack)
+    trace: RequestTrace | None = None
 
 
 class RequestPath:
@@ -158,8 +161,10 @@ class RequestPath:
         inputs, logits = self._staging[executor].candidates(bucket), list[Float32Array]()
         while len(logits) < len(parts):
             size = self.packing.fits(bucket, len(parts) - len(logits))
-            states = [_held(part.item).state for part in parts[len(logits) : len(logits) + size]]
+            called = parts[len(logits) : len(logits) + size]
+            states, begun = [_held(part.item).state for part in called], time.perf_counter()
             logits.extend(executor.score(states, inputs.call(len(logits), size)))
+            _note_call(called, bucket, begun)
         return [one[: part.count] for part, one in zip(parts, logits, strict=True)]
 
     def take(self, part: Part[RankItem], logits: Float32Array) -> None:
@@ -208,7 +213,8 @@ class RequestPath:
         self.features.fill_items(item.fetch, whole, 0, len(rows))
         if self.schema.user_columns:
             whole["context_categories"][0] = item.user.categories
-        item.lost_tables = embedded.fill(whole, _held(item).state.arrays, item.deadline)
+        with noted(item.trace, "look-up"):
+            item.lost_tables = embedded.fill(whole, _held(item).state.arrays, item.deadline)
         item.embedded = whole
 
     def _history(self, item: RankItem) -> UserHistory:
@@ -237,6 +243,16 @@ class RequestPath:
 def _held(item: RankItem) -> HeldState:
     assert item.held is not None  # noqa: S101 - the schedule prepares before it scores
     return item.held
+
+
+def _note_call(parts: Sequence[Part[RankItem]], bucket: int, begun: float) -> None:
+    """A call of the engine is over: those of its requests that are traced note it."""
+    ended = time.perf_counter()
+    for part in parts:
+        if part.item.trace is not None:
+            about: dict[str, Attribute] = {"rankd.rows": part.count, "rankd.bucket": bucket}
+            about |= {"rankd.users": len(parts), "rankd.executor": threading.current_thread().name}
+            part.item.trace.notes.append(SpanNote("score call", begun, ended, about))
 
 
 def _check_deadline(item: RankItem) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.pooling import Pooled
 from rankd.errors import DeadlineExceeded, InvalidRequest, RankdError, Unavailable
+from rankd.shards.call_traces import CallTraces
 from rankd.shards.client_counts import ClientCounts, Counted
 from rankd.shards.frames import Kind
 from rankd.shards.pool_frames import pool_payload
@@ -60,6 +61,7 @@ class Pending:
         self._inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._calls: list[PoolCall] = []
         self._waiting: dict[int, PoolCall] = {}
+        self._traces = CallTraces()
 
     def send(self, client: ShardClient, routed: RoutedCall) -> None:
         """Ask a shard; `begin` does it for each.
@@ -67,7 +69,9 @@ class Pending:
         Raises:
             PayloadTooLarge: more than the shard takes.
         """
+        started = time.perf_counter()
         call = PoolCall(client, routed, pool_payload(routed.net, routed.asked()), time.perf_counter())
+        self._traces.serialised(client.name, started, call.begun)
         self._calls.append(call)
         self._counts.add(Counted.CALLS)
         if self._try(call):
@@ -100,6 +104,7 @@ class Pending:
             missed = time.perf_counter() >= until
             for number, call in self._waiting.items():
                 call.attempts[number].forget(number, missed)
+            self._traces.close()
         return self._assembled()
 
     def _try(self, call: PoolCall) -> bool:
@@ -108,9 +113,11 @@ class Pending:
             return False
         number = next(NUMBERS)
         routed = call.routed
-        question = Question(number, Kind.POOL, call.payload, routed.answer_bytes, self._deadline, self._inbox)
+        trace = self._traces.begin(number, call.client.name, call.payload, len(call.asked))
+        question = Question(number, Kind.POOL, call.payload, routed.answer_bytes, self._deadline, self._inbox, trace)
         link = call.client.ask(question, call.asked)
         if link is None:
+            self._traces.drop(number)
             return False
         call.asked.append(link)
         call.attempts[number] = link
@@ -127,6 +134,7 @@ class Pending:
                     self._counts.add(Counted.HEDGED)
 
     def _take(self, outcome: Outcome) -> None:
+        self._traces.end(outcome)
         call = self._waiting.pop(outcome.number, None)
         if call is None:
             return

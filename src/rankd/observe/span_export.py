@@ -1,0 +1,148 @@
+"""Spans for OpenTelemetry: which requests are sampled, and what they noted as spans of the SDK, sent over OTLP/HTTP.
+
+In: `tracing.RequestTrace`s that are over. Out: batches of spans, sent by a thread of the SDK. Nothing here is waited
+for: spans that a collector does not take in time are dropped, and the SDK's log says so.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Mapping
+
+from rankd.errors import MissingExtra
+from rankd.observe.tracing import RequestTrace, SpanKind, SpanNote, TracingConfig
+
+try:
+    from opentelemetry.context import Context
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.id_generator import IdGenerator
+    from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, TraceIdRatioBased
+    from opentelemetry.trace import (
+        NonRecordingSpan,
+        SpanContext,
+        Status,
+        StatusCode,
+        TraceFlags,
+        TraceState,
+        get_current_span,
+        set_span_in_context,
+    )
+    from opentelemetry.trace import SpanKind as OtelKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ImportError as error:
+    raise MissingExtra("tracing.enabled", "tracing") from error
+
+KINDS = {
+    SpanKind.INTERNAL: OtelKind.INTERNAL,
+    SpanKind.SERVER: OtelKind.SERVER,
+    SpanKind.CLIENT: OtelKind.CLIENT,
+}
+LIBRARY = "rankd"
+SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+
+
+class _NotedIds(IdGenerator):
+    """Ids that were drawn when things happened: what a shard was told then has to be true when spans are made."""
+
+    trace_id = span_id = 0
+
+    def generate_trace_id(self) -> int:
+        return self.trace_id
+
+    def generate_span_id(self) -> int:
+        return self.span_id
+
+
+class ExportedTraces:
+    """Traces that a collector gets. Everything is sampled or not when a request begins; spans are made when it ends."""
+
+    def __init__(self, config: TracingConfig, service: str) -> None:
+        endpoint = f"{config.endpoint.rstrip('/')}/v1/traces" if config.endpoint else None
+        ratio = config.sample_ratio
+        asked = TracerProvider(  # without a sampler it is as OTEL_TRACES_SAMPLER says
+            None if ratio is None else ParentBased(TraceIdRatioBased(ratio)),
+            _resource(config.service_name, service),
+            shutdown_on_exit=False,
+        )
+        self._sampler = asked.sampler
+        self._ids = _NotedIds()
+        self._provider = TracerProvider(ALWAYS_ON, asked.resource, shutdown_on_exit=False, id_generator=self._ids)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        self._tracer = self._provider.get_tracer(LIBRARY)
+        self._making = threading.Lock()  # guards the ids
+        self._propagator = TraceContextTextMapPropagator()
+        self._flush_seconds = config.flush_seconds
+
+    def begin(self, name: str, headers: Mapping[str, str]) -> RequestTrace | None:
+        """A request has come; see `Traces.begin`. A `traceparent` that cannot be read is as none."""
+        started, caller = time.perf_counter(), None
+        parent = SpanContext(random.getrandbits(128) or 1, 0, is_remote=False)
+        if "traceparent" in headers:
+            context = self._propagator.extract(headers, Context())
+            given = get_current_span(context).get_span_context()
+            if given.is_valid:
+                caller, parent = context, given
+        sampled = self._sampler.should_sample(caller, parent.trace_id, name)
+        if not sampled.decision.is_sampled():
+            return None
+        state = "" if sampled.trace_state is None else sampled.trace_state.to_header()
+        return RequestTrace(name, parent.trace_id, started, parent.span_id, state)
+
+    def end(self, trace: RequestTrace) -> None:
+        """A request is over; see `Traces.end`."""
+        ended = time.perf_counter()
+        epoch_ns = time.time_ns() - int(time.perf_counter() * 1e9)
+        root = SpanNote(
+            trace.name,
+            trace.started,
+            ended,
+            trace.attributes,
+            SpanKind.SERVER,
+            trace.parent_id,
+            trace.span_id,
+            trace.error,
+        )
+        with self._making:
+            self._ids.trace_id = trace.trace_id
+            for note in (root, *trace.spans(ended)):
+                self._make(note, trace, epoch_ns)
+
+    def close(self) -> None:
+        """Send what is left. A collector that hangs is left alone after `flush_seconds`: the process may end."""
+        flushing = threading.Thread(target=self._provider.shutdown, name="rankd-traces", daemon=True)
+        flushing.start()
+        flushing.join(self._flush_seconds)
+
+    def _make(self, note: SpanNote, trace: RequestTrace, epoch_ns: int) -> None:
+        self._ids.span_id = note.span_id
+        span = self._tracer.start_span(
+            note.name,
+            _context(trace, note.parent_id),
+            KINDS[note.kind],
+            dict(note.attributes),
+            start_time=epoch_ns + int(note.begin * 1e9),
+        )
+        if note.error:
+            span.set_attribute("error.type", note.error)
+            span.set_status(Status(StatusCode.ERROR, note.error))
+        span.end(epoch_ns + int(note.end * 1e9))
+
+
+def _context(trace: RequestTrace, parent_id: int) -> Context:
+    """What a span is below; nothing where its id is 0."""
+    if not parent_id:
+        return Context()
+    state = TraceState.from_header([trace.trace_state]) if trace.trace_state else None
+    parent = SpanContext(trace.trace_id, parent_id, is_remote=True, trace_flags=SAMPLED, trace_state=state)
+    return set_span_in_context(NonRecordingSpan(parent), Context())
+
+
+def _resource(configured: str, otherwise: str) -> Resource:
+    """Who sends: a service named as configured, else as the environment says, else `otherwise`."""
+    given = OTELResourceDetector().detect().attributes.get(SERVICE_NAME)
+    return Resource.create({SERVICE_NAME: configured or given or otherwise})

@@ -6,6 +6,7 @@ for: spans that a collector does not take in time are dropped, and the SDK's log
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -43,6 +44,7 @@ KINDS = {
     SpanKind.CLIENT: OtelKind.CLIENT,
 }
 LIBRARY = "rankd"
+log = logging.getLogger("rankd")
 SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
@@ -81,20 +83,32 @@ class ExportedTraces:
     def begin(self, name: str, headers: Mapping[str, str]) -> RequestTrace | None:
         """A request has come; see `Traces.begin`. A `traceparent` that cannot be read is as none."""
         started, caller = time.perf_counter(), None
-        parent = SpanContext(random.getrandbits(128) or 1, 0, is_remote=False)
+        trace_id, parent_id = random.getrandbits(128) or 1, 0
         if "traceparent" in headers:
-            context = self._propagator.extract(headers, Context())
-            given = get_current_span(context).get_span_context()
+            caller = self._propagator.extract(headers, Context())
+            given = get_current_span(caller).get_span_context()
             if given.is_valid:
-                caller, parent = context, given
-        sampled = self._sampler.should_sample(caller, parent.trace_id, name)
+                trace_id, parent_id = given.trace_id, given.span_id
+        sampled = self._sampler.should_sample(caller, trace_id, name)
         if not sampled.decision.is_sampled():
             return None
         state = "" if sampled.trace_state is None else sampled.trace_state.to_header()
-        return RequestTrace(name, parent.trace_id, started, parent.span_id, state)
+        return RequestTrace(name, trace_id, started, parent_id, state)
 
     def end(self, trace: RequestTrace) -> None:
-        """A request is over; see `Traces.end`."""
+        """A request is over; see `Traces.end`. What goes wrong here is logged: it is nothing to who serves."""
+        try:
+            self._export(trace)
+        except Exception:  # whatever it is
+            log.exception("trace %s could not be exported", trace.shown_id)
+
+    def close(self) -> None:
+        """Send what is left. A collector that hangs is left alone after `flush_seconds`: the process may end."""
+        flushing = threading.Thread(target=self._provider.shutdown, name="rankd-traces", daemon=True)
+        flushing.start()
+        flushing.join(self._flush_seconds)
+
+    def _export(self, trace: RequestTrace) -> None:
         ended = time.perf_counter()
         epoch_ns = time.time_ns() - int(time.perf_counter() * 1e9)
         root = SpanNote(
@@ -111,12 +125,6 @@ class ExportedTraces:
             self._ids.trace_id = trace.trace_id
             for note in (root, *trace.spans(ended)):
                 self._make(note, trace, epoch_ns)
-
-    def close(self) -> None:
-        """Send what is left. A collector that hangs is left alone after `flush_seconds`: the process may end."""
-        flushing = threading.Thread(target=self._provider.shutdown, name="rankd-traces", daemon=True)
-        flushing.start()
-        flushing.join(self._flush_seconds)
 
     def _make(self, note: SpanNote, trace: RequestTrace, epoch_ns: int) -> None:
         self._ids.span_id = note.span_id

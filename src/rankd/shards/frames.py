@@ -4,7 +4,7 @@
     4   version    uint8      1
     5   kind       uint8      see Kind
     6   flags      uint16     1 of a POOL that is traced, else 0
-    8   number     uint64     of the request; its answer has the same. Of a HELLO: 1 if the client sends traces, else 0
+    8   number     uint64     of the request; its answer has the same. Of a HELLO: 1 if the client sends traces
     16  budget     uint32     microseconds left when it was sent, of an answer those that it took; 2**32 - 1: not said
     20  length     uint32     of the payload, bytes
     24  checksum   uint64     xxh3 of bytes 0 to 23 and of the payload

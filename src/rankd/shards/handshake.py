@@ -33,7 +33,7 @@ HELLO_BYTES = 4096
 """Most that is taken from who is not let in yet."""
 READY_BYTES = 16 << 20
 TRACES = 1
-"""The number of a HELLO whose client sends traces."""
+"""The bit in the number of a HELLO whose client sends traces."""
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,7 +77,7 @@ def let_in(stream: Stream, ready: Ready, secret: str, within_s: float) -> None:
         RankdError: it sent something else, or is not let in; the caller tells it so.
     """
     until = time.perf_counter() + within_s
-    hello, traces = _next(stream, Kind.HELLO, Hello, HELLO_BYTES, until, "the client")
+    hello, said = _next(stream, Kind.HELLO, Hello, HELLO_BYTES, until, "the client")
     nonce = secrets.token_bytes(NONCE_BYTES)
     _say(stream, Kind.CHALLENGE, Challenge(nonce, bool(secret)), until)
     shown, _ = _next(stream, Kind.PROOF, Proof, HELLO_BYTES, until, "the client")
@@ -92,7 +92,7 @@ def let_in(stream: Stream, ready: Ready, secret: str, within_s: float) -> None:
             Trouble.DENIED,
         )
     proof = _proof(secret, b"server", hello, nonce) if secret else b""
-    _say(stream, Kind.READY, msgspec.structs.replace(ready, proof=proof, traces=traces == TRACES), until)
+    _say(stream, Kind.READY, msgspec.structs.replace(ready, proof=proof, traces=bool(said & TRACES)), until)
 
 
 def introduce(stream: Stream, plan: str, nets: tuple[ServedNet, ...], secret: str, until: float, shown: str) -> Ready:

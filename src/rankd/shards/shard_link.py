@@ -132,8 +132,10 @@ class ShardLink:
 
     def _trace(self, question: Question) -> bytes:
         """The trace that is sent: none to a shard that does not take it, and none that makes a request too large."""
+        if not question.trace or not self._ready.traces:
+            return b""
         fits = _size(question) + len(question.trace) <= self._ready.max_request_bytes
-        return question.trace if self._ready.traces and fits else b""
+        return question.trace if fits else b""
 
     def _check_size(self, question: Question) -> None:
         size = _size(question)

@@ -196,7 +196,7 @@ class Ranker:
         """
         clock = StageClock(keep_laps=trace is not None)
         if trace is not None:
-            trace.clock = clock
+            trace.submitted(request, clock)
         check_request(request, self.schema)
         schedule, features = self.schedule, self.features
         deadline = None if request.timeout_ms is None else clock.started + request.timeout_ms / 1e3

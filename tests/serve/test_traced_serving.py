@@ -87,12 +87,14 @@ def check_stages(root: Span, below: list[Span], timings_ms: dict[str, float], ro
 
 
 def test_a_request_over_http_is_a_tree_of_its_stages(server: Server, collector: Collector) -> None:
-    answer = httpx.post(f"{server.url}/v1/rank", json=RANK, headers={"traceparent": CALLER})
+    request = {**RANK, "request_id": "mine"}
+    answer = httpx.post(f"{server.url}/v1/rank", json=request, headers={"traceparent": CALLER})
     assert answer.headers[TRACE_HEADER] == TRACE
     root, below = spans_of(collector, TRACE, SPAN)
     assert (root.name, root.kind, root.failed) == ("POST /v1/rank", SERVER_KIND, False)
     assert root.attributes["http.response.status_code"] == 200
-    assert (root.attributes["rankd.model"], root.attributes["rankd.rows"]) == ("demo", 40)
+    assert (root.attributes["rankd.model"], root.attributes["rankd.candidates"]) == ("demo", 40)
+    assert root.attributes["rankd.request_id"] == "mine"
     assert root.attributes["rankd.state"] == answer.json()["state"]
     check_stages(root, below, answer.json()["timings_ms"], 40)
 

@@ -24,7 +24,7 @@ from typing import Annotated, Protocol
 import msgspec
 
 from rankd.observe.clocks import StageClock
-from rankd.types import Scores
+from rankd.types import RankRequest, Scores
 
 Attribute = str | int | float | bool
 Attributes = Mapping[str, Attribute]
@@ -96,14 +96,16 @@ class RequestTrace:
         """The trace's id as people and collectors write it."""
         return f"{self.trace_id:032x}"
 
+    def submitted(self, request: RankRequest, clock: StageClock) -> None:
+        """A ranker has the request, and times it with this clock, which keeps its laps."""
+        self.clock = clock
+        self.attributes["rankd.candidates"] = len(request.candidates)
+        if request.request_id:
+            self.attributes["rankd.request_id"] = request.request_id
+
     def answered(self, scores: Scores) -> None:
         """Say what was answered."""
-        self.attributes |= {
-            "rankd.model": scores.model,
-            "rankd.version": scores.version,
-            "rankd.rows": len(scores.candidates),
-            "rankd.state": scores.state,
-        }
+        self.attributes |= {"rankd.model": scores.model, "rankd.version": scores.version, "rankd.state": scores.state}
         if scores.degraded:
             self.attributes["rankd.degraded"] = ",".join(scores.degraded)
 

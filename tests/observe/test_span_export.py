@@ -8,10 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+
+from rankd.observe.span_export import ExportedTraces
 from rankd.observe.tracing import RequestTrace, SpanNote, TracingConfig
 from tests.observe.collector import Collector, collecting
 
-span_export = pytest.importorskip("rankd.observe.span_export", exc_type=Exception)
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 CALLER = f"00-{TRACE}-{SPAN}-01"
 DECLINED = f"00-{TRACE}-{SPAN}-00"
@@ -23,8 +25,8 @@ def collector() -> Iterator[Collector]:
         yield running
 
 
-def opened(config: TracingConfig) -> span_export.ExportedTraces:
-    return span_export.ExportedTraces(config, "tested")
+def opened(config: TracingConfig) -> ExportedTraces:
+    return ExportedTraces(config, "tested")
 
 
 def test_a_request_is_one_tree_of_one_service(collector: Collector) -> None:
@@ -107,20 +109,24 @@ def test_the_environment_decides_what_is_left_out(collector: Collector, monkeypa
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "from the environment")
     traces = opened(TracingConfig(enabled=True))
-    traces.end(traces.begin("rank", {}))
+    end_one(traces)
     traces.close()
     assert [span.service for span in collector.spans] == ["from the environment"]
     named = opened(TracingConfig(enabled=True, service_name="configured"))
-    named.end(named.begin("rank", {}))
+    end_one(named)
     named.close()
     assert collector.spans[-1].service == "configured"
 
 
-def end_many(traces: span_export.ExportedTraces, count: int) -> list[RequestTrace]:
-    ended = [traces.begin("rank", {}) for _ in range(count)]
-    for trace in ended:
-        traces.end(trace)
-    return ended
+def end_many(traces: ExportedTraces, count: int) -> list[RequestTrace]:
+    return [end_one(traces) for _ in range(count)]
+
+
+def end_one(traces: ExportedTraces) -> RequestTrace:
+    trace = traces.begin("rank", {})
+    assert trace is not None
+    traces.end(trace)
+    return trace
 
 
 def test_a_collector_that_hangs_stops_nobody(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:

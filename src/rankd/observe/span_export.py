@@ -22,7 +22,7 @@ try:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.id_generator import IdGenerator
-    from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, TraceIdRatioBased
+    from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Decision, ParentBased, TraceIdRatioBased
     from opentelemetry.trace import (
         NonRecordingSpan,
         SpanContext,
@@ -90,7 +90,7 @@ class ExportedTraces:
             if given.is_valid:
                 trace_id, parent_id = given.trace_id, given.span_id
         sampled = self._sampler.should_sample(caller, trace_id, name)
-        if not sampled.decision.is_sampled():
+        if sampled.decision is not Decision.RECORD_AND_SAMPLE:
             return None
         state = "" if sampled.trace_state is None else sampled.trace_state.to_header()
         return RequestTrace(name, trace_id, started, parent_id, state)

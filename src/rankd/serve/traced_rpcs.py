@@ -63,11 +63,12 @@ def add_trailing(context: grpc.ServicerContext, name: str, value: str) -> None:
 
 def shown_trace(context: grpc.ServicerContext) -> str:
     """Words for the log on an RPC that is traced; none on another one."""
-    return "".join(f" (trace {value})" for name, value in context.trailing_metadata() or () if name == TRACE_HEADER)
+    said = {name: value for name, value in context.trailing_metadata() or () if isinstance(value, str)}
+    return f" (trace {said[TRACE_HEADER]})" if TRACE_HEADER in said else ""
 
 
 def _code(context: grpc.ServicerContext) -> int:
     """The number of the status that an RPC ended with."""
-    code = context.code()
-    number: int = (grpc.StatusCode.OK if code is None else code).value[0]
+    code: grpc.StatusCode | None = context.code()  # type: ignore[attr-defined]  # its published types leave it out
+    number: int = (code or grpc.StatusCode.OK).value[0]
     return number

@@ -28,7 +28,7 @@ def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None
 
 
 async def rank_with(
-    repository: ModelRepository, request: RankRequest, receive: Receive, trace: RequestTrace | None
+    repository: ModelRepository, request: RankRequest, receive: Receive, trace: RequestTrace | None = None
 ) -> Scores:
     """Rank on the executors' threads without holding up the event loop, and book how it ended. `receive` is the ASGI
     request's: a client that goes away cancels it."""

@@ -17,6 +17,7 @@ from rankd.config import read_config
 from rankd.demo import MODELS
 from rankd.features.feature_config import Mode
 from rankd.serve.settings import ServeConfig
+from rankd.shards.shard_config import ShardServerConfig
 
 ROOT = Path(__file__).parents[1]
 LOG = ROOT.parent / "shared" / "data" / "online_retail_until_2011-08.parquet"
@@ -95,6 +96,14 @@ def test_the_page_on_feature_stores_runs_as_it_is_written(tmp_path: Path) -> Non
     (settings,) = blocks(page, "toml")
     (tmp_path / "rankd.toml").write_text(settings)
     assert read_config(ServeConfig, tmp_path / "rankd.toml").features.items.mode is Mode.ASYNC
+
+
+def test_the_settings_on_the_page_on_traces_are_read(tmp_path: Path) -> None:
+    (settings,) = blocks("docs/tracing.md", "toml")
+    (tmp_path / "rankd.toml").write_text(settings)
+    tracing = read_config(ServeConfig, tmp_path / "rankd.toml").tracing
+    assert (tracing.enabled, tracing.sample_ratio) == (True, 0.01)
+    assert read_config(ShardServerConfig, tmp_path / "rankd.toml").tracing == tracing
 
 
 def test_what_the_readme_and_docs_name_is_there() -> None:

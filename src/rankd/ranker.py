@@ -34,6 +34,7 @@ from rankd.observe.clocks import StageClock
 from rankd.observe.schedule_metrics import ScheduleFigures
 from rankd.observe.state_metrics import StateCounts
 from rankd.observe.table_metrics import TableFigures
+from rankd.observe.tracing import RequestTrace
 from rankd.request_path import RankItem, RequestPath
 from rankd.schedule.costs import Warmed
 from rankd.schedule.packing import Packing, measure
@@ -186,19 +187,21 @@ class Ranker:
         """Score the candidates of a request; see `submit`."""
         return self.submit(request).result()
 
-    def submit(self, request: RankRequest) -> Future[Scores]:
-        """Check a request and queue it.
+    def submit(self, request: RankRequest, trace: RequestTrace | None = None) -> Future[Scores]:
+        """Check a request and queue it; what happens with it is noted in `trace`.
 
         Raises:
             InvalidRequest, Overloaded, Unavailable, DeadlineExceeded: at once.
             DeadlineExceeded, EngineFailure: from the Future.
         """
-        clock = StageClock()
+        clock = StageClock(keep_laps=trace is not None)
+        if trace is not None:
+            trace.submitted(request, clock)
         check_request(request, self.schema)
         schedule, features = self.schedule, self.features
         deadline = None if request.timeout_ms is None else clock.started + request.timeout_ms / 1e3
         logits: Float32Array = np.empty((len(request.candidates), len(self.schema.tasks)), np.float32)
-        item = RankItem(request, clock, logits, deadline)
+        item = RankItem(request, clock, logits, deadline, trace=trace)
         resident = not self.manifest.split or self.states.has(request.user_id)
         asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority))
         if features.local and not self.path.asks_early:

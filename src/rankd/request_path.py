@@ -12,6 +12,7 @@ executor: `prepare` says what it is, and is called again when it is there.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from rankd.features.schema import UNKNOWN_ROW, candidate_specs
 from rankd.features.staging import InputBuffers, allocate
 from rankd.features.tables import UserFeatures
 from rankd.observe.clocks import StageClock
+from rankd.observe.tracing import Attribute, OpenSpan, RequestTrace, SpanNote, opened
 from rankd.schedule.packing import Packing
 from rankd.schedule.served import Part, When
 from rankd.states.lending import HeldState, NoStates, StateBusy, States
@@ -58,11 +60,13 @@ class RankItem:
     alone: bool = False
     user: UserFeatures | None = None
     looking: EmbeddedLookUp | None = None
+    looking_span: OpenSpan | None = None
     columns: Mapping[str, Array] | None = None
     embedded: Mapping[str, Array] | None = None
     lost_tables: tuple[str, ...] = ()
     dropped: bool = False
     lent: ExitStack = field(default_factory=ExitStack)
+    trace: RequestTrace | None = None
 
 
 class RequestPath:
@@ -138,6 +142,8 @@ class RequestPath:
                 return item.looking.when_there
             item.lost_tables = item.looking.finish()
             item.embedded = item.columns
+            if item.looking_span is not None:
+                item.looking_span.end()
         item.user = item.user or self._user(item)
         item.clock.lap("features")
         _check_deadline(item)
@@ -173,8 +179,10 @@ class RequestPath:
         inputs, logits = self._staging[executor].candidates(bucket), list[Float32Array]()
         while len(logits) < len(parts):
             size = self.packing.fits(bucket, len(parts) - len(logits))
-            states = [_held(part.item).state for part in parts[len(logits) : len(logits) + size]]
+            called = parts[len(logits) : len(logits) + size]
+            states, begun = [_held(part.item).state for part in called], time.perf_counter()
             logits.extend(executor.score(states, inputs.call(len(logits), size)))
+            _note_call(called, bucket, begun)
         return [one[: part.count] for part, one in zip(parts, logits, strict=True)]
 
     def take(self, part: Part[RankItem], logits: Float32Array) -> None:
@@ -241,7 +249,8 @@ class RequestPath:
         self.features.fill_items(item.fetch, whole, 0, len(rows))
         if self.schema.user_columns:
             whole["context_categories"][0] = item.user.categories
-        item.columns, item.looking = whole, embedded.begin(whole, history, item.deadline)
+        with opened(item.trace, "look-up") as item.looking_span:
+            item.columns, item.looking = whole, embedded.begin(whole, history, item.deadline)
         item.lent.callback(item.looking.forget)
         if item.dropped:  # meanwhile
             item.looking.forget()
@@ -272,6 +281,16 @@ class RequestPath:
 def _held(item: RankItem) -> HeldState:
     assert item.held is not None  # noqa: S101 - the schedule prepares before it scores
     return item.held
+
+
+def _note_call(parts: Sequence[Part[RankItem]], bucket: int, begun: float) -> None:
+    """A call of the engine is over: those of its requests that are traced note it."""
+    ended = time.perf_counter()
+    for part in parts:
+        if part.item.trace is not None:
+            about: dict[str, Attribute] = {"rankd.rows": part.count, "rankd.bucket": bucket}
+            about |= {"rankd.users": len(parts), "rankd.executor": threading.current_thread().name}
+            part.item.trace.notes.append(SpanNote("score call", begun, ended, about))
 
 
 def _check_deadline(item: RankItem) -> None:

@@ -14,6 +14,7 @@ from rankd.errors import Overloaded, RankdError
 from rankd.serve import open_inference, openapi, operations, page, v1
 from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig
+from rankd.serve.traced_http import trace_of
 from rankd.serve.v1 import json_response
 from rankd.serve.wire import ErrorAnswer, ErrorDetail, encode
 
@@ -65,5 +66,7 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    trace = trace_of(request)
+    traced = "" if trace is None else f" (trace {trace.shown_id})"
+    log.error("%s %s failed%s", request.method, request.url.path, traced, exc_info=error)
     return _error("InternalError", "the server failed on this request; its log says why", 500)

@@ -23,12 +23,14 @@ from typing import Any
 import grpc
 
 from rankd.errors import ConfigError, Overloaded, RankdError
+from rankd.observe.tracing import RequestTrace
 from rankd.serve import grpc_inference, grpc_ranking
 from rankd.serve.booking import book_failure, booked
 from rankd.serve.grpc_inference import Information
 from rankd.serve.messages import message, methods
 from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig
+from rankd.serve.traced_rpcs import TracedRpcs, add_trailing, shown_trace
 from rankd.types import RankRequest, Scores
 
 log = logging.getLogger("rankd")
@@ -50,7 +52,7 @@ class GrpcServer:
         Raises:
             ConfigError: it is taken, or not ours.
         """
-        self._repository = repository
+        self._repository, self._traces = repository, TracedRpcs(repository.traces)
         self._threads = ThreadPoolExecutor(CALLS, "rankd-grpc")
         self._room = threading.BoundedSemaphore(RANKING)
         options = [
@@ -96,15 +98,19 @@ class GrpcServer:
         return _generic(grpc_ranking.SERVICE, {"Rank": self._rank, "AppendEvents": events})
 
     def _infer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        trace = self._traces.begin(f"{grpc_inference.SERVICE}/ModelInfer", context)
+
         def infer() -> Any:
             with self._a_place():
-                return self._infer_one(request, context, _Cancelling(context))
+                return self._infer_one(request, context, _Cancelling(context), trace)
 
         return _guarded(infer, context)
 
-    def _infer_one(self, request: Any, context: grpc.ServicerContext, cancelling: _Cancelling) -> Any:
+    def _infer_one(
+        self, request: Any, context: grpc.ServicerContext, cancelling: _Cancelling, trace: RequestTrace | None
+    ) -> Any:
         header, decoded = self._decoded(grpc_inference.decode_infer, request)
-        return grpc_inference.encode_infer(self._rank_with(decoded, context, cancelling), header)
+        return grpc_inference.encode_infer(self._rank_with(decoded, context, cancelling, trace), header)
 
     def _stream(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         """One after the other; an error is an answer, and the stream goes on. It has its place as long as it lives."""
@@ -112,18 +118,21 @@ class GrpcServer:
         with ExitStack() as held:
             _guarded(lambda: held.enter_context(self._a_place()), context)
             for request in requests:
-                try:
-                    yield answer(infer_response=self._infer_one(request, context, cancelling))
-                except RankdError as error:
-                    yield answer(error_message=str(error))
-                except CancelledError:
-                    return
+                with self._traces.of_stream(f"{grpc_inference.SERVICE}/ModelStreamInfer", context) as trace:
+                    try:
+                        yield answer(infer_response=self._infer_one(request, context, cancelling, trace))
+                    except RankdError as error:
+                        yield answer(error_message=str(error))
+                    except CancelledError:
+                        return
 
     def _rank(self, request: Any, context: grpc.ServicerContext) -> Any:
+        trace = self._traces.begin(f"{grpc_ranking.SERVICE}/Rank", context)
+
         def rank() -> Any:
             with self._a_place():
                 decoded = self._decoded(grpc_ranking.decode_rank, request)
-                return grpc_ranking.encode_scores(self._rank_with(decoded, context, _Cancelling(context)))
+                return grpc_ranking.encode_scores(self._rank_with(decoded, context, _Cancelling(context), trace))
 
         return _guarded(rank, context)
 
@@ -151,15 +160,19 @@ class GrpcServer:
             book_failure(self._repository, None, error, started)
             raise
 
-    def _rank_with(self, request: RankRequest, context: grpc.ServicerContext, cancelling: _Cancelling) -> Scores:
+    def _rank_with(
+        self, request: RankRequest, context: grpc.ServicerContext, cancelling: _Cancelling, trace: RequestTrace | None
+    ) -> Scores:
         """Rank within what is left of the RPC's time, and book how it ended."""
         left_s, own = context.time_remaining(), request.timeout_ms
         # One without a deadline has 300 billion years. What is wrong by itself is for the ranker to refuse.
         if left_s is not None and left_s < FOREVER_S and (own is None or own > left_s * 1e3):
             request = replace(request, timeout_ms=max(left_s * 1e3, 1e-3))
-        with booked(self._repository) as booking:
+        with booked(self._repository, trace) as booking:
             scores = cancelling.result(booking.submit(request))
         self._repository.metrics.succeeded(scores)
+        if trace is not None:
+            trace.answered(scores)
         return scores
 
 
@@ -205,12 +218,12 @@ def _guarded(answer: Callable[[], Any], context: grpc.ServicerContext) -> Any:
         return answer()
     except RankdError as error:
         if isinstance(error, Overloaded):
-            context.set_trailing_metadata((("retry-after-ms", str(int(error.retry_after_s * 1e3) + 1)),))
+            add_trailing(context, "retry-after-ms", str(int(error.retry_after_s * 1e3) + 1))
         context.abort(getattr(grpc.StatusCode, error.grpc_code), str(error)[:MOST_WORDS])
     except CancelledError:
         context.abort(grpc.StatusCode.CANCELLED, "the request was cancelled")
     except Exception:
-        log.exception("an RPC failed")
+        log.exception("an RPC failed%s", shown_trace(context))
         context.abort(grpc.StatusCode.INTERNAL, "the server failed on this request; its log says why")
 
 

@@ -27,6 +27,7 @@ from rankd.serve.app import create_app
 from rankd.serve.grpc_server import GrpcServer
 from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig, without_secrets
+from rankd.serve.traced_http import TracedHttp
 
 try:
     import resource
@@ -129,8 +130,9 @@ class Server:
             self._socket.close()
 
     def _make_uvicorn(self) -> uvicorn.Server:
+        application, traces = create_app(self.repository, self._config), self.repository.traces
         config = uvicorn.Config(
-            create_app(self.repository, self._config),
+            application if traces is None else TracedHttp(application, traces),
             http=_BoundedHead,
             loop="auto",
             access_log=False,

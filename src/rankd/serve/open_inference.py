@@ -34,6 +34,7 @@ from rankd.serve.operations import check_ready
 from rankd.serve.repository import ModelRepository
 from rankd.serve.settings import ServeConfig
 from rankd.serve.tensors import InferHeader, decode_infer, encode_outputs
+from rankd.serve.traced_http import trace_of
 from rankd.serve.v1 import json_response, rank_with
 from rankd.serve.wire import IndexBody
 from rankd.types import Scores
@@ -75,7 +76,7 @@ def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
         except RankdError as error:
             book_failure(repository, None, error, started)
             raise
-        scores = await rank_with(repository, decoded, request.receive)
+        scores = await rank_with(repository, decoded, request.receive, trace_of(request))
         return _infer_response(scores, header, asked, request)
 
     async def statistics(request: Request) -> Response:

@@ -22,12 +22,15 @@ from rankd.features.reading.shared_features import FeatureService
 from rankd.features.requests import raw_events
 from rankd.observe.feature_metrics import FeatureFigures
 from rankd.observe.metrics import ServerMetrics
+from rankd.observe.tracing import open_traces
 from rankd.ranker import Ranker
 from rankd.serve.memory import keep_loaded, let_go
 from rankd.serve.settings import ServeConfig
 from rankd.types import Event
 
 log = logging.getLogger("rankd")
+SERVICE = "rankd"
+"""In traces, unless it is named otherwise."""
 
 
 class ModelState(Enum):
@@ -64,6 +67,7 @@ class ModelRepository:
 
     def __init__(self, root: Path, config: ServeConfig, features: FeatureService | None = None) -> None:
         self.root, self.config, self.metrics = root, config, ServerMetrics()
+        self.traces = open_traces(config.tracing, SERVICE)
         self._rankers: dict[str, dict[str, Ranker]] = {}
         self._status: dict[tuple[str, str], ModelStatus] = {}
         self._features = features
@@ -131,6 +135,8 @@ class ModelRepository:
             if self._features is not None:
                 self._features.close()
                 self._features = None
+        if self.traces is not None:
+            self.traces.close()
 
     def get(self, name: str = "", version: str = "") -> Ranker:
         """The ranker of a model; without a name the only one there is, without a version the newest that is ready.

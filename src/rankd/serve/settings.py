@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from rankd.engine.backend import EngineConfig
 from rankd.features.feature_config import FeatureConfig
 from rankd.features.stores.store_config import redacted
+from rankd.observe.tracing import TracingConfig
 from rankd.schedule.schedule_config import ScheduleConfig
 from rankd.shards.table_config import TableConfig
 from rankd.states.state_config import StateConfig
@@ -38,6 +39,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     features: FeatureConfig = FeatureConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     tables: TableConfig = TableConfig()
+    tracing: TracingConfig = TracingConfig()
 
 
 def durable(config: ServeConfig, models: Path) -> ServeConfig:

@@ -10,12 +10,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rankd.errors import RankdError
+from rankd.observe.tracing import RequestTrace
 from rankd.ranker import Ranker
 from rankd.serve.bodies import check_json, read_body
 from rankd.serve.booking import book_failure, booked
 from rankd.serve.disconnects import Receive, cancelled_if_gone
 from rankd.serve.repository import ModelRepository, ModelState, ModelStatus
 from rankd.serve.settings import ServeConfig
+from rankd.serve.traced_http import trace_of
 from rankd.serve.wire import EventsAnswer, ModelAnswer, decode_events, decode_rank, encode, encode_scores
 from rankd.types import RankRequest, Scores
 
@@ -25,13 +27,17 @@ def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None
     return Response(body, status, headers, media_type="application/json")
 
 
-async def rank_with(repository: ModelRepository, request: RankRequest, receive: Receive) -> Scores:
+async def rank_with(
+    repository: ModelRepository, request: RankRequest, receive: Receive, trace: RequestTrace | None = None
+) -> Scores:
     """Rank on the executors' threads without holding up the event loop, and book how it ended. `receive` is the ASGI
     request's: a client that goes away cancels it."""
-    with booked(repository) as booking:
+    with booked(repository, trace) as booking:
         future = booking.submit(request)
         with cancelled_if_gone(receive, future):
             scores = await asyncio.wrap_future(future)
+    if trace is not None:
+        trace.answered(scores)
     # Booked on the loop's next turn, when the answer is on its way.
     asyncio.get_running_loop().call_soon(repository.metrics.succeeded, scores)
     return scores
@@ -48,7 +54,7 @@ def routes(repository: ModelRepository, config: ServeConfig) -> list[Route]:
         except RankdError as error:
             book_failure(repository, None, error, started)
             raise
-        scores = await rank_with(repository, decoded, request.receive)
+        scores = await rank_with(repository, decoded, request.receive, trace_of(request))
         return json_response(encode_scores(scores), headers={"x-request-id": scores.request_id})
 
     async def events(request: Request) -> Response:

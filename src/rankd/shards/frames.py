@@ -3,11 +3,14 @@
     0   magic      4 bytes    "RKSH"
     4   version    uint8      1
     5   kind       uint8      see Kind
-    6   flags      uint16     0
-    8   number     uint64     of the request; its answer has the same
-    16  budget     uint32     microseconds left when it was sent; 2**32 - 1: no limit
+    6   flags      uint16     1 of a POOL that is traced, else 0
+    8   number     uint64     of the request; its answer has the same. Of a HELLO: 1 if the client sends traces
+    16  budget     uint32     microseconds left when it was sent, of an answer those that it took; 2**32 - 1: not said
     20  length     uint32     of the payload, bytes
     24  checksum   uint64     xxh3 of bytes 0 to 23 and of the payload
+
+The payload of a traced POOL begins with the ids of its trace (16 bytes) and of the span that called (8 bytes), big
+end first as W3C Trace Context writes them.
 
 Whoever reads knows the largest payload that it takes, and checks the length before it takes memory for it. After
 anything that is not such a frame the connection is closed: nobody knows where the next one would begin.
@@ -31,6 +34,9 @@ from rankd.types import Array
 MAGIC, VERSION = b"RKSH", 1
 HEADER_BYTES, CHECKED_BYTES = 32, 24
 UNLIMITED_US = 2**32 - 1
+TRACED = 1
+"""The flag of a POOL whose payload begins with TRACE_BYTES of a trace."""
+TRACE_BYTES = 24
 _FRONT, _CHECKSUM = struct.Struct("<4sBBHQII"), struct.Struct("<Q")
 
 
@@ -59,20 +65,23 @@ class Header(NamedTuple):
     length: int
     checksum: int
     front: bytes
+    traced: bool = False
 
 
 def frame(
-    kind: Kind, number: int, payload: Sequence[memoryview] = (), budget_us: int = UNLIMITED_US
+    kind: Kind, number: int, payload: Sequence[memoryview] = (), budget_us: int = UNLIMITED_US, trace: bytes = b""
 ) -> list[memoryview]:
-    """The buffers of a frame: its header, then those of the payload as they are; none of them is copied.
+    """The buffers of a frame: its header, then those of the payload as they are, behind a trace if there is one; none
+    of them is copied.
 
     Raises:
         ShardFailure: a payload of 4 GiB or more.
     """
+    payload = [memoryview(trace), *payload] if trace else payload
     length = sum(view.nbytes for view in payload)
     if length >= 2**32:
         raise ShardFailure(f"a payload of {length} bytes does not fit a frame: ask for less at once", Trouble.BROKEN)
-    front = _FRONT.pack(MAGIC, VERSION, kind, 0, number, budget_us, length)
+    front = _FRONT.pack(MAGIC, VERSION, kind, TRACED if trace else 0, number, budget_us, length)
     return [memoryview(front + _CHECKSUM.pack(checksum(front, payload))), *payload]
 
 
@@ -95,10 +104,10 @@ def parse_header(data: bytes, limit: int) -> Header:
         raise ShardFailure(
             f"what came begins with {magic!r}, a frame with {MAGIC!r}: no shard is there", Trouble.BROKEN
         )
-    if version != VERSION or flags:
+    if version != VERSION or flags not in (0, TRACED) or (flags and (kind != Kind.POOL or length < TRACE_BYTES)):
         raise ShardFailure(
-            f"a frame of version {version} with flags {flags:#x} came, read here is version {VERSION} without flags: "
-            "use the same rankd on both sides",
+            f"a frame of version {version} and kind {kind} with flags {flags:#x} came, read here is version {VERSION}, "
+            f"with flag {TRACED} of {Kind.POOL.name} alone: use the same rankd on both sides",
             Trouble.BROKEN,
         )
     if not Kind.HELLO <= kind <= Kind.GOODBYE:
@@ -109,7 +118,7 @@ def parse_header(data: bytes, limit: int) -> Header:
             Trouble.BROKEN,
         )
     (expected,) = _CHECKSUM.unpack_from(data, CHECKED_BYTES)
-    return Header(Kind(kind), number, budget_us, length, expected, data[:CHECKED_BYTES])
+    return Header(Kind(kind), number, budget_us, length, expected, data[:CHECKED_BYTES], bool(flags))
 
 
 def read_header(stream: Stream, limit: int, idle_until: float | None, frame_s: float) -> Header:

@@ -7,6 +7,9 @@
 
 Each proof is of fresh random numbers of both sides and of its own side's name, so that nothing heard once can be shown
 again, to the same side or the other. What the server serves it says only to who is let in. Payloads are MessagePack.
+
+A client that sends traces says so in the number of its HELLO, which a shard of an older rankd does not look at; one
+that takes them says so in its READY, to that client alone, for an older one would not know the word.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ NONCE_BYTES = 32
 HELLO_BYTES = 4096
 """Most that is taken from who is not let in yet."""
 READY_BYTES = 16 << 20
+TRACES = 1
+"""The bit in the number of a HELLO whose client sends traces."""
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,13 +56,14 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     proof: bytes
 
 
-class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """From the server: it may be asked."""
+class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """From the server: it may be asked. `traces`: also with a trace."""
 
     plan: str
     proof: bytes
     nets: tuple[ServedNet, ...]
     max_request_bytes: int
+    traces: bool = False
 
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -71,11 +77,11 @@ def let_in(stream: Stream, ready: Ready, secret: str, within_s: float) -> None:
         RankdError: it sent something else, or is not let in; the caller tells it so.
     """
     until = time.perf_counter() + within_s
-    hello = _next(stream, Kind.HELLO, Hello, HELLO_BYTES, until, "the client")
+    hello, said = _next(stream, Kind.HELLO, Hello, HELLO_BYTES, until, "the client")
     nonce = secrets.token_bytes(NONCE_BYTES)
     _say(stream, Kind.CHALLENGE, Challenge(nonce, bool(secret)), until)
-    shown = _next(stream, Kind.PROOF, Proof, HELLO_BYTES, until, "the client").proof
-    if secret and not hmac.compare_digest(shown, _proof(secret, b"client", hello, nonce)):
+    shown, _ = _next(stream, Kind.PROOF, Proof, HELLO_BYTES, until, "the client")
+    if secret and not hmac.compare_digest(shown.proof, _proof(secret, b"client", hello, nonce)):
         raise ShardFailure(
             "this shard has a secret, and the client has none or another: give both the same", Trouble.DENIED
         )
@@ -86,7 +92,7 @@ def let_in(stream: Stream, ready: Ready, secret: str, within_s: float) -> None:
             Trouble.DENIED,
         )
     proof = _proof(secret, b"server", hello, nonce) if secret else b""
-    _say(stream, Kind.READY, msgspec.structs.replace(ready, proof=proof), until)
+    _say(stream, Kind.READY, msgspec.structs.replace(ready, proof=proof, traces=bool(said & TRACES)), until)
 
 
 def introduce(stream: Stream, plan: str, nets: tuple[ServedNet, ...], secret: str, until: float, shown: str) -> Ready:
@@ -97,10 +103,10 @@ def introduce(stream: Stream, plan: str, nets: tuple[ServedNet, ...], secret: st
         RankdError: it sent something else, does not let us in, does not know the secret, or serves something else.
     """
     hello = Hello(plan, secrets.token_bytes(NONCE_BYTES))
-    _say(stream, Kind.HELLO, hello, until)
-    challenge = _next(stream, Kind.CHALLENGE, Challenge, HELLO_BYTES, until, shown)
+    _say(stream, Kind.HELLO, hello, until, TRACES)
+    challenge, _ = _next(stream, Kind.CHALLENGE, Challenge, HELLO_BYTES, until, shown)
     _say(stream, Kind.PROOF, Proof(_proof(secret, b"client", hello, challenge.nonce) if secret else b""), until)
-    ready = _next(stream, Kind.READY, Ready, READY_BYTES, until, shown)
+    ready, _ = _next(stream, Kind.READY, Ready, READY_BYTES, until, shown)
     if secret and not hmac.compare_digest(ready.proof, _proof(secret, b"server", hello, challenge.nonce)):
         raise ShardFailure(f"{shown} does not know the secret; it is another's, or has none set", Trouble.DENIED)
     if ready.plan != plan or ready.nets != nets:
@@ -118,11 +124,12 @@ def _proof(secret: str, side: bytes, hello: Hello, nonce: bytes) -> bytes:
     return hmac.new(secret.encode(), text, hashlib.sha256).digest()
 
 
-def _say(stream: Stream, kind: Kind, content: msgspec.Struct, until: float) -> None:
-    stream.send(frame(kind, 0, [memoryview(msgspec.msgpack.encode(content))]), until)
+def _say(stream: Stream, kind: Kind, content: msgspec.Struct, until: float, number: int = 0) -> None:
+    stream.send(frame(kind, number, [memoryview(msgspec.msgpack.encode(content))]), until)
 
 
-def _next(stream: Stream, kind: Kind, content: type[T], limit: int, until: float, shown: str) -> T:
+def _next(stream: Stream, kind: Kind, content: type[T], limit: int, until: float, shown: str) -> tuple[T, int]:
+    """What the other side says, and the number of its frame."""
     left_s = until - time.perf_counter()
     header = read_header(stream, limit, until, left_s)
     payload = read_payload(stream, header, until - time.perf_counter())
@@ -133,7 +140,7 @@ def _next(stream: Stream, kind: Kind, content: type[T], limit: int, until: float
     if header.kind is not kind:
         raise ShardFailure(f"{shown} sent {header.kind.name}, expected was {kind.name}", Trouble.BROKEN)
     try:
-        return msgspec.msgpack.decode(payload.data, type=content)
+        return msgspec.msgpack.decode(payload.data, type=content), header.number
     except msgspec.DecodeError as error:
         raise ShardFailure(f"{shown} sent a {kind.name} that cannot be read: {error}", Trouble.BROKEN) from error
 

@@ -20,6 +20,7 @@ import numpy as np
 from rankd.embeddings.pooling import Pooled
 from rankd.errors import DeadlineExceeded, InvalidRequest, RankdError, Unavailable
 from rankd.gate import Alarm
+from rankd.shards.call_traces import CallTraces
 from rankd.shards.client_counts import ClientCounts, Counted
 from rankd.shards.frames import Kind
 from rankd.shards.kept_rows import KeptRows
@@ -73,16 +74,18 @@ class Pending:
         self._over = False
         self._refused: InvalidRequest | None = None
         self._then: list[Callable[[], None]] = []
+        self._traces = CallTraces()
         self._lock = threading.Lock()  # guards everything above
         self._there = threading.Event()
 
-    def send(self, clients: Sequence[ShardClient]) -> None:
-        """Ask all shards, by their places in the layout; `begin` does it.
+    def send(self, clients: Sequence[ShardClient], begun: float) -> None:
+        """Ask all shards, by their places in the layout; `begin` does it, which has routed since `begun`.
 
         Raises:
             PayloadTooLarge: more than a shard takes.
         """
         calls = [PoolCall(clients[one.shard], one, time.perf_counter()) for one in self._routed.calls]
+        self._traces.serialised(begun, time.perf_counter())
         self._calls, self._left = calls, len(calls)
         if not calls:
             self._end(missed=False)
@@ -200,7 +203,8 @@ class Pending:
             if self._over or len(call.asked) >= MOST_REPLICAS:
                 return False
             self._waiting[number], call.attempts[number] = call, None
-        question = Question(number, Kind.POOL, [routed.payload], routed.answer_bytes, self._deadline, self._take)
+            trace = self._traces.begin(number, call.client.name, routed.payload.nbytes, len(call.asked))
+        question = Question(number, Kind.POOL, [routed.payload], routed.answer_bytes, self._deadline, self._take, trace)
         link = call.client.ask(question, call.asked)
         with self._lock:
             if link is not None:
@@ -210,6 +214,7 @@ class Pending:
                 call.attempts[number] = link
             elif waited_for:
                 del self._waiting[number], call.attempts[number]
+                self._traces.drop(number)
         if link is not None and not waited_for:  # answered or given up while it was sent
             link.forget(number, missed=False)
         return link is not None
@@ -240,6 +245,7 @@ class Pending:
         """On a connection's thread."""
         needless: list[Forget] = []
         with self._lock:
+            self._traces.end(outcome)
             call = self._waiting.pop(outcome.number, None)
             if call is None:
                 return
@@ -290,6 +296,7 @@ class Pending:
                 return
             self._over = True
             given_up = [one for call in self._calls for one in self._given_up(call)]
+            self._traces.close()
             then, self._then = self._then, []
         for link, number in given_up:
             link.forget(number, missed)

@@ -21,8 +21,10 @@ import numpy as np
 
 from rankd.embeddings.pooling import Pooling
 from rankd.errors import DeadlineExceeded, EngineFailure, InvalidRequest, Overloaded, RankdError
+from rankd.observe.tracing import Traces
+from rankd.shards.call_traces import shard_trace
 from rankd.shards.frame_errors import RETRY_AFTER_S, error_payload
-from rankd.shards.frames import Kind
+from rankd.shards.frames import UNLIMITED_US, Kind
 from rankd.shards.pool_frames import read_pool
 from rankd.shards.shard_config import ShardServerConfig
 from rankd.shards.shard_layout import ServedNet
@@ -42,29 +44,36 @@ class Asker(Protocol):
         """Whether nobody is there any more."""
         ...
 
-    def answer(self, kind: Kind, number: int, payload: Sequence[memoryview]) -> None:
-        """Send a frame; nothing if nobody is there any more."""
+    def answer(self, kind: Kind, number: int, payload: Sequence[memoryview], taken_us: int) -> None:
+        """Send a frame, and how long it took; nothing if nobody is there any more."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PoolJob:
-    """A request, with the time when its header had come and its deadline (seconds of `time.perf_counter`)."""
+    """A request, with the time when its header had come and its deadline (seconds of `time.perf_counter`), and the
+    trace that came with it, empty if it is not traced."""
 
     asker: Asker
     number: int
     payload: Array
     arrived: float
     deadline: float | None
+    trace: bytes = b""
 
 
 class PoolQueue:
     """Requests that wait, and the threads that pool."""
 
     def __init__(
-        self, pooling: Pooling, nets: tuple[ServedNet, ...], config: ShardServerConfig, tally: ShardTally
+        self,
+        pooling: Pooling,
+        nets: tuple[ServedNet, ...],
+        config: ShardServerConfig,
+        tally: ShardTally,
+        traces: Traces | None = None,
     ) -> None:
-        self._pooling, self._nets, self._config, self._tally = pooling, nets, config, tally
+        self._pooling, self._nets, self._config, self._tally, self._traces = pooling, nets, config, tally, traces
         self._jobs: queue.SimpleQueue[PoolJob | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards the two counts
         self._waiting = self._waiting_bytes = 0
@@ -122,8 +131,12 @@ class PoolQueue:
             begun = time.perf_counter()
             ending, answer = self._served(job, begun)
             # Counted before it is sent: who has an answer finds it in the counts.
-            self._tally.ended(ending, begun - job.arrived, time.perf_counter() - begun)
-            job.asker.answer(Kind.POOLED if ending is Ending.ANSWERED else Kind.ERROR, job.number, answer)
+            done = time.perf_counter()
+            self._tally.ended(ending, begun - job.arrived, done - begun)
+            taken_us = min(int((done - job.arrived) * 1e6), UNLIMITED_US - 1)
+            job.asker.answer(Kind.POOLED if ending is Ending.ANSWERED else Kind.ERROR, job.number, answer, taken_us)
+            if job.trace and self._traces is not None:
+                self._traces.end(shard_trace(job.trace, job.arrived, begun, done, ending))
 
     def _served(self, job: PoolJob, now: float) -> tuple[Ending, list[memoryview]]:
         """How a request ended, and the payload that says so."""

@@ -7,6 +7,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from rankd.observe.tracing import TracingConfig
+
 MIB = 1 << 20
 SHORTEST_SECRET = 16
 
@@ -49,6 +51,7 @@ class ShardServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     answer_seconds: _Positive = 0.5
     drain_seconds: _Positive = 30.0
     security: ShardSecurity = ShardSecurity()
+    tracing: TracingConfig = TracingConfig()
 
 
 class TableDefault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,7 +13,7 @@ import msgspec
 
 from rankd.errors import Overloaded, RankdError, ShardFailure, Trouble
 from rankd.shards.frame_errors import error_payload
-from rankd.shards.frames import UNLIMITED_US, Header, Kind, frame, read_header, read_payload
+from rankd.shards.frames import TRACE_BYTES, UNLIMITED_US, Header, Kind, frame, read_header, read_payload
 from rankd.shards.handshake import Ready, let_in
 from rankd.shards.pool_queue import PoolJob, PoolQueue
 from rankd.shards.shard_config import ShardServerConfig
@@ -60,12 +60,12 @@ class ShardConnection:
             self._gone = True
             self._stream.close()
 
-    def answer(self, kind: Kind, number: int, payload: Sequence[memoryview] = ()) -> None:
+    def answer(self, kind: Kind, number: int, payload: Sequence[memoryview] = (), taken_us: int = UNLIMITED_US) -> None:
         """Send a frame; a client that does not take it is let go."""
         if self._gone:
             return
         try:
-            self._stream.send(frame(kind, number, payload), time.perf_counter() + self._config.answer_seconds)
+            self._stream.send(frame(kind, number, payload, taken_us), time.perf_counter() + self._config.answer_seconds)
         except OSError as error:
             log.info("shard: a client does not take its answer: %s", error)
             self.shut()
@@ -85,8 +85,10 @@ class ShardConnection:
         payload = read_payload(self._stream, header, self._config.frame_seconds)
         if header.kind is Kind.POOL:
             deadline = None if header.budget_us == UNLIMITED_US else arrived + header.budget_us / 1e6
+            begin = TRACE_BYTES if header.traced else 0
+            job = PoolJob(self, header.number, payload[begin:], arrived, deadline, payload[:begin].tobytes())
             try:
-                self._line.put(PoolJob(self, header.number, payload, arrived, deadline))
+                self._line.put(job)
             except Overloaded as error:
                 self.answer(Kind.ERROR, header.number, error_payload(error))
         elif header.kind is Kind.PING:

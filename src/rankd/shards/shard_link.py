@@ -22,17 +22,20 @@ from rankd.types import Array
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of request `number`: its answer's payload (n,) uint8, or why there is none."""
+    """Of request `number`: its answer's payload (n,) uint8, or why there is none; and how many microseconds the shard
+    says that it took, None if it says nothing."""
 
     number: int
     payload: Array | None
     error: RankdError | None = None
+    taken_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is asked under a number, and what its outcome is given to, by the connection's thread: `then` has to be
-    quick. `answer_bytes`: of its answer, None if it may differ; `deadline` in seconds of `time.perf_counter`."""
+    quick. `answer_bytes`: of its answer, None if it may differ; `deadline` in seconds of `time.perf_counter`; `trace`
+    for a shard that takes traces, empty if it is not traced."""
 
     number: int
     kind: Kind
@@ -40,6 +43,7 @@ class Question:
     answer_bytes: int | None
     deadline: float
     then: Callable[[Outcome], None]
+    trace: bytes = b""
 
 
 class ShardLink:
@@ -79,7 +83,7 @@ class ShardLink:
         now = time.perf_counter()
         budget_us = min(max(int((question.deadline - now) * 1e6), 0), UNLIMITED_US - 1)
         try:
-            buffers = frame(question.kind, question.number, question.payload, budget_us)
+            buffers = frame(question.kind, question.number, question.payload, budget_us, self._trace(question))
             self._stream.send(buffers, min(question.deadline, now + self._config.frame_seconds))
         except OSError:
             with self._lock:
@@ -126,8 +130,15 @@ class ShardLink:
             self._ended = self._ended or reason
             return self._ended
 
+    def _trace(self, question: Question) -> bytes:
+        """The trace that is sent: none to a shard that does not take it, and none that makes a request too large."""
+        if not question.trace or not self._ready.traces:
+            return b""
+        fits = _size(question) + len(question.trace) <= self._ready.max_request_bytes
+        return question.trace if fits else b""
+
     def _check_size(self, question: Question) -> None:
-        size = sum(view.nbytes for view in question.payload)
+        size = _size(question)
         if size > self._ready.max_request_bytes:
             raise PayloadTooLarge(
                 f"the request to {self._shown} has {size} bytes, it takes {self._ready.max_request_bytes}: ask for "
@@ -193,4 +204,5 @@ class ShardLink:
                 return
             if error is None:
                 self._misses, self.worked = 0, True
-        question.then(Outcome(header.number, None if error else payload, error))
+        taken_us = None if header.budget_us == UNLIMITED_US else header.budget_us
+        question.then(Outcome(header.number, None if error else payload, error, taken_us))

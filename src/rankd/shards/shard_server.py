@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from rankd.embeddings.pooling import Pooling
 from rankd.errors import Overloaded
+from rankd.observe.tracing import open_traces
 from rankd.shards.frame_errors import RETRY_AFTER_S
 from rankd.shards.frames import Kind
 from rankd.shards.handshake import Ready
@@ -29,6 +30,9 @@ from rankd.shards.transport import accepted, listen, server_tls
 LOOK_S = 0.1
 """How often it is looked whether accepting is to end, where shutting the socket does not wake who accepts."""
 
+SERVICE = "rankd-shard"
+"""In traces, unless it is named otherwise."""
+
 log = logging.getLogger("rankd")
 
 
@@ -37,15 +41,17 @@ class ShardServer:
 
     Raises:
         ConfigError: an address that cannot be had or would be open to others, or files of TLS that cannot be used.
+        MissingExtra: tracing is on, and its packages are not installed.
     """
 
     def __init__(self, pooling: Pooling, plan: str, nets: tuple[ServedNet, ...], config: ShardServerConfig) -> None:
         self._config, self._tls = config, server_tls(config.security)
+        self._traces = open_traces(config.tracing, SERVICE)
         self._listening = listen(config.host, config.port, config.security)
         self._listening.settimeout(LOOK_S)
         self._ready = Ready(plan, b"", nets, config.max_request_bytes)
         self._tally = ShardTally()
-        self._line = PoolQueue(pooling, nets, config, self._tally)
+        self._line = PoolQueue(pooling, nets, config, self._tally, self._traces)
         self._connections: dict[ShardConnection, threading.Thread] = {}
         self._changed = threading.Condition()  # guards `_connections`
         self._leaving = threading.Event()
@@ -86,6 +92,8 @@ class ShardServer:
         for thread in connections.values():
             thread.join()
         self._line.close()
+        if self._traces is not None:
+            self._traces.close()
 
     def stats(self) -> ShardStats:
         """What it has done."""

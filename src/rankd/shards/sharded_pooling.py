@@ -94,9 +94,10 @@ class ShardedPooling:
         return pending
 
     def _send(self, asked: Sequence[JaggedIds], deadline: float, kept: KeptRows | None) -> Pending:
+        begun = time.perf_counter()
         routed = self._router.route(asked, None if kept is None else kept.index)
         pending = Pending(routed, self._defaults, deadline, self._counts, self._alarm, kept)
-        pending.send(self._clients)
+        pending.send(self._clients, begun)
         self._counts.add(RowsFrom.SHARDS, sum(routed.num_ids(call) for call in routed.calls))
         self._counts.add(RowsFrom.KEPT, 0 if routed.kept is None else routed.num_ids(routed.kept))
         return pending

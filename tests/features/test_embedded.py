@@ -50,6 +50,12 @@ class Noted:
     def kept_bytes(self) -> int:
         return 0
 
+    def generation(self) -> int:
+        return 0
+
+    def wait_up(self, within_s: float) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -72,6 +72,12 @@ class HeldTables:
     def kept_bytes(self) -> int:
         return 0
 
+    def generation(self) -> int:
+        return 0
+
+    def wait_up(self, within_s: float) -> None:
+        pass
+
     def close(self) -> None:
         self._here.close()
 

@@ -78,6 +78,13 @@ def start_shards(version: Path, plan: PlanFile, replicas: int = 1) -> tuple[list
     return started, Placement(1, plan, tuple(tuple(server.address for server in own) for own in servers))
 
 
+def look_up(tables: TableSource) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The sums of `ASKED`, and which tables could not be had."""
+    sums = np.full((ASKED.num_samples, sum(WIDTHS.values())), np.nan, np.float32)
+    lost = tables.begin([ASKED], [sums]).finish()
+    return sums, lost
+
+
 def at(placement: Placement, generation: int) -> Placement:
     return Placement(generation, placement.plan, placement.shards)
 
@@ -117,19 +124,19 @@ class Lookups:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                pooled = self._tables.look_up(ASKED)
+                sums, degraded = look_up(self._tables)
             except RankdError as error:
                 self.wrong.append(str(error))
                 continue
-            if pooled.degraded or not np.allclose(pooled.values, self._expected, atol=1e-5):
-                self.wrong.append(f"other sums, degraded {pooled.degraded}")
+            if degraded or not np.allclose(sums, self._expected, atol=1e-5):
+                self.wrong.append(f"other sums, degraded {degraded}")
             with self._lock:
                 self.right += 1
 
 
 def unmoved(version: Path) -> np.ndarray:
     with open_model_tables(version, WIDTHS) as tables:
-        return tables.look_up(ASKED).values
+        return look_up(tables)[0]
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -160,12 +167,12 @@ def test_calls_are_counted_across_placements(version: Path, tmp_path: Path) -> N
     servers, placement = start_shards(version, PLANS[1])
     write_placement(file, placement)
     with following(version, file) as tables:
-        tables.look_up(ASKED)
+        look_up(tables)
         assert tables.calls()["calls"] == 2
         write_placement(file, at(placement, 2))
         until(lambda: tables.generation() == 2)
         assert tables.calls()["calls"] == 2
-        tables.look_up(ASKED)
+        look_up(tables)
         assert tables.calls()["calls"] == 4
         assert tables.replicas_up() == {"shard-0": 1, "shard-1": 1}
     for server in servers:
@@ -192,12 +199,12 @@ def test_a_placement_that_cannot_be_used_changes_nothing_until_a_better_one_come
             else:
                 file.write_text(content)
             until(lambda complaint=complaint: complaint in caplog.text)  # type: ignore[misc]
-            assert (tables.generation(), tables.look_up(ASKED).degraded) == (1, ())
+            assert (tables.generation(), look_up(tables)[1]) == (1, ())
         file.unlink()
         until(lambda: "No such file" in caplog.text)
         write_placement(file, at(placement, 3))
         until(lambda: tables.generation() == 3)
-        tables.look_up(ASKED)
+        look_up(tables)
     for server in servers:
         server.close()
 
@@ -219,34 +226,26 @@ def test_a_placement_that_has_lost_less_is_better_than_one_that_has_lost_more(ve
     again[0].close()
 
 
-def test_look_ups_under_way_end_where_they_began(version: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_look_ups_under_way_end_where_they_began(version: Path, tmp_path: Path, forgotten: bool) -> None:
     file = tmp_path / "placement.json"
-    hold, entered = threading.Event(), threading.Event()
     servers, placement = start_shards(version, PLANS[1])
     write_placement(file, placement)
-    with following(version, file) as tables, pytest.MonkeyPatch.context() as patch:
-        held = tables._held.source  # type: ignore[attr-defined]
-        look_up = held.look_up
-
-        def slowly(asked: object, deadline: float | None = None) -> object:
-            entered.set()
-            assert hold.wait(10)
-            return look_up(asked, deadline)
-
-        patch.setattr(held, "look_up", slowly)
-        answers: list[object] = []
-        asking = threading.Thread(target=lambda: answers.append(tables.look_up(ASKED)))
-        asking.start()
-        assert entered.wait(10)
+    with following(version, file) as tables:
+        sums = np.full((ASKED.num_samples, sum(WIDTHS.values())), np.nan, np.float32)
+        begun = tables.begin([ASKED], [sums])
         write_placement(file, at(placement, 2))
         until(lambda: tables._held.placement.generation == 2)  # type: ignore[attr-defined]
-        tables.look_up(ASKED)  # a new one does not wait
+        np.testing.assert_allclose(look_up(tables)[0], unmoved(version), atol=1e-5)  # a new one does not wait
         time.sleep(0.2)
         assert tables.generation() == 1, "the old placement is still asked"
-        hold.set()
-        asking.join()
+        if forgotten:
+            begun.forget()
+        else:
+            assert begun.finish() == ()
+            np.testing.assert_allclose(sums, unmoved(version), atol=1e-5)
+            begun.forget()  # as a request does when it is dropped
         until(lambda: tables.generation() == 2)
-        assert len(answers) == 1
     for server in servers:
         server.close()
 

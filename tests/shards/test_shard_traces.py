@@ -27,9 +27,10 @@ from rankd.shards.sharded_pooling import ShardedPooling
 from rankd.shards.streams import Stream
 from rankd.shards.table_config import TableConfig
 from tests.shards.false_shard import liar
+from tests.shards.films import ENGINE, REQUESTS
 from tests.shards.plain_tables import asking, jagged, make_server, one_shard, quick, serving, two_shards, whole
 from tests.shards.raw_client import pool_request, raw
-from tests.shards.test_planned_serving import ENGINE, REQUESTS, plan, shard, version  # noqa: F401 - fixtures
+from tests.shards.test_planned_serving import plan, shard  # noqa: F401 - a fixture
 
 ASKED = jagged(["item"], [[[3], [], [4, 4]]])
 IDS = st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1)
@@ -213,7 +214,7 @@ def test_a_trace_that_does_not_fit_any_more_stays_here() -> None:
 
 
 def test_spans_of_shard_processes_are_below_the_calls(
-    version: Path,  # noqa: F811 - a fixture
+    version: Path,
     plan: Path,  # noqa: F811 - a fixture
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

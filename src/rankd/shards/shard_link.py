@@ -206,3 +206,7 @@ class ShardLink:
                 self._misses, self.worked = 0, True
         taken_us = None if header.budget_us == UNLIMITED_US else header.budget_us
         question.then(Outcome(header.number, None if error else payload, error, taken_us))
+
+
+def _size(question: Question) -> int:
+    return sum(view.nbytes for view in question.payload)

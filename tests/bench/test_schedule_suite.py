@@ -24,8 +24,7 @@ def test_buckets_of_the_suite() -> None:
     assert fine_buckets(10) == (10,)
     buckets = fine_buckets(1000)
     assert buckets[-1] == 1000
-    assert {72, 80, 104, 208, 960} < set(buckets)
-    assert all(b <= a * 1.126 for a, b in pairwise(buckets[8:]))
+    assert {80, 96, 112, 224, 896} < set(buckets)
     assert all(b <= a * 1.26 for a, b in pairwise(buckets))
 
 

@@ -9,7 +9,8 @@ does so meanwhile. What happens then is in `request_path.py`, and when it happen
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -48,6 +49,9 @@ from rankd.states.open_states import engine_state_type, open_states
 from rankd.states.state_config import StateConfig
 from rankd.types import Event, Float32Array, RankRequest, Scores
 
+ASKING_THREADS = 2
+"""Ask shards for requests whose features are there. Routing takes a while, and sending to a shard that has stalled: the
+threads that say so are the event loop's and the store's, which may not wait."""
 COMPUTE_RESERVE = 2.0
 """A request with a deadline keeps so many times its predicted work for its own computation."""
 
@@ -73,6 +77,7 @@ class Ranker:
         self._shapes = Shapes(self.manifest, backend.state_type)
         self._own_service: FeatureService | None = None
         self._config = schedule or ScheduleConfig()
+        self._asking = ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="rankd-asking")
         self._schedule: Scheduler[RankItem, Scores, Executor] | None = None
 
     @classmethod
@@ -170,6 +175,7 @@ class Ranker:
         """Finish the accepted requests, end the threads, put the states away."""
         if self._schedule is not None:
             self._schedule.close()
+        self._asking.shutdown()
         self.states.close()
         self.features.close()
         if self._embedded is not None:
@@ -201,7 +207,7 @@ class Ranker:
         schedule, features = self.schedule, self.features
         deadline = None if request.timeout_ms is None else clock.started + request.timeout_ms / 1e3
         logits: Float32Array = np.empty((len(request.candidates), len(self.schema.tasks)), np.float32)
-        item = RankItem(request, clock, logits, deadline, trace=trace)
+        item = RankItem(request, clock, logits, deadline, self._ready_by(request, deadline), trace=trace)
         resident = not self.manifest.split or self.states.has(request.user_id)
         asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority))
         if features.local and not self.path.asks_early:
@@ -224,14 +230,18 @@ class Ranker:
 
     def _begin(self, item: RankItem) -> Fetch:
         """Ask for the features of a request. It waits for them no longer than leaves time to compute."""
-        request, rules = item.request, self.schedule.rules
-        until = item.clock.started + self.features.shared.config.wait_ms / 1e3
-        if item.deadline is not None:
-            until = min(until, item.deadline - COMPUTE_RESERVE * rules.work_ms(len(request.candidates), 0.0) / 1e3)
+        request, until = item.request, item.clock.started + self.features.shared.config.wait_ms / 1e3
+        if item.ready_by is not None:
+            until = min(until, item.ready_by)
         try:
             return self.features.begin(request.user_id, request.candidates, request.history is None, until)
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"an id of the request cannot be written in UTF-8: {error}; send text") from error
+
+    def _ready_by(self, request: RankRequest, deadline: float | None) -> float | None:
+        if deadline is None:
+            return None
+        return deadline - COMPUTE_RESERVE * self.schedule.rules.work_ms(len(request.candidates), 0.0) / 1e3
 
     def _when_ready(self, item: RankItem, fetch: Fetch, resident: bool, then: Callable[[], None]) -> None:
         """Call `then` when a request can come to its turn; one that has to be encoded needs no rows for that. Shards
@@ -241,12 +251,19 @@ class Ranker:
             item.clock.lap("features")
             then()
 
-        def have_features() -> None:
+        def ask() -> None:
             looking = self.path.look_up_early(item)
             if looking is None:
                 come()
             else:
                 looking.when_there(come)
+
+        def have_features() -> None:
+            if not self.path.asks_early:
+                come()
+                return
+            with suppress(RuntimeError):  # closed: this request has ended before
+                self._asking.submit(ask)
 
         self.features.when_ready(fetch, resident, have_features)
 

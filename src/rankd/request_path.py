@@ -46,12 +46,13 @@ from rankd.types import Array, Float32Array, RankRequest, Scores, UserHistory
 class RankItem:
     """A request on its way: the clock that was started when it came, and what was found for it so far. `lent` gives
     back what it holds; `logits` (C, K) fill up part by part. `columns` are its candidates' inputs: `embedded` when
-    `looking` has filled them up."""
+    `looking` has filled them up. `ready_by`: nothing is waited for after that, so that time is left to compute."""
 
     request: RankRequest
     clock: StageClock
     logits: Float32Array
     deadline: float | None = None
+    ready_by: float | None = None
     fetch: Fetch | None = None
     history: UserHistory | None = None
     now: int = 0
@@ -140,10 +141,12 @@ class RequestPath:
             assert item.looking is not None  # noqa: S101 - it was begun
             if not alone and not item.looking.there():
                 return item.looking.when_there
-            item.lost_tables = item.looking.finish()
+            try:
+                item.lost_tables = item.looking.finish()
+            finally:
+                if item.looking_span is not None:
+                    item.looking_span.end()
             item.embedded = item.columns
-            if item.looking_span is not None:
-                item.looking_span.end()
         item.user = item.user or self._user(item)
         item.clock.lap("features")
         _check_deadline(item)
@@ -225,8 +228,9 @@ class RequestPath:
         """Ask for rows of tables that are elsewhere, now that a request's features are there; what is waited for, if
         anything is."""
         embedded = self._embedded
-        if embedded is None or embedded.local or item.dropped:
-            return None
+        assert item.fetch is not None  # noqa: S101 - it was asked for
+        if embedded is None or embedded.local or item.dropped or self.features.when_rows(item.fetch) is not None:
+            return None  # with rows on their way it is asked when they are there
         try:
             item.history = self._history(item)
             self._look_up(embedded, item, history_arrays(self.schema, self.features.items, item.history))
@@ -250,7 +254,7 @@ class RequestPath:
         if self.schema.user_columns:
             whole["context_categories"][0] = item.user.categories
         with opened(item.trace, "look-up") as item.looking_span:
-            item.columns, item.looking = whole, embedded.begin(whole, history, item.deadline)
+            item.columns, item.looking = whole, embedded.begin(whole, history, item.ready_by)
         item.lent.callback(item.looking.forget)
         if item.dropped:  # meanwhile
             item.looking.forget()

@@ -54,6 +54,22 @@ def _loss(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((np.logaddexp(0.0, scores) - labels * scores).sum())
 
 
+def test_items_that_nobody_knows_do_not_hide_a_lost_entropy() -> None:
+    """Each request has one more candidate, bought and unknown to both models."""
+    good, bad = scored(3, 0.5), scored(4, 1.5)
+    plain = gated_metrics(good, bad, GATE)["ne"]
+
+    def with_unknown(events: ScoredEvents) -> ScoredEvents:
+        scores = [np.append(one, -30.0) for one in events.scores]
+        labels = [np.append(one, 1.0) for one in events.labels]
+        known = [np.append(np.ones(len(one), bool), False) for one in events.labels]
+        return ScoredEvents(events.users, scores, labels, logits=True, known=known)
+
+    same = gated_metrics(with_unknown(good), with_unknown(bad), GATE)["ne"]
+    assert (same.kept, same.low, same.high) == pytest.approx((plain.kept, plain.low, plain.high))
+    assert same.original == pytest.approx(plain.original)
+
+
 def test_a_model_keeps_all_of_its_own_quality() -> None:
     same = gated_metrics(scored(3, 1.0), scored(3, 1.0), GATE)
     assert {(one.kept, one.low, one.high) for one in same.values()} == {(1.0, 1.0, 1.0)}

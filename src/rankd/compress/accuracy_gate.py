@@ -59,7 +59,7 @@ def judge(
 ) -> GateRecord:
     """Score the gate's requests with both models and compare, user by user."""
     theirs, mine = (
-        score_events(events, torch_scorer(model.eval(), dataset), dataset.schema, logits=True, progress=progress)
+        score_events(events, torch_scorer(model.eval(), dataset), dataset.schema, True, progress, known_alone=True)
         for model in (original, compressed)
     )
     start, end = _days(dataset, gate)

@@ -8,6 +8,7 @@ it costs is its weights once more, packed for that shape, and a third of a secon
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rankd.engine.warming import Shapes
 from rankd.errors import ArtifactError
 from rankd.types import Array
 
+log = logging.getLogger("rankd")
 MIB = 1 << 20
 HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
 COMPILERS = 2
@@ -93,7 +95,10 @@ def load_graphs(folder: Path, manifest: Manifest, options: CompileOptions) -> di
                 key = tuple(shapes[one] for one in varying[name])
                 compiling.append((name, key, threads.submit(compile_graph, paths[name], options, narrow, shapes)))
         for name, key, graph in compiling:
-            static[name][key] = graph.result()
+            try:
+                static[name][key] = graph.result()
+            except ArtifactError as error:  # the graph for any shape does as well, a little slower
+                log.warning("%s for the shapes %s: %s", name, key, error)
     return {name: ShapedGraph(plain[name], varying[name], static[name]) for name in paths}
 
 

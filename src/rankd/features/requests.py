@@ -21,12 +21,15 @@ from rankd.types import Event, RankRequest, UserHistory
 PRIORITIES = ("interactive", "batch")
 MAX_TIME = 2**40  # seconds; the year 36812
 
+REQUEST_ID_CHARACTERS = 128
+
 
 def check_request(request: RankRequest, schema: FeatureSchema) -> None:
     """Refuse what cannot be ranked.
 
     Raises:
-        InvalidRequest: an empty user id, no or too many candidates, a bad top_k, timeout_ms, priority or time.
+        InvalidRequest: an empty user id, no or too many candidates, a bad top_k, timeout_ms, priority or time, or a
+            request id that is too long.
     """
     if not request.user_id:
         raise InvalidRequest("user_id is empty; give the user's id, or any name for a user without history")
@@ -43,6 +46,10 @@ def check_request(request: RankRequest, schema: FeatureSchema) -> None:
         raise InvalidRequest(f"timeout_ms is {request.timeout_ms}; it has to be above 0, or left out")
     if request.priority not in PRIORITIES:
         raise InvalidRequest(f"priority is '{request.priority}'; it is one of: {', '.join(PRIORITIES)}")
+    if len(request.request_id) > REQUEST_ID_CHARACTERS:
+        raise InvalidRequest(
+            f"the request id has {len(request.request_id)} characters; allowed are {REQUEST_ID_CHARACTERS}"
+        )
     if request.time is not None:
         _check_time(request.time)
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.table_spec import TableSpec
-from rankd.errors import RankdError
 from rankd.shards.kept_rows import INDEX_BYTES, KeptRows, SomeRows, pack
 from rankd.shards.routing import Router
 from rankd.shards.row_counting import RowCounter
@@ -128,13 +127,13 @@ class HotRowCache:
                 continue
             if asked is None:
                 return
-            self.learn(asked)
-            if time.perf_counter() >= refreshed + REFRESH_SECONDS or (self._kept is not None and self.kept is None):
-                refreshed = time.perf_counter()
-                try:
+            try:
+                self.learn(asked)
+                if time.perf_counter() >= refreshed + REFRESH_SECONDS or (self._kept is not None and self.kept is None):
+                    refreshed = time.perf_counter()
                     self.refresh()
-                except RankdError as error:
-                    log.info("hot rows are not kept for now: %s", error)
+            except Exception as error:  # noqa: BLE001 - without this thread samples would pile up for nobody
+                log.info("hot rows are not kept for now: %s", error)
 
 
 def _changed(hot: Int64Array, kept: SomeRows | None) -> bool:

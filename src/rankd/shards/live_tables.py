@@ -20,10 +20,12 @@ from pathlib import Path
 
 from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.pooling import LookUp, TableSource
-from rankd.errors import RankdError, ShardFailure
+from rankd.errors import ShardFailure
 from rankd.shards.placement_file import Placement, read_placement
 from rankd.types import Float32Array
 
+LEAVE_S = 30.0
+"""A look-up that is not over so long after its placement was left is of a request that is stuck: it holds up nobody."""
 LOOK_S = 0.1
 """Between two looks at the file."""
 
@@ -114,6 +116,8 @@ class LiveTables:
     def close(self) -> None:
         """Follow the file no more, and end all connections."""
         self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
         self._thread.join()
         self._held.source.close()
 
@@ -130,7 +134,7 @@ class LiveTables:
                 continue
             try:
                 self._follow(read_placement(self._file), stamp)
-            except RankdError as error:
+            except Exception as error:  # noqa: BLE001 - this thread has to go on, whatever the file or the machine do
                 if str(error) != self._complaint:
                     log.warning("tables stay with placement %d: %s", self._generation, error)
                 self._complaint = str(error)
@@ -154,7 +158,7 @@ class LiveTables:
             raise
         with self._changed:
             old, self._held = self._held, _Held(placement, source)
-            self._changed.wait_for(lambda: not old.under_way)
+            self._changed.wait_for(lambda: not old.under_way or self._closing.is_set(), LEAVE_S)
             self._past += Counter(old.source.calls())
             self._past_rows += Counter(old.source.rows())
         old.source.close()

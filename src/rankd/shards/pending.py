@@ -30,6 +30,8 @@ from rankd.shards.shard_link import Outcome, Question, ShardLink
 from rankd.types import Array, Float32Array, Int64Array
 
 log = logging.getLogger("rankd")
+LOOK_S = 0.1
+"""Between two looks of the alarm."""
 MOST_REPLICAS = 3
 """Asked for one call: a request that breaks whoever reads it should not be shown to all."""
 Forget = tuple[ShardLink, int]
@@ -118,7 +120,7 @@ class Pending:
 
     def forget(self) -> None:
         """Nobody wants the sums any more."""
-        self._end(missed=False)
+        self._end(missed=time.perf_counter() >= self._deadline)
 
     def add_up(
         self, into: Sequence[Float32Array], columns: Sequence[Int64Array], deadline: float | None = None
@@ -178,11 +180,13 @@ class Pending:
                     call.hedge_at = math.inf
                     if call.attempts:
                         late.append(call)
-        for call in again:
-            self._try_again(call)
-        for call in late:
-            self._hedge(call)
-        self._set_alarm()
+        try:
+            for call in again:
+                self._try_again(call)
+            for call in late:
+                self._hedge(call)
+        finally:
+            self._set_alarm()
 
     def over(self) -> bool:
         """Whether the alarm is not needed any more."""
@@ -190,7 +194,9 @@ class Pending:
 
     def _set_alarm(self) -> None:
         if not self._over:
-            self._alarm.at(min([self._deadline, *(call.hedge_at for call in self._calls if call.answer is None)]), self)
+            soon = time.perf_counter() + LOOK_S  # what is over by then is let go, with all that it holds
+            hedges = (call.hedge_at for call in self._calls if call.answer is None)
+            self._alarm.at(min([self._deadline, soon, *hedges]), self)
 
     def _try(self, call: PoolCall) -> bool:
         """Send a call to a replica that was not asked yet; whether there was one.
@@ -203,9 +209,20 @@ class Pending:
             if self._over or len(call.asked) >= MOST_REPLICAS:
                 return False
             self._waiting[number], call.attempts[number] = call, None
+            call.again = False
             trace = self._traces.begin(number, call.client.name, routed.payload.nbytes, len(call.asked))
         question = Question(number, Kind.POOL, [routed.payload], routed.answer_bytes, self._deadline, self._take, trace)
-        link = call.client.ask(question, call.asked)
+        link = None
+        try:
+            link = call.client.ask(question, call.asked)
+        finally:
+            waited_for = self._sent(call, number, link)
+        if link is not None and not waited_for:  # answered or given up while it was sent
+            link.forget(number, missed=False)
+        return link is not None
+
+    def _sent(self, call: PoolCall, number: int, link: ShardLink | None) -> bool:
+        """An attempt was sent, or could not be (None); whether it is still waited for."""
         with self._lock:
             if link is not None:
                 call.asked.append(link)
@@ -215,14 +232,17 @@ class Pending:
             elif waited_for:
                 del self._waiting[number], call.attempts[number]
                 self._traces.drop(number)
-        if link is not None and not waited_for:  # answered or given up while it was sent
-            link.forget(number, missed=False)
-        return link is not None
+        return waited_for
 
     def _hedge(self, call: PoolCall) -> None:
         if not call.client.has_another(call.asked) or not call.client.hedging.allowed():
             return
-        if self._try(call):
+        try:
+            sent = self._try(call)
+        except RankdError as refused:
+            log.info("a hedge was not sent: %s", refused)
+            sent = False
+        if sent:
             self._counts.add(Counted.HEDGED)
             return
         with self._lock:  # the first one may have failed while there seemed to be a second
@@ -253,21 +273,21 @@ class Pending:
             if outcome.payload is not None:
                 call.answer = outcome.payload
                 needless = self._given_up(call)
-                self._left -= 1
+                self._left -= not call.failed
             else:
                 call.error = outcome.error
             if isinstance(outcome.error, InvalidRequest):
                 self._refused = outcome.error
             ended = self._refused is not None or not self._left
             alone = not call.attempts and call.answer is None
-            call.again = alone and call.client.has_another(call.asked)
+            again = call.again = alone and call.client.has_another(call.asked)
         for link, number in needless:
             link.forget(number, missed=False)
         if outcome.payload is not None:
             call.client.hedging.answered(time.perf_counter() - call.begun)
         if ended:
             self._end(missed=False)
-        elif call.again:
+        elif again:
             self._alarm.at(time.perf_counter(), self)  # sending may take a while, and answers come on this thread
         elif alone and call.error is not None:
             self._failed(call, call.error)
@@ -275,6 +295,8 @@ class Pending:
     def _failed(self, call: PoolCall, error: RankdError) -> None:
         """There is nobody left to ask."""
         with self._lock:
+            if call.attempts or call.answer is not None:
+                return  # another attempt was sent meanwhile
             if not call.failed:
                 call.failed, call.error = True, error
                 self._left -= 1

@@ -85,9 +85,12 @@ class ShardLink:
         try:
             buffers = frame(question.kind, question.number, question.payload, budget_us, self._trace(question))
             self._stream.send(buffers, min(question.deadline, now + self._config.frame_seconds))
-        except OSError:
+        except OSError as error:
             with self._lock:
-                return self._asked.pop(question.number, None) is None  # who reads may have told it already
+                told = self._asked.pop(question.number, None) is None  # who reads may have told it already
+            if isinstance(error, TimeoutError):
+                self.forget(question.number, missed=True)
+            return told
         return True
 
     def forget(self, number: int, missed: bool) -> None:

@@ -89,7 +89,11 @@ class ShardedPooling:
             deadline = time.perf_counter() + self._config.timeout_ms / 1e3
         if self._hot is None:
             return self._send(asked, deadline, None)
-        pending = self._send(asked, deadline, self._hot.kept)
+        kept = self._hot.kept
+        pending = self._send(asked, deadline, kept)
+        if kept is not None and self._hot.kept is None:  # a shard came back meanwhile, maybe with other rows
+            pending.forget()
+            pending = self._send(asked, deadline, None)
         self._hot.saw(asked)
         return pending
 

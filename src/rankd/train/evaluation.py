@@ -60,8 +60,12 @@ def score_events(
     schema: FeatureSchema,
     logits: bool,
     progress: Progress = lambda done, total, line: None,
+    known_alone: bool = False,
 ) -> ScoredEvents:
-    """Scores of one contestant on every event; tasks are combined by rank weight, labels are the first task's."""
+    """Scores of one contestant on every event; tasks are combined by rank weight, labels are the first task's.
+
+    With `known_alone` the entropy leaves out items that the model does not know.
+    """
     weights = np.asarray([task.rank_weight for task in schema.tasks], np.float64)
     scores = []
     for done, event in enumerate(events, start=1):
@@ -75,6 +79,7 @@ def score_events(
         scores=scores,
         labels=[event.labels[:, 0].astype(np.float64) for event in events],
         logits=logits,
+        known=[event.rows != UNKNOWN_ROW for event in events] if known_alone else None,
     )
 
 

@@ -26,13 +26,15 @@ GATED = ("ndcg@10", "gauc", "hr@10", "ne")
 class ScoredEvents:
     """n events of one contestant: users (n,), and for each event its scores (C,) and labels (C,) of 0 and 1.
 
-    `logits` says that the scores are logits of the label, so that normalised entropy means something.
+    `logits` says that the scores are logits of the label, so that normalised entropy means something. It is taken over
+    the candidates that are `known` (C,), if that is given: a fixed score of the others hides what models differ in.
     """
 
     users: npt.NDArray[np.int64]
     scores: Sequence[Float64Array]
     labels: Sequence[Float64Array]
     logits: bool
+    known: Sequence[npt.NDArray[np.bool_]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,9 @@ def _sums(events: ScoredEvents) -> dict[str, tuple[Float64Array, Float64Array]]:
         "hr@10": (_per_user(user, [float(y[np.argsort(-s, kind="stable")[:10]].any()) for s, y in pairs]), ones),
     }
     if events.logits:
-        rate = float(np.concatenate(events.labels).mean())
+        if events.known is not None:
+            pairs = [(s[known], y[known]) for (s, y), known in zip(pairs, events.known, strict=True)]
+        rate = float(np.concatenate([y for _, y in pairs]).mean())
         entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
         losses = [float((np.logaddexp(0.0, s) - y * s).sum()) for s, y in pairs]
         sizes = [len(y) * entropy for _, y in pairs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -15,7 +16,12 @@ from rankd.embeddings.jagged import JaggedIds
 from rankd.embeddings.model_tables import open_model_tables
 from rankd.embeddings.pooling import LookUp, TableSource
 from rankd.errors import DeadlineExceeded, InvalidRequest
+from rankd.features.feature_config import FeatureConfig, RowsConfig
+from rankd.features.filling.loading import LoadOptions, load_rows
+from rankd.features.reading.shared_features import FeatureService
 from rankd.types import Float32Array
+from tests.features.reading.remote_store import RemoteStore
+from tests.serve.filled_store import SCHEMA, item_frame
 from tests.shards.films import ENGINE, REQUESTS
 from tests.shards.plain_tables import until
 
@@ -107,6 +113,38 @@ def asked(ranker: Ranker, tables: HeldTables, request: RankRequest) -> tuple[Fut
     future = ranker.submit(request)
     until(lambda: len(tables.held) > before)
     return future, tables.held[-1]
+
+
+def test_shards_are_asked_for_the_rows_that_the_store_has(
+    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for the model's own, although its history is there before its rows are."""
+    made: list[HeldTables] = []
+
+    def held(path: Path, widths: Mapping[str, int], _: object) -> TableSource:
+        made.append(HeldTables(open_model_tables(path, widths), False))
+        return made[-1]
+
+    frame, store = tmp_path / "items.parquet", RemoteStore()
+    with Ranker.load(version, ENGINE) as plain:
+        item_frame(plain).write_parquet(frame)
+        before = plain.rank(REQUESTS[0]).scores
+    load_rows(store, "films", SCHEMA, frame, LoadOptions(grace_seconds=0), lambda done, total, line: None)
+    service = FeatureService(FeatureConfig(wait_ms=600_000.0, items=RowsConfig(budget_mib=1.0)), store)
+    with Ranker.load(version, ENGINE, items=frame) as fresh:
+        expected = fresh.rank(REQUESTS[0]).scores
+    assert not np.allclose(before, expected, atol=1e-3)
+    monkeypatch.setattr("rankd.ranker.open_tables", held)
+    with Ranker.load(version, ENGINE, features=service) as ranker:
+        store.holds = {"get"}
+        future = ranker.submit(REQUESTS[0])
+        store.wait_for(1)
+        time.sleep(0.2)
+        store.release_all()
+        until(lambda: bool(made[0].held))
+        made[0].held[-1].let_go()
+        np.testing.assert_allclose(future.result(10).scores, expected, atol=1e-5)
+    service.close()
 
 
 def test_an_executor_serves_others_while_tables_are_waited_for(

@@ -46,8 +46,9 @@ class Pinning(Enum):
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is computed. 0 executors: one for each physical core that this process may use and has the time for
-    (`thread_plan.default_executors`); threads are those of one call. OpenVINO packs weights more than once, for each
-    executor by itself and then for the shapes of calls, until the copies take `weight_copies_mib`: calls are quicker.
+    (`thread_plan.default_executors`); threads are those of one call. OpenVINO packs weights for each executor by itself
+    as long as the copies take no more than `weight_copies_mib`; with `static_shapes` then also for the shapes of calls,
+    which takes .3 s a shape at the start and makes calls quicker by a tenth to a half.
 
     `target` "auto" is the one that `rankd bench engine` found the fastest on this machine.
     """
@@ -58,6 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 1
     pinning: Pinning = Pinning.AUTO
     weight_copies_mib: Annotated[int, Meta(ge=0)] = 1024
+    static_shapes: bool = False
 
 
 def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:

@@ -81,7 +81,8 @@ class OpenVinoBackend:
         copies = (plan.num_executors - 1) * sum(sizes)
         left = config.weight_copies_mib * MIB
 
-        def compiled(cpus: Cpus | None, streams: int, static_bytes: int) -> dict[str, ShapedGraph]:
+        def compiled(cpus: Cpus | None, streams: int, spare_bytes: int) -> dict[str, ShapedGraph]:
+            static_bytes = spare_bytes if config.static_shapes else 0
             options = CompileOptions(precision, state_type, streams, config.threads, static_bytes)
             return _on(cpus, partial(load_graphs, folder, manifest, options))
 

@@ -49,7 +49,8 @@ class PeerWorker:
 
     def __init__(self, plan: PeerPlan) -> None:
         artifact = Artifact.open(Path(plan.model))
-        backend = load_backend(artifact, EngineConfig(target="openvino", executors=1, threads=1))
+        engine = EngineConfig(target="openvino", executors=1, threads=1, static_shapes=True)
+        backend = load_backend(artifact, engine)
         catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
         service = FeatureService(FeatureConfig())
         self._features = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))

@@ -23,6 +23,8 @@ from rankd.bench.wire_forms import Form, decode_scores, encode_request
 from rankd.types import Float32Array, RankRequest
 
 RANKD = "rankd"
+STATIC_SHAPES = {"RANKD_ENGINE__STATIC_SHAPES": "true"}
+"""Of everybody, peers too: what calls of changing shapes take is no difference between schedules."""
 IN_ORDER = {"RANKD_SCHEDULE__STRETCH": "0", "RANKD_SCHEDULE__QUANTUM_MS": "1e9", "RANKD_SCHEDULE__SPREAD": "false"}
 BATCHES = ((1, 0), (4, 10))
 """Of peers: (requests, ms to wait for the last of them). What makes a peer answer more of them a second is used."""
@@ -44,7 +46,7 @@ def served(name: str, root: Path, variables: Mapping[str, str]) -> Contestant:
     """`rankd serve` with settings."""
     return Contestant(
         name,
-        lambda variant: ServedModel(root, ("rankd", "serve", "--store", "memory:"), variables),
+        lambda variant: ServedModel(root, ("rankd", "serve", "--store", "memory:"), {**STATIC_SHAPES, **variables}),
         partial(encode_request, Form.BINARY),
         lambda answer, request: decode_scores(Form.BINARY, answer),
     )

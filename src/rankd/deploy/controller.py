@@ -155,7 +155,7 @@ class Controller:
             for one in record.processes
         )
         return DeploymentStatus(
-            record.deployment.name, identity(record.plan), record.generation, self._change, processes, record.ray_pid
+            record.deployment.name, identity(record.plan), record.generation, self._change, processes
         )
 
     def follow(self) -> None:

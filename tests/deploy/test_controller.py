@@ -124,9 +124,13 @@ def test_up_that_fails_leaves_nothing() -> None:
     for room, starts, stubborn in ((3, True, ""), (1000, False, ""), (1000, True, "server-5")):
         fleet = FakeFleet()
         fleet.room, fleet.starts, fleet.stubborn = room, starts, {stubborn}
+        controller = Controller(DeploymentRecord(deployment(2), PLANS[2]), fleet)
         with pytest.raises(Unavailable):
-            Controller(DeploymentRecord(deployment(2), PLANS[2]), fleet).up()
+            controller.up()
         assert fleet.running == {}
+        fleet.room, fleet.starts, fleet.stubborn = 1000, True, set()
+        controller.follow()
+        assert fleet.running == {}, "nothing is left in the record to be started again"
 
 
 def test_scaling_starts_the_missing_and_ends_the_newest() -> None:
@@ -215,6 +219,8 @@ def test_whatever_changes_all_that_is_wanted_runs_and_nobody_asks_what_has_ended
     controller, fleet = started(2, replicas=1, servers=1)
     shards, replicas, servers = 2, 1, 1
     for what, number in changes:
+        if not fleet.running:  # the only one was lost
+            controller.follow()
         names = sorted(fleet.running)
         name = names[number % len(names)]
         try:

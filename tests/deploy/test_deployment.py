@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rankd.deploy import ray_session
+from rankd.deploy import local_ray, ray_session
 from rankd.deploy.deployment import Deployment, read_deployment
 from rankd.errors import ConfigError, MissingExtra
 
@@ -49,7 +49,8 @@ def test_a_name_is_one_that_ray_takes(tmp_path: Path) -> None:
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_session, "find_spec", lambda name: None)
-    for needs_ray in (lambda: ray_session.connect("auto"), ray_session.start_local):
+    for module in (local_ray, ray_session):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for needs_ray in (lambda: ray_session.connect("auto"), local_ray.start_local):
         with pytest.raises(MissingExtra, match=r"rankd\[cluster\]"):
             needs_ray()

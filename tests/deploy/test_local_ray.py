@@ -1,4 +1,4 @@
-"""A Ray of this machine alone: `rankd deploy up --ray local`, and nothing of it is left after `down`."""
+"""A Ray of this machine alone: `rankd deploy up --ray local`, and nothing of it is left after the last `down`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,29 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from rankd.deploy import local_ray
 from rankd.deploy.deployment_status import DeploymentStatus
-from rankd.deploy.process_report import ProcessState
+from rankd.deploy.process_report import ProcessReport, ProcessState
 from rankd.embeddings.table_writing import write_table
+from rankd.errors import Unavailable
 from rankd.plan.plan_file import FORMAT, PlanFile
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_plan import MemoryLimits, Strategy
-from tests.deploy.ray_nodes import own_namespace
+from tests.deploy.ray_nodes import _namespace, own_namespace
+from tests.features.stores.redis_server import eventually
 from tests.plan.made_up import load_of
+
+# What is started is meant to outlive the object that stands for it
+pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 
 LOAD = load_of("item", 20)
 DEPLOYMENT = """
@@ -46,26 +53,161 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         yield {**os.environ, **token, "RAY_TMPDIR": short}
 
 
+def rays() -> list[int]:
+    """The Rays of this machine alone in this thread's namespace."""
+    found = subprocess.run(["pgrep", "-f", "start --head --block"], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found if _namespace(pid) == _namespace("thread-self")]
+
+
+CONTROLLER_FAILS = """
+import sys
+import ray
+from rankd.deploy import ray_session
+ray_session.connect("auto")
+ray.kill(ray_session.find_controller(sys.argv[1])[1], no_restart=True)
+"""
+
+
 def test_a_ray_of_this_machine_alone(tmp_path: Path, environment: dict[str, str]) -> None:
     write_table(tmp_path, LOAD.spec, [np.ones((20, LOAD.spec.dim), np.float32)])
     plan = make_plan(Strategy.ONE_SHARD, [LOAD], 1, MemoryLimits(replicate_bytes=0))
     (tmp_path / "plan.json").write_bytes(msgspec.json.encode(PlanFile(FORMAT, "films", (), plan)))
-    (tmp_path / "alone.toml").write_text(DEPLOYMENT)
+    for name in ("alone", "second"):
+        (tmp_path / f"{name}.toml").write_text(DEPLOYMENT.replace("alone", name))
 
-    def deploy(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "rankd", "deploy", *arguments]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    def python(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        own = {**environment, **more}
+        return subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
-    assert "`rankd deploy up --ray local`" in " ".join(deploy("status").stderr.split())
-    up = deploy("up", "alone.toml", "--ray", "local")
-    assert up.returncode == 0, up.stderr
-    found = msgspec.json.decode(deploy("status", "--json").stdout, type=DeploymentStatus)
-    (shard,) = [process.report for process in found.processes]
-    assert shard is not None
-    assert shard.state is ProcessState.UP
-    assert shard.address in up.stdout
-    assert found.ray_pid
-    down = deploy("down")
-    assert (down.returncode, down.stdout) == (0, "alone is down\n"), down.stderr
-    assert not Path(f"/proc/{shard.pid}").exists()
-    assert not Path(f"/proc/{found.ray_pid}").exists()
+    def deploy(*arguments: str, **more: str) -> str:
+        done = python("-m", "rankd", "deploy", *arguments, **more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def shard(name: str) -> ProcessReport:
+        found = msgspec.json.decode(deploy("status", name, "--json"), type=DeploymentStatus)
+        (report,) = [process.report for process in found.processes]
+        assert report is not None
+        assert report.state is ProcessState.UP
+        return report
+
+    refused = python("-m", "rankd", "deploy", "status")
+    assert "`rankd deploy up --ray local`" in " ".join(refused.stderr.split())
+    up = deploy("up", "alone.toml", "--ray", "local", RAY_ADDRESS="127.0.0.1:1")
+    first = shard("alone")
+    assert first.host == "127.0.0.1", "nobody else reaches it"
+    assert first.address in up
+    deploy("up", "second.toml")
+    second = shard("second")
+    (ray,) = rays()
+    assert python("-c", CONTROLLER_FAILS, "alone").returncode == 0
+    deploy("up", "alone.toml")
+    again = shard("alone")
+    assert again.pid != first.pid, "an old record and its processes are not taken over"
+    assert not Path(f"/proc/{first.pid}").exists()
+    assert deploy("down", "alone") == "alone is down\n"
+    assert rays() == [ray], "there is another deployment on it"
+    assert shard("second").pid == second.pid
+    assert python("-c", CONTROLLER_FAILS, "second").returncode == 0
+    assert deploy("down", "second") == "second is down\n"
+    for pid in (again.pid, second.pid):
+        assert not Path(f"/proc/{pid}").exists()
+    eventually(lambda: not Path(f"/proc/{ray}").exists(), "Ray has ended, and whoever is to has noticed it")
+
+
+FAKE_RAY = """#!{python}
+import os, signal, sys, time
+from pathlib import Path
+folder = Path("{folder}")
+if sys.argv[1] == "get-auth-token":
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir(exist_ok=True)
+    token.write_text("secret")
+    sys.exit()
+signal.signal(signal.SIGINT, lambda *_: sys.exit())
+(folder / "pid").write_text(str(os.getpid()))
+if "{starts}" == "True":
+    print("Ray runtime started", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.fixture
+def fake_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Puts another program in Ray's place, which starts or hangs; home and temporary files are in `tmp_path`."""
+
+    def put(starts: bool) -> None:
+        program = tmp_path / "ray"
+        program.write_text(FAKE_RAY.format(python=sys.executable, folder=tmp_path, starts=starts))
+        program.chmod(0o700)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        monkeypatch.setattr(local_ray, "find_spec", lambda name: True)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")  # so that it is put back
+        monkeypatch.delenv("RAY_AUTH_MODE")
+
+    return put
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, fake_ray: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ray(False)
+
+    def interrupted(*_: object) -> None:
+        eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "it starts")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local_ray, "_wait_started", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        local_ray.start_local()
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+    assert list(tmp_path.glob("rankd-ray-*")) == []
+
+
+def test_a_start_that_takes_too_long_keeps_its_log(
+    tmp_path: Path, fake_ray: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ray(False)
+    monkeypatch.setattr(local_ray, "START_S", 0.2)
+    with pytest.raises(Unavailable, match=f"Ray did not start; {tmp_path}/rankd-ray-"):
+        local_ray.start_local()
+    assert len(list(tmp_path.glob("rankd-ray-*"))) == 1
+
+
+@pytest.mark.parametrize("before", [None, 0o644])
+def test_the_token_is_for_nobody_else(tmp_path: Path, fake_ray: Callable[[bool], None], before: int | None) -> None:
+    fake_ray(True)
+    token = tmp_path / ".ray" / "auth_token"
+    if before is not None:
+        token.parent.mkdir()
+        token.touch(before)
+    local_ray.stop_local(local_ray.start_local())
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_only_the_process_that_was_started_is_ended(
+    tmp_path: Path, fake_ray: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ray(True)
+    ray = local_ray.start_local()
+    running = Path(f"/proc/{ray.pid}")
+    with pytest.raises(Unavailable, match="runs on elsewhere"):
+        local_ray.stop_local(replace(ray, host="elsewhere"))
+    local_ray.stop_local(replace(ray, began=ray.began + 1, log=""))  # its number was given to another one
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", not_permitted)
+        with pytest.raises(Unavailable, match="somebody else's"):
+            local_ray.stop_local(ray)
+    assert running.exists()
+    local_ray.stop_local(ray)
+    assert not running.exists()
+    assert not Path(ray.log).exists()
+    local_ray.stop_local(ray)
+
+
+def not_permitted(*_: int) -> None:
+    raise PermissionError

@@ -7,15 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from rankd.deploy.deployment import Watching
 from rankd.deploy.process_report import ProcessReport, ProcessState
-from rankd.deploy.roles import ShardRole, _generation
+from rankd.deploy.roles import Prober, Role, ShardRole, _generation, _ServerProber
 from rankd.deploy.supervisor import Supervisor, _free_port
 from rankd.embeddings.table_writing import write_table
 from rankd.errors import Unavailable
@@ -105,6 +109,115 @@ def test_a_hung_process_is_ended_when_its_time_is_over(tables: Path) -> None:
     os.kill(report.pid, signal.SIGSTOP)
     supervisor.stop(0.1)
     assert not Path(f"/proc/{report.pid}").exists()
+
+
+SLOW_TO_GO = """#!{python}
+import signal, sys, time
+from pathlib import Path
+from rankd.deploy.leashed import hold_to
+
+def go(*_):
+    Path("{folder}", "drains").touch()
+    time.sleep({needs_s})
+    Path("{folder}", "drained").touch()
+    sys.exit()
+
+hold_to(int(sys.argv[3]))
+signal.signal(signal.SIGTERM, go)
+Path("{folder}", "ready").touch()
+while True:
+    signal.pause()
+"""
+
+
+class SlowToGo:
+    """The role of a process that is held as ours are, is not ready any more once it drains, and takes its time."""
+
+    ports, num_ports = (0, 0), 1
+
+    def __init__(self, folder: Path, needs_s: float) -> None:
+        self._folder = folder
+        self.program = folder / "python"
+        self.program.write_text(SLOW_TO_GO.format(python=sys.executable, folder=folder, needs_s=needs_s))
+        self.program.chmod(0o700)
+
+    def prepare(self, folder: Path) -> None:
+        return
+
+    def command(self, folder: Path, host: str, port: int) -> list[str]:
+        return []
+
+    def variables(self, folder: Path) -> dict[str, str]:
+        return {}
+
+    def prober(self, address: str) -> Prober:
+        return self
+
+    def probe(self, within_s: float) -> int:
+        if not (self._folder / "ready").exists() or (self._folder / "drains").exists():
+            raise Unavailable("not ready")
+        return 0
+
+    def close(self) -> None:
+        return
+
+
+@pytest.mark.parametrize(("needs_s", "drain_seconds"), [(1.5, 30.0), (60.0, 1.0)])
+def test_a_process_that_drains_has_all_of_its_time_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs_s: float, drain_seconds: float
+) -> None:
+    """It is missed soon, and would end with the thread that started it."""
+    slow = SlowToGo(tmp_path, needs_s)
+    monkeypatch.setattr(sys, "executable", str(slow.program))
+    supervisor = Supervisor(cast(Role, slow), WATCHING, HOST)
+    supervisor.start()
+    report = up(supervisor)
+    begun = time.perf_counter()
+    supervisor.stop(drain_seconds)
+    assert (tmp_path / "drained").exists() == (needs_s < drain_seconds)
+    assert time.perf_counter() - begun < 20.0
+    assert not Path(f"/proc/{report.pid}").exists()
+
+
+def test_a_prober_that_fails_does_not_end_the_supervision(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = ShardRole.prober, []
+
+    def fails_once(role: ShardRole, address: str) -> Prober:
+        asked.append(address)
+        if len(asked) == 1:
+            raise ValueError("a fault of ours")
+        return real(role, address)
+
+    monkeypatch.setattr(ShardRole, "prober", fails_once)
+    supervisor = Supervisor(role(tables), WATCHING, HOST)
+    supervisor.start()
+    try:
+        assert "could not be supervised: ValueError: a fault of ours" in up(supervisor, 1).trouble
+    finally:
+        supervisor.stop(5.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "complaint"), [(500, "oops", "answers 500"), (200, "{oops", "unreadable metrics")]
+)
+def test_a_server_without_figures_is_not_well(status: int, text: str, complaint: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            ready = self.path == "/health/ready"
+            self.send_response(200 if ready else status)
+            self.end_headers()
+            self.wfile.write(b"" if ready else text.encode())
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with HTTPServer((HOST, 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        prober = _ServerProber(f"{HOST}:{server.server_port}")
+        with pytest.raises(Unavailable, match=complaint):
+            prober.probe(5.0)
+        prober.close()
+        server.shutdown()
 
 
 def test_what_cannot_start_is_tried_again_and_says_why(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankd.errors import InvalidRequest
+from rankd.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from rankd.deploy.deployment_status import DeploymentStatus, ProcessStatus
@@ -30,7 +30,7 @@ def up(file: Path, address: str) -> None:
     """Start the deployment that FILE describes; returns when all of it serves."""
     from msgspec.structs import replace
 
-    from rankd.deploy import ray_session
+    from rankd.deploy import local_ray, ray_session
     from rankd.deploy.deployment import read_deployment
     from rankd.deploy.deployment_record import DeploymentRecord
     from rankd.plan.plan_file import read_plan
@@ -40,18 +40,21 @@ def up(file: Path, address: str) -> None:
     if not (deployment.security.secret or deployment.security.tls_cert):
         made_up = replace(deployment.security, secret=secrets.token_hex(16))
         deployment = replace(deployment, security=made_up)
-    ray_pid = ray_session.start_local() if address == ray_session.LOCAL else 0
+    started = local_ray.start_local() if address == ray_session.LOCAL else None
     try:
-        ray_session.connect(ray_session.AUTO if ray_pid else address)
-        controller = ray_session.start_controller(DeploymentRecord(deployment, plan, ray_pid=ray_pid))
+        ray_session.connect(started.address if started else address)
+        if started:
+            local_ray.keep(started)
+        controller = ray_session.start_controller(DeploymentRecord(deployment, plan))
         try:
             ray_session.answer(controller.up.remote())
         except BaseException:
             ray_session.end_controller(deployment.name, controller)
             raise
     except BaseException:
-        if ray_pid:
-            ray_session.stop_local(ray_pid)
+        if started:
+            ray_session.disconnect()
+            local_ray.stop_local(started)
         raise
     _show(ray_session.answer(controller.status.remote()))
 
@@ -132,17 +135,25 @@ def drain(processes: tuple[str, ...], node: str, name: str, address: str) -> Non
 @click.argument("name", default="")
 @ray_option
 def down(name: str, address: str) -> None:
-    """End deployment NAME: ranking servers drain first, then shards. A Ray that `up` started ends too."""
-    from rankd.deploy import ray_session
+    """End deployment NAME: ranking servers drain first, then shards. A Ray that `up` started ends with the last."""
+    from rankd.deploy import local_ray, ray_session
 
     ray_session.connect(address)
-    found, controller = ray_session.find_controller(name)
-    ray_pid = ray_session.answer(controller.status.remote()).ray_pid
-    ray_session.answer(controller.down.remote())
-    ray_session.end_controller(found, controller)
-    if ray_pid:
-        ray_session.stop_local(ray_pid)
+    try:
+        found, controller = ray_session.find_controller(name)
+    except NotFound:
+        if not name or not ray_session.end_left(name):  # of a `down` that did not come to its end
+            raise
+        found = name
+    else:
+        ray_session.answer(controller.down.remote())
+        ray_session.end_controller(found, controller)
     click.echo(f"{found} is down")
+    # Ray lists a controller that it is ending for a while yet
+    others = [one for one in ray_session.deployments() if one != found]
+    if (started := local_ray.kept()) is not None and not others:
+        ray_session.disconnect()
+        local_ray.stop_local(started)
 
 
 def _show(found: DeploymentStatus) -> None:

@@ -82,7 +82,7 @@ class Controller:
                 servers = self._start([None] * wanted.servers)
                 self._go_over((*shards, *servers), servers)
             except BaseException:
-                self._end(_names(self._record.processes))
+                self._end_everything()
                 raise
 
     def apply(self, plan: PlanFile) -> None:
@@ -144,9 +144,7 @@ class Controller:
     def down(self) -> None:
         """End everything: ranking servers first, so that none misses its shards."""
         with self._changing("down"):
-            before = self._record
-            self._adopt(replace(before, processes=()))
-            self._end(_names(before.processes))
+            self._end_everything()
 
     def status(self) -> DeploymentStatus:
         """What runs, also while something changes."""
@@ -157,7 +155,7 @@ class Controller:
             for one in record.processes
         )
         return DeploymentStatus(
-            record.deployment.name, identity(record.plan), record.generation, self._change, processes, record.ray_pid
+            record.deployment.name, identity(record.plan), record.generation, self._change, processes
         )
 
     def follow(self) -> None:
@@ -317,6 +315,12 @@ class Controller:
         self._fleet.save(record)
         if not told and record.complete:
             self._fleet.tell(_names(record.servers), record.placement())
+
+    def _end_everything(self) -> None:
+        """End all processes of the record, which has none first: else `follow` starts them again."""
+        before = self._record
+        self._adopt(replace(before, processes=()))
+        self._end(_names(before.processes))
 
     def _end(self, names: Collection[str]) -> None:
         """End processes: ranking servers first, so that none misses its shards."""

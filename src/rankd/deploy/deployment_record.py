@@ -55,7 +55,7 @@ class Wanted:
 
 class DeploymentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`plan` is the one in use; `generation` counts placements, `named` the processes so far; `addresses` are those of
-    the newest placement, by process; `ray_pid`: of the Ray that was started for this deployment, 0 if it was there."""
+    the newest placement, by process."""
 
     deployment: Deployment
     plan: PlanFile
@@ -63,7 +63,6 @@ class DeploymentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     named: int = 0
     processes: tuple[Process, ...] = ()
     addresses: dict[str, str] = {}
-    ray_pid: int = 0
 
     @property
     def shards(self) -> tuple[Process, ...]:

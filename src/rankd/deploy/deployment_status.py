@@ -18,11 +18,10 @@ class ProcessStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class DeploymentStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`plan` is the name of the plan in use, `generation` that of the newest placement; `change` is under way, or
-    empty. `ray_pid`: of the Ray that was started for it, 0 if it was there."""
+    empty."""
 
     name: str
     plan: str
     generation: int
     change: str
     processes: tuple[ProcessStatus, ...]
-    ray_pid: int = 0

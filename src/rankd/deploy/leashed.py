@@ -1,5 +1,7 @@
 """`python -m rankd.deploy.leashed PARENT ...` is `rankd ...` that is killed when the process PARENT ends.
 
+The kernel counts the thread of PARENT that started this one: it has to stay as long as this is to run.
+
 So no shard outlives its supervisor: neither a supervisor that is killed nor a process that hangs leaves one behind that
 nobody knows of. Only Linux has this; elsewhere the command runs as ever.
 """

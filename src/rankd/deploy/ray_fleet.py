@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import ray
+from ray import PlacementGroupID
 from ray.experimental import internal_kv
 from ray.util import list_named_actors, placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup, get_placement_group
@@ -51,13 +52,17 @@ class RayFleet:
         found = internal_kv._internal_kv_get(self._key)
         return None if found is None else msgspec.json.decode(found, type=DeploymentRecord)
 
-    def end_all(self) -> None:
-        """End all processes that are left, give up all places, and keep the record no more."""
-        self.stop(sorted(self.names()), self._watching.drain_seconds)
-        for group in placement_group_table().values():
-            if group["name"].startswith(self._group_name("")) and group["state"] != "REMOVED":
-                remove_placement_group(get_placement_group(group["name"]))
+    def end_all(self) -> bool:
+        """End all processes that are left, give up all places, and keep the record no more; whether there was any.
+
+        The record goes first, so that no later `up` takes it for its own when the rest fails; and once more last, as
+        a controller that is being killed may have kept it again.
+        """
+        recorded, names = bool(internal_kv._internal_kv_del(self._key)), sorted(self.names())
+        self.stop(names, self._watching.drain_seconds)
+        groups = self._remove_groups(lambda group: group.startswith(self._group_name("")))
         internal_kv._internal_kv_del(self._key)
+        return bool(recorded or names or groups)
 
     def names(self) -> set[str]:
         """Processes that have an agent, also one that Ray is moving."""
@@ -172,10 +177,18 @@ class RayFleet:
         return str(placement_group_table(group)["bundles_to_node_id"].get(0, ""))
 
     def _release(self, name: str) -> None:
-        try:
-            remove_placement_group(get_placement_group(self._group_name(name)))
-        except ValueError:
-            return
+        self._remove_groups(self._group_name(name).__eq__)
+
+    def _remove_groups(self, ours: Callable[[str], bool]) -> int:
+        """Remove placement groups by their ids, which hold in all namespaces; how many."""
+        found = [
+            PlacementGroup(PlacementGroupID(bytes.fromhex(key)))
+            for key, group in placement_group_table().items()
+            if group["state"] != "REMOVED" and ours(group["name"])
+        ]
+        for group in found:
+            remove_placement_group(group)
+        return len(found)
 
     def _start_agent(self, wanted: Wanted, group: PlacementGroup) -> None:
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)

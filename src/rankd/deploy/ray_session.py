@@ -1,4 +1,4 @@
-"""The command line's way to Ray: connect, find controllers, call them; and a Ray of this machine alone.
+"""The command line's way to Ray: connect, find controllers, call them. `local_ray.py` starts one for this machine.
 
 Who reaches Ray runs code on all of its nodes: its token (`RAY_AUTH_MODE=token`) is asked for unless that was decided
 otherwise.
@@ -6,24 +6,15 @@ otherwise.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from contextlib import suppress
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rankd.deploy.deployment_record import DeploymentRecord
 from rankd.errors import ConfigError, MissingExtra, NotFound, RankdError, Unavailable, nearest
 
 LOCAL = "local"
-AUTO = "auto"
-START_S = 60.0
-STOP_S = 30.0
+JOBS = "rankd"
+"""The namespace of all our jobs: Ray finds a placement group by its name only in the one where it was made."""
 
 
 def connect(address: str) -> None:
@@ -38,7 +29,7 @@ def connect(address: str) -> None:
     from ray.exceptions import RayError
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, namespace=JOBS, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, RayError) as error:
         raise Unavailable(
             f"no Ray at '{address}' lets us in: {' '.join(str(error).split())[:300]}; start one with `ray start "
@@ -46,50 +37,15 @@ def connect(address: str) -> None:
         ) from error
 
 
-def start_local() -> int:
-    """Start a Ray of this machine alone, which `stop_local` ends; its process.
-
-    Raises:
-        MissingExtra: Ray is not installed. Unavailable: it does not start.
-    """
-    if find_spec("ray") is None:
-        raise MissingExtra("rankd deploy", "cluster")
-    program = Path(sys.executable).with_name("ray")
-    if "RAY_AUTH_MODE" not in os.environ:
-        subprocess.run([program, "get-auth-token", "--generate"], check=True, capture_output=True)  # noqa: S603
-        os.environ["RAY_AUTH_MODE"] = "token"
-    command = [str(program), "start", "--head", "--block", "--include-dashboard=false", "--disable-usage-stats"]
-    with tempfile.NamedTemporaryFile("wb", prefix="rankd-ray-", suffix=".log", delete=False) as output:
-        process = subprocess.Popen(  # noqa: S603 - our own command
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    until = time.monotonic() + START_S
-    while "Ray runtime started" not in (text := Path(output.name).read_text(errors="replace")):
-        if process.poll() is not None or time.monotonic() > until:
-            stop_local(process.pid)
-            raise Unavailable(f"Ray did not start; {output.name} ends so:\n{text[-2000:]}")
-        time.sleep(0.1)
-    return process.pid
-
-
-def stop_local(pid: int) -> None:
-    """End the Ray that `start_local` started, and all that it runs; this process is not connected to it any more."""
+def disconnect() -> None:
+    """Be connected to no Ray any more."""
     import ray
 
     ray.shutdown()
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGINT)
-        until = time.monotonic() + STOP_S
-        while time.monotonic() < until:
-            with suppress(ChildProcessError):  # it is not ours, and somebody else's to wait for
-                os.waitpid(pid, os.WNOHANG)
-            os.kill(pid, 0)
-            time.sleep(0.1)
-        os.kill(pid, signal.SIGKILL)
 
 
 def start_controller(record: DeploymentRecord) -> Any:
-    """The controller of a new deployment.
+    """The controller of a new deployment; what an unfinished `down` has left of an old one is ended first.
 
     Raises:
         ConfigError: there is one of that name.
@@ -97,7 +53,7 @@ def start_controller(record: DeploymentRecord) -> Any:
     import ray
 
     from rankd.deploy.controller_actor import ControllerActor
-    from rankd.deploy.ray_fleet import CONTROLLER, NAMESPACE
+    from rankd.deploy.ray_fleet import CONTROLLER, NAMESPACE, RayFleet
 
     name = record.deployment.name
     if name in deployments():
@@ -105,6 +61,7 @@ def start_controller(record: DeploymentRecord) -> Any:
             f"deployment '{name}' is there already; change it with `rankd deploy apply` or `scale`, or end "
             "it with `rankd deploy down`"
         )
+    RayFleet(name, record.deployment.watch).end_all()
     options = {"name": CONTROLLER, "namespace": NAMESPACE + name, "lifetime": "detached"}
     actor = ray.remote(ControllerActor).options(**options, max_restarts=-1, max_concurrency=8, num_cpus=0)
     return actor.remote(record)
@@ -145,11 +102,16 @@ def end_controller(name: str, actor: Any) -> None:
     """End a controller, and what it has not ended yet itself."""
     import ray
 
+    ray.kill(actor, no_restart=True)
+    end_left(name)
+
+
+def end_left(name: str) -> bool:
+    """End what is left of a deployment that has no controller; whether there was anything."""
     from rankd.deploy.deployment import Watching
     from rankd.deploy.ray_fleet import RayFleet
 
-    ray.kill(actor, no_restart=True)
-    RayFleet(name, Watching()).end_all()
+    return RayFleet(name, Watching()).end_all()
 
 
 def answer(reference: Any) -> Any:

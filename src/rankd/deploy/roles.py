@@ -141,7 +141,12 @@ class _ServerProber:
             ready = self._http.get("/health/ready", timeout=within_s)
             if ready.status_code != 200:
                 raise Unavailable(f"the server at {self._address} is not ready: {ready.text}")
-            return _generation(self._http.get("/metrics", timeout=within_s).text)
+            metrics = self._http.get("/metrics", timeout=within_s)
+            if metrics.status_code != 200:
+                raise Unavailable(f"the server at {self._address} answers {metrics.status_code} for its metrics")
+            return _generation(metrics.text)
+        except ValueError as error:
+            raise Unavailable(f"the server at {self._address} has unreadable metrics: {error}") from error
         except self._errors as error:
             kind = type(error).__name__
             raise Unavailable(f"the server at {self._address} did not answer: {kind} {error}") from error

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -84,6 +84,9 @@ class Supervisor:
                 trouble = self._run_once(backoff)
             except (OSError, RankdError) as error:
                 trouble = f"it could not be started: {error}"
+            except Exception as error:  # the edge of the thread: without it nobody starts the process any more
+                log.exception("process %d could not be supervised", self._report.pid)
+                trouble = f"it could not be supervised: {type(error).__name__}: {error}"
             if not self._stopping.is_set():
                 self._lost(trouble)
                 self._stopping.wait(backoff.next_s())
@@ -93,14 +96,14 @@ class Supervisor:
         process = self._launch()
         if process is None:
             return ""
-        prober = self._role.prober(self._report.address)
         try:
-            return self._watch(process, prober, backoff)
+            with closing(self._role.prober(self._report.address)) as prober:
+                return self._watch(process, prober, backoff)
         finally:
-            prober.close()
             if not self._stopping.is_set():
                 process.kill()
-                process.wait()
+            # Also while it drains, until `stop` kills it: the kernel ends it with the thread that started it
+            process.wait()
 
     def _launch(self) -> subprocess.Popen[bytes] | None:
         """The process, started; None if it is not to run any more."""

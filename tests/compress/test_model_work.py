@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rankd.bench.flops import ModelSizes, climber_flops
 from rankd.compress.anatomy import Anatomy
-from rankd.compress.measured_costs import Yardstick
+from rankd.compress.layer_prices import Yardstick
 from rankd.compress.model_work import encode_work, score_work
 from rankd.models.layer_shapes import LayerShape, even_fusion, even_layers
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rankd.compress.anatomy import Anatomy
 from rankd.compress.compression_recipe import Prune, Structure
 from rankd.compress.importance import Importance, LayerImportance
-from rankd.compress.measured_costs import Yardstick
+from rankd.compress.layer_prices import Yardstick
 from rankd.compress.pruning_plan import plan_pruning
 from rankd.compress.surgery import Kept
 from rankd.errors import BuildError

@@ -28,7 +28,7 @@ from rankd.compress.accuracy_gate import gate_events, judge
 from rankd.compress.anatomy import Anatomy
 from rankd.compress.compression_recipe import CompressionRecipe, Factorise, Prune, ShareLayers, Student, check_recipe
 from rankd.compress.distillation import DistillationLoss
-from rankd.compress.measured_costs import PriceList, Yardstick, measure_ms, measure_prices, yardstick
+from rankd.compress.layer_prices import PriceList, Yardstick, measure_ms, measure_prices, yardstick
 from rankd.compress.steps import factorise, prune, share_layers, student
 from rankd.compress.surgery import Subject
 from rankd.errors import ConfigError, GateRefused, RankdError

@@ -1,6 +1,6 @@
 """The work of one request, counted from a model's sizes; layers may all be different.
 
-In: an `Anatomy`, T history tokens, C candidates. Out: `Work`, by kinds, so that `measured_costs.py` can give each kind
+In: an `Anatomy`, T history tokens, C candidates. Out: `Work`, by kinds, so that `layer_prices.py` can give each kind
 a price. `bench.flops` counts the same for even models, and a test holds the two together.
 """
 

@@ -7,7 +7,7 @@ import pytest
 
 from rankd.build.pack import catalogue_of
 from rankd.compress.compression_recipe import ReferenceRequest
-from rankd.compress.measured_costs import Yardstick, fit_prices, measure_ms, measure_prices, probes, yardstick
+from rankd.compress.layer_prices import Yardstick, fit_prices, measure_ms, measure_prices, probes, yardstick
 from rankd.compress.model_work import Work
 from rankd.compress.surgery import Subject
 from rankd.engine.backend import Precision

@@ -248,7 +248,7 @@ def test_spans_of_shard_processes_are_below_the_calls(
     assert {span.service for span in served.values()} == {"rankd-shard"}
     look_ups = {span.span_id: span for span in spans.values() if span.name == "look-up" and span.service == "rankd"}
     assert {span.parent_id for span in calls.values()} <= set(look_ups)
-    assert {spans[span.parent_id].name for span in look_ups.values()} <= {"rank", "features"}  # within a lap, or over several
+    assert {spans[span.parent_id].name for span in look_ups.values()} <= {"rank", "features"}
     for call_id, one in served.items():
         inner = {span.name: span for span in spans.values() if span.parent_id == one.span_id}
         assert set(inner) == {"queue", "look-up", "write"}

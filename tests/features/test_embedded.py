@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -14,12 +14,13 @@ from rankd.embeddings.pooling import LookUp
 from rankd.features.embedded import EmbeddedInputs
 from rankd.features.schema import EmbeddedFeature, EmbeddedSide
 from rankd.types import Array, Float32Array
+from tests.embeddings.still_source import StillSource
 from tests.features.sample_schema import make_schema
 
 WIDTHS = {"item": 3, "shop": 2}
 
 
-class Noted:
+class Noted(StillSource):
     """A `TableSource` whose sums are those of the ids themselves; notes what was asked."""
 
     local = True
@@ -37,24 +38,6 @@ class Noted:
                     out[sample, begin : begin + WIDTHS[name]] = ids.sum()
                 begin += WIDTHS[name]
         return Done()
-
-    def calls(self) -> Mapping[str, int]:
-        return {}
-
-    def replicas_up(self) -> Mapping[str, int]:
-        return {}
-
-    def rows(self) -> Mapping[str, int]:
-        return {}
-
-    def kept_bytes(self) -> int:
-        return 0
-
-    def generation(self) -> int:
-        return 0
-
-    def wait_up(self, within_s: float) -> None:
-        pass
 
     def close(self) -> None:
         pass

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import numpy as np
 from hypothesis import strategies as st
@@ -190,6 +191,30 @@ def quick(**more: float) -> ShardClientConfig:
     config = {"timeout_ms": 2000.0, "first_wait_seconds": 0.01, "longest_wait_seconds": 0.1, "heartbeat_seconds": 0.2}
     config.update(connect_seconds=0.5, hedge_least_ms=5.0)
     return ShardClientConfig(**(config | more))  # type: ignore[arg-type]
+
+
+class Asking:
+    """Threads that ask all the time, until the end of the block: `_run`, of the n-th one, ends when `_stop` is set."""
+
+    def __init__(self, threads: int) -> None:
+        self.right = 0
+        self.wrong: list[str] = []
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(threads)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        raise NotImplementedError
 
 
 def until(true: Callable[[], bool], within_s: float = 10.0) -> None:

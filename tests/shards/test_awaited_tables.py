@@ -20,6 +20,7 @@ from rankd.features.feature_config import FeatureConfig, RowsConfig
 from rankd.features.filling.loading import LoadOptions, load_rows
 from rankd.features.reading.shared_features import FeatureService
 from rankd.types import Float32Array
+from tests.embeddings.still_source import StillSource
 from tests.features.reading.remote_store import RemoteStore
 from tests.serve.filled_store import SCHEMA, item_frame
 from tests.shards.films import ENGINE, REQUESTS
@@ -52,7 +53,7 @@ class HeldLookUp:
             then()
 
 
-class HeldTables:
+class HeldTables(StillSource):
     """A `TableSource` that holds each look-up back; `local` is what it says of itself."""
 
     def __init__(self, here: TableSource, local: bool) -> None:
@@ -65,24 +66,6 @@ class HeldTables:
             raise self.refused
         self.held.append(HeldLookUp(self._here.begin(asked, into, deadline)))
         return self.held[-1]
-
-    def calls(self) -> Mapping[str, int]:
-        return {}
-
-    def replicas_up(self) -> Mapping[str, int]:
-        return {}
-
-    def rows(self) -> Mapping[str, int]:
-        return {}
-
-    def kept_bytes(self) -> int:
-        return 0
-
-    def generation(self) -> int:
-        return 0
-
-    def wait_up(self, within_s: float) -> None:
-        pass
 
     def close(self) -> None:
         self._here.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,7 @@ from rankd.shards.shard_server import ShardServer
 from rankd.shards.table_config import TableConfig, open_tables
 from tests.embeddings.made_tables import asked_of
 from tests.plan.made_up import load_of
-from tests.shards.plain_tables import until
+from tests.shards.plain_tables import Asking, until
 
 LOADS = [load_of("item", 101, 4), load_of("user", 40, 3), load_of("city", 5, 2)]
 WIDTHS = {load.name: load.spec.dim for load in LOADS}
@@ -100,28 +99,14 @@ def following(version: Path, file: Path, start_seconds: float = 10.0) -> Iterato
         tables.close()
 
 
-class Lookups:
+class Lookups(Asking):
     """Threads that look up all the time, until the end of the block."""
 
     def __init__(self, tables: TableSource, expected: np.ndarray, threads: int = 3) -> None:
+        super().__init__(threads)
         self._tables, self._expected = tables, expected
-        self._stop = threading.Event()
-        self.right = 0
-        self.wrong: list[str] = []
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
 
-    def __enter__(self) -> Lookups:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         while not self._stop.is_set():
             try:
                 sums, degraded = look_up(self._tables)

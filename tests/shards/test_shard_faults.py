@@ -16,6 +16,7 @@ from rankd.shards.shard_config import ShardClientConfig, ShardServerConfig, Tabl
 from rankd.shards.shard_layout import ShardLayout
 from rankd.shards.sharded_pooling import ShardedPooling
 from tests.shards.plain_tables import (
+    Asking,
     Hold,
     asking,
     jagged,
@@ -46,29 +47,16 @@ def processes(layout: ShardLayout, *shards: int) -> Iterator[list[ShardProcess]]
             process.end()
 
 
-class Load:
+class Load(Asking):
     """Threads that ask all the time; each answer is checked, and that it came by its deadline."""
 
     def __init__(self, pooling: ShardedPooling, layout: ShardLayout, timeout_s: float) -> None:
+        super().__init__(threads=4)
         self._pooling, self._timeout_s = pooling, timeout_s
         self._asked = [random_ids(layout, 3, seed) for seed in range(20)]
         self._expected = [whole(layout).pool(asked) for asked in self._asked]
-        self._stop = threading.Event()
-        self.sent = self.right = 0
+        self.sent = 0
         self.failed: list[Exception] = []
-        self.wrong: list[str] = []
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(4)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
     def settle(self, more: int = 40) -> None:
         """Until so many more requests were answered."""

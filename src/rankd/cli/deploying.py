@@ -85,14 +85,9 @@ def status(name: str, address: str, as_json: bool) -> None:
 @click.option("--servers", type=click.IntRange(0), help="Ranking servers.")
 def scale(name: str, address: str, replicas: int | None, servers: int | None) -> None:
     """Run more or fewer replicas of each shard, or ranking servers, of deployment NAME."""
-    from rankd.deploy import ray_session
-
     if replicas is None and servers is None:
         raise InvalidRequest("give --replicas, --servers, or both")
-    ray_session.connect(address)
-    _, controller = ray_session.find_controller(name)
-    ray_session.answer(controller.scale.remote(replicas, servers))
-    _show(ray_session.answer(controller.status.remote()))
+    _change(name, address, "scale", replicas, servers)
 
 
 @deploy.command()
@@ -104,14 +99,9 @@ def apply(plan: Path, name: str, address: str) -> None:
 
     Shards of the new plan start beside the old ones; when all ranking servers ask them, the old ones drain and end.
     """
-    from rankd.deploy import ray_session
     from rankd.plan.plan_file import read_plan
 
-    file = read_plan(plan)
-    ray_session.connect(address)
-    _, controller = ray_session.find_controller(name)
-    ray_session.answer(controller.apply.remote(file))
-    _show(ray_session.answer(controller.status.remote()))
+    _change(name, address, "apply", read_plan(plan))
 
 
 @deploy.command()
@@ -121,14 +111,9 @@ def apply(plan: Path, name: str, address: str) -> None:
 @ray_option
 def drain(processes: tuple[str, ...], node: str, name: str, address: str) -> None:
     """Start others in place of PROCESSES (names as in `status`), then let these finish and end them."""
-    from rankd.deploy import ray_session
-
     if not processes and not node:
         raise InvalidRequest("name processes to drain, or give --node; `rankd deploy status` lists both")
-    ray_session.connect(address)
-    _, controller = ray_session.find_controller(name)
-    ray_session.answer(controller.drain.remote(processes, node))
-    _show(ray_session.answer(controller.status.remote()))
+    _change(name, address, "drain", processes, node)
 
 
 @deploy.command()
@@ -154,6 +139,16 @@ def down(name: str, address: str) -> None:
     if (started := local_ray.kept()) is not None and not others:
         ray_session.disconnect()
         local_ray.stop_local(started)
+
+
+def _change(name: str, address: str, method: str, *arguments: object) -> None:
+    """Have a deployment's controller change it, and show what there is then."""
+    from rankd.deploy import ray_session
+
+    ray_session.connect(address)
+    _, controller = ray_session.find_controller(name)
+    ray_session.answer(getattr(controller, method).remote(*arguments))
+    _show(ray_session.answer(controller.status.remote()))
 
 
 def _show(found: DeploymentStatus) -> None:

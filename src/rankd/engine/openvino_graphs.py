@@ -83,9 +83,11 @@ def load_graphs(folder: Path, manifest: Manifest, options: CompileOptions) -> di
     paths = {path.stem: path for path in sorted(folder.glob("*.xml"))}
     plain = {name: compile_graph(path, options, narrow) for name, path in paths.items()}
     varying = {name: _varying(graph) for name, graph in plain.items()}
-    weights = {name: packed_bytes(path, options.precision) for name, path in paths.items()}
     static: dict[str, dict[Key, CompiledGraph]] = {name: {} for name in paths}
     left = options.static_bytes
+    if not left:
+        return {name: ShapedGraph(plain[name], varying[name], static[name]) for name in paths}
+    weights = {name: packed_bytes(path, options.precision) for name, path in paths.items()}
     with ThreadPoolExecutor(COMPILERS) as threads:
         compiling = []
         for name, arrays in static_inputs(manifest, options.state_type):

@@ -10,6 +10,22 @@ import pytest
 import rankd.demo
 from rankd import Ranker
 
+LONG_FILES = (
+    "tests/deploy/test_deploy_on_ray.py",
+    "tests/test_tutorial.py",
+    "tests/bench/test_features.py",
+    "tests/bench/test_schedule_suite.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the tests, file by file, those that take minutes come first: at the end one would be
+    waited for."""
+    if hasattr(config, "workerinput"):
+        place = {name: number for number, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

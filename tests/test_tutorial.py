@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +17,7 @@ from rankd.demo import MODELS
 from rankd.features.feature_config import Mode
 from rankd.serve.settings import ServeConfig
 from rankd.shards.shard_config import ShardServerConfig
+from tests.free_ports import free_port
 
 ROOT = Path(__file__).parents[1]
 LOG = ROOT.parent / "shared" / "data" / "online_retail_until_2011-08.parquet"
@@ -31,12 +31,6 @@ def blocks(page: str, language: str) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     scripts = sysconfig.get_path("scripts")
     return {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", **more}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from rankd.plan.strategies import make_plan
 from rankd.plan.table_plan import MemoryLimits, Strategy
 from rankd.shards.shard_config import ShardSecurity
 from tests.features.stores.redis_server import eventually
+from tests.free_ports import free_port
 from tests.plan.made_up import load_of
 
 LOAD = load_of("item", 20)
@@ -45,7 +46,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def role(tables: Path, **changes: int) -> ShardRole:
     secret = ShardSecurity(secret="sixteen letters long")
-    return ShardRole(PLAN, changes.get("number", 0), str(tables), 1, "", secret, (0, 0))
+    port = free_port()
+    return ShardRole(PLAN, changes.get("number", 0), str(tables), 1, "", secret, (port, port))
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ import msgspec
 from rankd.shards.shard_config import ShardServerConfig
 from rankd.shards.shard_layout import ShardLayout
 from rankd.shards.shard_server import serve_shard
+from tests.free_ports import free_port
 from tests.shards.plain_tables import make_server
 
 
 class ShardProcess:
-    """Started by the constructor; `address` is where it listens."""
+    """Started by the constructor; `address` is where it listens, so that another one can take its `port` after it."""
 
     def __init__(self, layout: ShardLayout, shard: int = 0, port: int = 0) -> None:
-        arguments = [msgspec.json.encode(layout).decode(), str(shard), str(port)]
+        arguments = [msgspec.json.encode(layout).decode(), str(shard), str(port or free_port())]
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
             stdout=subprocess.PIPE,

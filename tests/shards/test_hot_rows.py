@@ -26,6 +26,7 @@ from rankd.shards.shard_config import ShardServerConfig
 from rankd.shards.shard_layout import Net, Shard, ShardLayout
 from rankd.shards.shard_server import ShardServer
 from rankd.types import Float32Array, Int64Array
+from tests.free_ports import free_port
 from tests.shards.plain_tables import (
     PlainPooling,
     asking,
@@ -197,7 +198,7 @@ def test_the_byte_budget_is_kept(rows: int) -> None:
 
 
 @contextmanager
-def hot_server(values: Float32Array, port: int = 0) -> Iterator[ShardServer]:
+def hot_server(values: Float32Array, port: int) -> Iterator[ShardServer]:
     """The only shard of `one_shard`, with these rows."""
     layout = one_shard()
     (served,) = (layout.served_by(shard) for shard in layout.shards)
@@ -214,8 +215,8 @@ def test_a_shard_that_comes_back_with_other_rows_is_never_mixed_with_the_old_one
     (spec,) = specs_of(one_shard()).values()
     asked = jagged(["item"], [[[1, 1, 2], [2, 50, 3]]])
     old, new = values_of(spec), values_of(spec) + 1
-    with hot_server(old) as server:
-        port = int(server.address.rpartition(":")[2])
+    port = free_port()
+    with hot_server(old, port) as server:
         with asking(one_shard(server.address), quick(), {"item": 90}) as pooling:
             expected = PlainPooling({"item": old}).pool(asked)
             end = time.perf_counter() + 10

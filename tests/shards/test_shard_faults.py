@@ -15,6 +15,7 @@ from rankd.errors import DeadlineExceeded, ShardFailure, Unavailable
 from rankd.shards.shard_config import ShardClientConfig, ShardServerConfig, TableDefault
 from rankd.shards.shard_layout import ShardLayout
 from rankd.shards.sharded_pooling import ShardedPooling
+from tests.free_ports import free_port
 from tests.shards.plain_tables import (
     Asking,
     Hold,
@@ -233,8 +234,8 @@ def test_a_table_without_a_default_fails_the_request_by_name() -> None:
 def test_a_shard_that_is_restarted_with_another_plan_is_not_asked() -> None:
     layout = one_shard()
     other = ShardLayout("plan-2", layout.nets, layout.shards)
-    server = make_server(layout)
-    port = int(server.address.rpartition(":")[2])
+    port = free_port()
+    server = make_server(layout, config=ShardServerConfig(port=port))
     with serving(server) as (address,), asking(one_shard(address), quick()) as pooling:
         pooling.pool(ASKED)
         server.close()

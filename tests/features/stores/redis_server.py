@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 import redis
+
+from tests.free_ports import free_port
 
 BINARY = shutil.which("redis-server")
 DURABLE = ("--save", "", "--appendonly", "yes", "--appendfsync", "always")
@@ -38,14 +39,6 @@ def eventually(holds: Callable[[], Any], what: str, within_s: float = PATIENCE_S
             pytest.fail(f"not within {within_s} s: {what}")
         time.sleep(0.01)
     return found
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 class RedisServer:

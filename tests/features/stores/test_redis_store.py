@@ -24,7 +24,8 @@ from rankd.features.stores.store_config import StoreConfig
 from rankd.features.stores.store_keys import history_key
 from tests.features.stores.conftest import PATIENT_MS
 from tests.features.stores.event_samples import identities, records
-from tests.features.stores.redis_server import RedisServer, eventually, free_port
+from tests.features.stores.redis_server import RedisServer, eventually
+from tests.free_ports import free_port
 
 USER = history_key("shop", "ada")
 TIMEOUT_MS = 150.0

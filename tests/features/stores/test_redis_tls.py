@@ -15,7 +15,8 @@ from rankd.features.stores.feature_store import StoreFailure, Trouble
 from rankd.features.stores.open_store import open_store
 from rankd.features.stores.store_config import StoreConfig
 from tests.features.stores.conftest import PATIENT_MS
-from tests.features.stores.redis_server import RedisServer, eventually, free_port
+from tests.features.stores.redis_server import RedisServer, eventually
+from tests.free_ports import free_port
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 DEV_VENV ?= .venv-dev
 DEV := $(DEV_VENV)/bin
+WORKERS ?= 2
+# Tests start hundreds of processes: what one has compiled is there for the next.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo setup check test bench docs demo-model clean
+.PHONY: demo setup check machine-code test bench docs demo-model clean
 
 demo: $(VENV)/.installed  ## Serve the packaged model and its live page
 	$(VENV)/bin/rankd demo
@@ -28,8 +31,12 @@ check: setup  ## Formatting, lint, types
 	$(DEV)/ruff check .
 	$(DEV)/mypy
 
-test: check  ## All checks and all tests
-	$(DEV)/pytest
+machine-code: setup  ## Compile what tests would else compile once in each of their processes
+	$(DEV)/python -m tests.machine_code_kept
+
+test: setup  ## All checks and all tests, file by file in WORKERS processes
+	$(MAKE) --jobs=2 --output-sync=target check machine-code
+	$(DEV)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 bench: setup  ## The serving benchmark on this machine
 	$(DEV)/rankd bench serve --workload small

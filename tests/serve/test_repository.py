@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import shutil
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from rankd.errors import ArtifactError, ConfigError, InvalidRequest, NotFound, U
 from rankd.serve.repository import ModelRepository, ModelState
 from rankd.serve.settings import ServeConfig
 from rankd.serve.v1 import rank_with
-from tests.serve.conftest import ONE_EXECUTOR, copy_version
+from tests.serve.conftest import ONE_EXECUTOR, copy_version, write_manifest
 
 CONFIG = ServeConfig(engine=ONE_EXECUTOR)
 
@@ -121,10 +120,7 @@ def test_events_without_a_time_happened_when_they_came(
 def without_likes(demo_models: Path, root: Path, version: str) -> None:
     """A version that was built without the event type 'like', and has 'seen' in its place."""
     place = copy_version(demo_models / "demo" / "1", root, "mixed", version)
-    manifest = place / "model.toml"
-    manifest.write_text(manifest.read_text().replace('"like"', '"seen"'))
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-    (place / "model.toml.sha256").write_text(f"{digest}  model.toml\n")
+    write_manifest(place, (place / "model.toml").read_text().replace('"like"', '"seen"'))
 
 
 def test_each_version_reads_the_events_that_it_knows_and_the_newest_decides(demo_models: Path, tmp_path: Path) -> None:
@@ -220,10 +216,10 @@ def test_nothing_ready_is_not_the_fault_of_the_request(root: Path) -> None:
         ModelRepository(root, CONFIG).get()
 
 
-@pytest.mark.parametrize("name", ["..", "../films", "/", "films/10", ""])
-def test_no_name_leads_out_of_the_folder(repository: ModelRepository, name: str) -> None:
-    with pytest.raises(NotFound):
-        repository.load(name)
+def test_no_name_leads_out_of_the_folder(repository: ModelRepository) -> None:
+    for name in ("..", "../films", "/", "films/10", ""):
+        with pytest.raises(NotFound):
+            repository.load(name)
 
 
 def test_an_empty_folder_and_a_mixed_up_configuration(tmp_path: Path, root: Path) -> None:

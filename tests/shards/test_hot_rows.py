@@ -215,22 +215,21 @@ def test_a_shard_that_comes_back_with_other_rows_is_never_mixed_with_the_old_one
     (spec,) = specs_of(one_shard()).values()
     asked = jagged(["item"], [[[1, 1, 2], [2, 50, 3]]])
     old, new = values_of(spec), values_of(spec) + 1
-    port = free_port()
-    with hot_server(old, port) as server:
-        with asking(one_shard(server.address), quick(), {"item": 90}) as pooling:
-            expected = PlainPooling({"item": old}).pool(asked)
-            end = time.perf_counter() + 10
-            while not pooling.rows()["kept"]:
+    port, config = free_port(), quick(timeout_ms=10_000.0)
+    with hot_server(old, port) as server, asking(one_shard(server.address), config, {"item": 90}) as pooling:
+        expected = PlainPooling({"item": old}).pool(asked)
+        end = time.perf_counter() + 10
+        while not pooling.rows()["kept"]:
+            np.testing.assert_allclose(pooling.pool(asked), expected, rtol=1e-5)
+            assert time.perf_counter() < end
+        assert 0 < pooling.kept_bytes() <= 90 * spec.row_bytes
+        server.close()
+        with hot_server(new, port):
+            until(lambda: pooling.replicas_up() == {"a": 1})
+            expected, before = PlainPooling({"item": new}).pool(asked), pooling.rows()["kept"]
+            while pooling.rows()["kept"] == before:
                 np.testing.assert_allclose(pooling.pool(asked), expected, rtol=1e-5)
-                assert time.perf_counter() < end
-            assert 0 < pooling.kept_bytes() <= 90 * spec.row_bytes
-            server.close()
-            with hot_server(new, port):
-                until(lambda: pooling.replicas_up() == {"a": 1})
-                expected, before = PlainPooling({"item": new}).pool(asked), pooling.rows()["kept"]
-                while pooling.rows()["kept"] == before:
-                    np.testing.assert_allclose(pooling.pool(asked), expected, rtol=1e-5)
-                    assert time.perf_counter() < end + 10
+                assert time.perf_counter() < end + 10
 
 
 def test_rows_that_cannot_be_had_cost_no_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def server(demo_models: Path) -> Iterator[Server]:
 
 def rankd(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rankd", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
 
 def test_rank_by_address_prints_one_object_on_one_line(server: Server) -> None:

@@ -64,7 +64,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
     assert after is not None
     assert before[1] != after[1]
     (python,) = blocks(page, "python")
-    result = subprocess.run([sys.executable, "-c", python], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", python], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "Scores(model='online-retail'" in result.stdout
 
@@ -73,7 +73,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
 def test_the_readmes_python_runs(number: int, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", blocks("README.md", "python")[number]],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
 

@@ -274,7 +274,7 @@ def test_the_command_line(run: Path, tmp_path: Path) -> None:
 
     def rankd(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rankd", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     arguments = ("compress", str(run), "--recipe", str(recipe), "--out", str(tmp_path / "small"))
     result = rankd(*arguments)

@@ -24,7 +24,7 @@ import pytest
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 HEAD, OTHER = "10.77.0.1", "10.77.0.2"
 PORT = 6399
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 NODE = ("--num-cpus", "4", "--object-store-memory", str(100 << 20), "--disable-usage-stats")
 MEMORY = {HEAD: 8 << 30, OTHER: 1 << 30}
 """What Ray gives away of each node: a process that reserves more than the second has is on the first."""

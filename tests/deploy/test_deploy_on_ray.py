@@ -37,7 +37,7 @@ from tests.train.small_log import RECIPE, small_dataset
 DATASET = small_dataset()
 USERS, ITEMS = DATASET.log.user_ids, DATASET.log.item_ids
 REQUESTS = [RankRequest(user, (*ITEMS[:9], "unheard of", ITEMS[3])) for user in USERS[:5]]
-PATIENCE_S = 90.0
+PATIENCE_S = 180.0
 
 DEPLOYMENT = """
 name = "films"
@@ -138,7 +138,7 @@ def rankd(arguments: list[str], environment: dict[str, str], folder: Path | None
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
     assert done.returncode == 0, f"rankd {' '.join(arguments)}: {done.stdout}\n{done.stderr}"
     return done.stdout

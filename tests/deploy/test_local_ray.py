@@ -78,7 +78,7 @@ def test_a_ray_of_this_machine_alone(tmp_path: Path, environment: dict[str, str]
     def python(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]
         own = {**environment, **more}
-        return subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     def deploy(*arguments: str, **more: str) -> str:
         done = python("-m", "rankd", "deploy", *arguments, **more)

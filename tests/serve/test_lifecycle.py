@@ -131,7 +131,7 @@ def test_readiness_comes_after_the_models(demo_models: Path, monkeypatch: pytest
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rankd", "serve", *arguments, "--store", "memory:"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
 
 
 def test_a_damaged_artifact_stops_the_start(demo_models: Path, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ class Asking:
         raise NotImplementedError
 
 
-def until(true: Callable[[], bool], within_s: float = 10.0) -> None:
+def until(true: Callable[[], bool], within_s: float = 30.0) -> None:
     """Wait until something is so."""
     end = time.perf_counter() + within_s
     while not true():

@@ -22,7 +22,7 @@ from rankd.features.stores.feature_store import Heard, HistoryRead, Pair, StoreF
 from rankd.features.stores.memory_store import MemoryStore
 from tests.features.stores.event_samples import identities
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Call:

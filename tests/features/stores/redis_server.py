@@ -19,7 +19,7 @@ from tests.free_ports import free_port
 
 BINARY = shutil.which("redis-server")
 DURABLE = ("--save", "", "--appendonly", "yes", "--appendfsync", "always")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def redis_binary() -> str:

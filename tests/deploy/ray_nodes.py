@@ -28,8 +28,8 @@ PATIENCE_S = 180.0
 NODE = ("--num-cpus", "4", "--object-store-memory", str(100 << 20), "--disable-usage-stats")
 MEMORY = {HEAD: 8 << 30, OTHER: 1 << 30}
 """What Ray gives away of each node: a process that reserves more than the second has is on the first."""
-QUICK = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
-"""A node that has ended is missed after seconds."""
+QUICK = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3", "RAY_worker_niceness": "0"}
+"""A node that has ended is missed after seconds, and its processes are not behind all others for a core."""
 
 
 class RayNodes:

@@ -23,7 +23,7 @@ from rankd.errors import Unavailable
 from rankd.plan.plan_file import FORMAT, PlanFile
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_plan import MemoryLimits, Strategy
-from tests.deploy.ray_nodes import _namespace, own_namespace
+from tests.deploy.ray_nodes import QUICK, _namespace, own_namespace
 from tests.features.stores.redis_server import eventually
 from tests.plan.made_up import load_of
 
@@ -50,7 +50,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         short = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankd-ray-", ignore_cleanup_errors=True))
         (tmp_path / "token").write_text("0123456789abcdef" * 4)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
-        yield {**os.environ, **token, "RAY_TMPDIR": short}
+        yield {**os.environ, **QUICK, **token, "RAY_TMPDIR": short}
 
 
 def rays() -> list[int]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openvino.tools.ovc.telemetry_utils import init_ovc_telemetry
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -54,6 +55,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module
         place = build_artifact(root, model, DATASET, recipe, BuildOptions("films", "1"))
         rankers[kind] = model, Ranker.load(place, EngineConfig(executors=1))
     return rankers
+
+
+def test_nobody_is_told_that_a_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO's converter would tell its makers."""
+    sent: list[object] = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("openvino_telemetry.utils.sender.TelemetrySender.send", lambda *given: sent.append(given))
+    telemetry = init_ovc_telemetry()
+    telemetry.consent = True
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("dlrm", {}))
+    build_artifact(tmp_path, made("dlrm"), DATASET, recipe, BuildOptions("films", "1"))
+    assert sent == []
+    telemetry.send_event("ovc", "what is sent", "is heard here", force_send=True)
+    assert len(sent) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

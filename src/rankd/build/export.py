@@ -130,7 +130,9 @@ def example(specs: Sequence[TensorSpec], **sizes: int) -> Tensors:
 
 def _write_openvino(module: nn.Module, graph: Graph, folder: Path) -> None:
     import openvino as ov
+    from openvino.tools.ovc.telemetry_utils import init_ovc_telemetry
 
+    init_ovc_telemetry().consent = False  # else its makers are told of each conversion, which waits 1 s for that
     types = {name: getattr(ov.Type, short) for name, short in _OV_TYPES.items()}
     users = 1 if graph.users == 1 else -1
     shapes = [[users if d == "B" else -1 if isinstance(d, str) else d for d in spec.shape] for spec in graph.inputs]

@@ -22,8 +22,9 @@ setup: $(DEV_VENV)/.installed  ## Everything that developing and testing need
 
 $(DEV_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(DEV_VENV)
-	$(DEV)/pip install --quiet torch==2.13.0
-	$(DEV)/pip install --quiet --editable '.[dev]'
+	$(DEV)/pip install --quiet --no-compile torch==2.13.0
+	$(DEV)/pip install --quiet --no-compile --editable '.[dev]'
+	$(DEV)/python -m compileall -qq -j 0 -x '/tests?/' $(DEV_VENV)/lib || true  # pip does it on one core; not all is Python 3
 	touch $@
 
 check: setup  ## Formatting, lint, types

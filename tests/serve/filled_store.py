@@ -65,11 +65,11 @@ def features(url: str, mode: Mode = Mode.SYNC, ttl_seconds: float = 60.0, **more
     """How the servers of these tests read a store; they wait long, for machines are noisy."""
     store = {key: more.pop(key) for key in ("password", "timeout_ms", "write_timeout_ms") if key in more}
     return FeatureConfig(
-        store=StoreConfig(url=url, **{"timeout_ms": 200.0, **store}),
+        store=StoreConfig(url=url, **{"timeout_ms": 500.0, **store}),
         items=RowsConfig(mode, ttl_seconds, budget_mib=1.0),
         users=RowsConfig(mode, ttl_seconds, budget_mib=1.0),
         histories=HistoriesConfig(mode),
-        **{"wait_ms": 200.0, **more},
+        **{"wait_ms": 500.0, **more},
     )
 
 

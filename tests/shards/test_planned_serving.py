@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from rankd import Ranker, Scores
 from rankd.cli import rankd
@@ -19,7 +20,11 @@ from rankd.plan.plan_file import read_plan
 from rankd.shards.shard_config import ShardClientConfig, ShardSecurity, TableDefault
 from rankd.shards.table_config import TableConfig
 from tests.features.stores.redis_server import eventually
+from tests.free_ports import free_port
 from tests.shards.films import ENGINE, REQUESTS
+
+PATIENT = ShardClientConfig(timeout_ms=10_000.0, heartbeat_seconds=10.0)
+"""What a shard answers is tested, not how soon: a machine does other things too."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def test_sharded_scores_are_those_of_one_process(version: Path, plan: Path, tmp_
     with ExitStack() as running:
         first, _ = running.enter_context(shard(plan, version / "embeddings", 0))
         second, _ = running.enter_context(shard(plan, tmp_path, 1))
-        sharded = ranked(version, TableConfig(plan=str(plan), shards=(first, second)))
+        sharded = ranked(version, TableConfig(plan=str(plan), shards=(first, second), client=PATIENT))
     for here, away in zip(ranked(version), sharded, strict=True):
         np.testing.assert_allclose(away.scores, here.scores, atol=1e-5)
         assert away.degraded == here.degraded == ()
@@ -69,7 +74,7 @@ def test_sharded_scores_are_those_of_one_process(version: Path, plan: Path, tmp_
 
 def test_tables_that_are_lost_are_named_or_fail_the_request(version: Path, plan: Path) -> None:
     lost = sorted(part.table for part in read_plan(plan).plan.shards[1].parts)
-    defaults = ShardClientConfig(timeout_ms=500, defaults=tuple(TableDefault(name) for name in lost))
+    defaults = replace(PATIENT, defaults=tuple(TableDefault(name) for name in lost))
     with ExitStack() as running:
         first, _ = running.enter_context(shard(plan, version / "embeddings", 0))
         second, process = running.enter_context(shard(plan, version / "embeddings", 1))
@@ -77,7 +82,8 @@ def test_tables_that_are_lost_are_named_or_fail_the_request(version: Path, plan:
         kind = running.enter_context(
             Ranker.load(version, ENGINE, tables=TableConfig(plan=str(plan), shards=both, client=defaults))
         )
-        strict = running.enter_context(Ranker.load(version, ENGINE, tables=TableConfig(plan=str(plan), shards=both)))
+        tables = TableConfig(plan=str(plan), shards=both, client=PATIENT)
+        strict = running.enter_context(Ranker.load(version, ENGINE, tables=tables))
         assert kind.rank(REQUESTS[0]).degraded == ()
         before = kind.table_figures()
         assert before is not None
@@ -99,8 +105,8 @@ def test_tables_that_are_lost_are_named_or_fail_the_request(version: Path, plan:
 
 def test_a_shard_that_comes_back_is_asked_again(version: Path, plan: Path) -> None:
     with shard(plan, version / "embeddings", 0) as (first, _), ExitStack() as later:
-        with shard(plan, version / "embeddings", 1) as (second, process):
-            tables = TableConfig(plan=str(plan), shards=(first, second))
+        with shard(plan, version / "embeddings", 1, "--port", str(free_port())) as (second, process):
+            tables = TableConfig(plan=str(plan), shards=(first, second), client=PATIENT)
             ranker = later.enter_context(Ranker.load(version, ENGINE, tables=tables))
             expected = ranker.rank(REQUESTS[0]).scores
             process.terminate()
@@ -121,7 +127,7 @@ def test_a_secret_is_asked_for(version: Path, plan: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("RANKD_SECURITY__SECRET", "sixteen letters long")
     with ExitStack() as running:
         both = tuple(running.enter_context(shard(plan, version / "embeddings", number))[0] for number in (0, 1))
-        known = ShardClientConfig(security=ShardSecurity(secret="sixteen letters long"))
+        known = replace(PATIENT, security=ShardSecurity(secret="sixteen letters long"))
         assert ranked(version, TableConfig(plan=str(plan), shards=both, client=known))
         with pytest.raises(Unavailable):
             ranked(version, TableConfig(plan=str(plan), shards=both, start_seconds=1.0))

@@ -30,7 +30,7 @@ from tests.shards.false_shard import liar
 from tests.shards.films import ENGINE, REQUESTS
 from tests.shards.plain_tables import asking, jagged, make_server, one_shard, quick, serving, two_shards, whole
 from tests.shards.raw_client import pool_request, raw
-from tests.shards.test_planned_serving import plan, shard  # noqa: F401 - a fixture
+from tests.shards.test_planned_serving import PATIENT, plan, shard  # noqa: F401 - a fixture
 
 ASKED = jagged(["item"], [[[3], [], [4, 4]]])
 IDS = st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1)
@@ -227,7 +227,8 @@ def test_spans_of_shard_processes_are_below_the_calls(
         monkeypatch.setenv("RANKD_TRACING__ENDPOINT", collector.url)
         with ExitStack() as running:
             both = [running.enter_context(shard(plan, version / "embeddings", number)) for number in (0, 1)]
-            tables = TableConfig(plan=str(plan), shards=tuple(address for address, _ in both))
+            addresses = tuple(address for address, _ in both)
+            tables = TableConfig(plan=str(plan), shards=addresses, client=PATIENT)
             ranker = running.enter_context(Ranker.load(version, ENGINE, tables=tables))
             traces = open_traces(collector.config(), "rankd")
             assert traces is not None

@@ -35,7 +35,7 @@ from rankd.shards.sharded_pooling import ShardedPooling
 
 ROWS, NARROW, WIDE = 1000, 8, 512
 SAMPLES, BAG = 64, 512
-START_SECONDS = 5.0
+START_SECONDS = 30.0
 WARM_CALLS = 20
 IDS, SPLIT, ANSWER = (
     TableSpec("ids", ROWS, NARROW),
@@ -94,7 +94,8 @@ def call_costs(folder: Path, seconds: float) -> CallCosts:
         write_plan(plan, Declaration("calls", specs), Plan(Strategy.LOAD_BALANCED, specs, shards, (), (), limits))
         processes = [running.enter_context(ShardServerProcess(plan, folder, number)) for number in range(len(shards))]
         addresses = [[f"{process.host}:{process.port}"] for process in processes]
-        asking = ShardedPooling(layout_of(read_plan(plan), addresses), ShardClientConfig())
+        patient = ShardClientConfig(timeout_ms=1e3 * START_SECONDS)  # who is late is measured too
+        asking = ShardedPooling(layout_of(read_plan(plan), addresses), patient)
         running.callback(asking.close)
         asking.start()
         asking.wait_up(START_SECONDS)

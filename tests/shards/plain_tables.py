@@ -177,7 +177,7 @@ def asking(
     layout: ShardLayout, config: ShardClientConfig | None = None, hot_rows: Mapping[str, int] | None = None
 ) -> Iterator[ShardedPooling]:
     """A client of a layout, as soon as all of its replicas are up."""
-    pooling = ShardedPooling(layout, config or ShardClientConfig(timeout_ms=5000), hot_rows)
+    pooling = ShardedPooling(layout, config or ShardClientConfig(timeout_ms=30_000), hot_rows)
     pooling.start()
     try:
         until(lambda: pooling.replicas_up() == {shard.name: len(shard.addresses) for shard in layout.shards})

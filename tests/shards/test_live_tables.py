@@ -32,7 +32,7 @@ from tests.shards.plain_tables import Asking, until
 LOADS = [load_of("item", 101, 4), load_of("user", 40, 3), load_of("city", 5, 2)]
 WIDTHS = {load.name: load.spec.dim for load in LOADS}
 ASKED = asked_of(tuple(WIDTHS), [[3, 100], [], [4, 4], [39], [0, 1], [7], [2], [4], []])
-CLIENT = ShardClientConfig(timeout_ms=5000.0, first_wait_seconds=0.01, longest_wait_seconds=0.05)
+CLIENT = ShardClientConfig(timeout_ms=30_000.0, first_wait_seconds=0.01, longest_wait_seconds=0.05)
 """Connects again quickly."""
 
 

@@ -31,7 +31,7 @@ ASKED = jagged(["item"], [[[3], [4, 4]]])
 
 def client_config(security: ShardSecurity) -> ShardClientConfig:
     """Tries often."""
-    return ShardClientConfig(timeout_ms=5000, security=security, first_wait_seconds=0.01, connect_seconds=1.0)
+    return ShardClientConfig(timeout_ms=30_000, security=security, first_wait_seconds=0.01, connect_seconds=1.0)
 
 
 def reached_at(address: str, layout: ShardLayout) -> ShardLayout:

@@ -90,7 +90,7 @@ def test_a_shard_that_answers_nonsense_is_let_go_and_the_next_one_asked(
     answer: Callable[[int, int], bytes], words: str
 ) -> None:
     layout = one_shard()
-    config = quick(first_wait_seconds=30.0, longest_wait_seconds=30.0, hedge_share=0.0)
+    config = quick(first_wait_seconds=30.0, longest_wait_seconds=30.0, heartbeat_seconds=30.0, hedge_share=0.0)
     with liar(cheat(layout, answer)) as bad, serving(make_server(layout)) as (good,):
         with asking(one_shard(bad), config) as alone, pytest.raises(Unavailable, match=words):
             alone.pool(ASKED)

@@ -106,7 +106,7 @@ def test_a_replica_that_fails_and_the_next_one_are_both_noted() -> None:
         read_payload(stream, read_header(stream, 1 << 20, soon(), 5.0), 5.0)
 
     with liar(ends) as bad, serving(make_server(layout)) as (good,):
-        config = quick(first_wait_seconds=30.0, longest_wait_seconds=30.0, hedge_share=0.0)
+        config = quick(first_wait_seconds=30.0, longest_wait_seconds=30.0, heartbeat_seconds=30.0, hedge_share=0.0)
         with asking(one_shard(bad, good), config) as pooling:
             notes = [looked_up(pooling) for _ in range(2)]
     failed, retried = next(calls for one in notes if len(calls := [n for n in one if n.name == "shard call"]) == 2)

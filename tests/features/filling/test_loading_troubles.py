@@ -24,6 +24,7 @@ from tests.features.filling.small_tables import (
     item_file,
     item_frame,
 )
+from tests.features.stores.conftest import PATIENT_MS
 from tests.features.stores.redis_server import running_redis
 
 QUICK = LoadOptions(grace_seconds=0.0, watch_seconds=0.0, batch_rows=100, patience_seconds=5.0)
@@ -97,7 +98,7 @@ def test_a_redis_that_is_killed_meanwhile_is_waited_for(tmp_path: Path) -> None:
                 server.kill()
                 threading.Timer(0.5, server.start).start()
 
-        with closing(open_store(StoreConfig(server.url))) as store:
+        with closing(open_store(StoreConfig(server.url, timeout_ms=PATIENT_MS, write_timeout_ms=PATIENT_MS))) as store:
             options = LoadOptions(grace_seconds=0.0, batch_rows=100, watch_seconds=0.0)
             assert load_rows(store, "m", SCHEMA, path, options, progress).generation == 1
             check_rows(store, 1, item_frame(3000))
@@ -111,7 +112,7 @@ def test_a_redis_that_forgot_everything_is_told(tmp_path: Path) -> None:
             if done == 1000:
                 server.restart()
 
-        with closing(open_store(StoreConfig(server.url))) as store:
+        with closing(open_store(StoreConfig(server.url, timeout_ms=PATIENT_MS, write_timeout_ms=PATIENT_MS))) as store:
             options = LoadOptions(grace_seconds=0.0, batch_rows=100, watch_seconds=0.0)
             with pytest.raises(
                 DataError, match="no longer known to the store: another process ended it, or the store was emptied; run"

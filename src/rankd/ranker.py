@@ -72,9 +72,11 @@ class Ranker:
         self.artifact, self.catalogue, self.features, self.backend = artifact, catalogue, features, backend
         self.manifest, self.schema, self.states = artifact.manifest, artifact.schema, states
         self._embedded = EmbeddedInputs(artifact.schema, tables) if tables is not None else None
-        self.path = RequestPath(artifact.manifest, catalogue, features, states, self._begin, self._embedded)
+        self.path = RequestPath(
+            artifact.manifest, catalogue, features, states, self._begin, self._embedded, backend.host_memory
+        )
         self._executors = [backend.executor() for _ in range(backend.num_executors)]
-        self._shapes = Shapes(self.manifest, backend.state_type)
+        self._shapes = Shapes(self.manifest, backend.state_type, backend.host_memory)
         self._own_service: FeatureService | None = None
         self._config = schedule or ScheduleConfig()
         self._asking = ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="rankd-asking")
@@ -175,6 +177,7 @@ class Ranker:
         """Finish the accepted requests, end the threads, put the states away."""
         if self._schedule is not None:
             self._schedule.close()
+        self.backend.close()
         self._asking.shutdown()
         self.states.close()
         self.features.close()

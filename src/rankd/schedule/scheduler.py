@@ -5,7 +5,8 @@ is prepared, its candidates are scored in one call or several, on one executor o
 is cancelled or out of time leaves at once. `ledger.py` keeps the book, `policy.py` decides.
 
 An executor that raises what is no error of a request, or that takes much longer than it should, is lost: another one
-takes its place, and what it had is run once more. The thread of one that hangs cannot be ended; it is left alone.
+takes its place, and what it had is run once more. Meanwhile the others work, and while there is none requests fail. The
+thread of one that hangs is left alone; it ends when its call does.
 """
 
 from __future__ import annotations
@@ -85,6 +86,12 @@ class Scheduler(Generic[Item, Result, Executor]):
         self._watch.stop()
 
     @property
+    def executors(self) -> list[Executor]:
+        """Those that work now, or are being replaced."""
+        with self._lock:
+            return [seat.executor for seat in self._seats]
+
+    @property
     def unfinished(self) -> int:
         """Requests accepted and not answered."""
         return self._ledger.waiting.count
@@ -162,14 +169,23 @@ class Scheduler(Generic[Item, Result, Executor]):
         seat.thread = threading.Thread(target=self._sit, args=(seat,), name=name, daemon=True)
         seat.thread.start()
 
-    def _sit(self, seat: Seat[Item, Executor]) -> None:
-        self._on_start(seat.number)
-        while (work := self._next(seat)) is not None:
+    def _sit(self, seat: Seat[Item, Executor] | None) -> None:
+        """The thread of a seat, and of those that take its place after a fault."""
+        while seat is not None:
+            self._on_start(seat.number)
+            failed = self._work(seat)
+            seat = self._replacement(seat) if failed else None
+
+    def _work(self, seat: Seat[Item, Executor]) -> bool:
+        """Do what there is to do; whether the executor has failed. If not the seat's time is over."""
+        failed = False
+        while not failed and (work := self._next(seat)) is not None:
             try:
                 self._run(work, seat)
             except Exception as error:  # noqa: BLE001 - the edge of the thread: the executor is in doubt
-                self._fault(work, seat, error)
+                failed = self._fault(work, seat, error)
             self._leave(work, seat)
+        return failed
 
     def _next(self, seat: Seat[Item, Executor]) -> Work[Item] | None:
         """What this executor does now; None when the schedule is closed and all is done, or the seat is given up."""
@@ -328,18 +344,16 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             self._counts.add(what)
 
-    def _fault(self, work: Work[Item], seat: Seat[Item, Executor], error: Exception) -> None:
-        """The executor raised: another one in its place, on the same thread."""
-        log.error("executor %d of '%s' failed and is replaced", seat.number, self._name, exc_info=error)
+    def _fault(self, work: Work[Item], seat: Seat[Item, Executor], error: Exception) -> bool:
+        """The executor raised: the seat is lost with it, if it had not been given up before; whether it had not."""
         with self._lock:
             if seat.given_up():
-                return
-            seat.since = self._clock()  # making another one may take a while, too
+                return False
+            seat.lost = True
+        log.error("executor %d of '%s' failed and is replaced", seat.number, self._name, exc_info=error)
         self._lose(work, error)
-        try:
-            seat.executor = self._new_executor()
-        except Exception:  # the old one may still do
-            log.exception("executor %d of '%s' could not be replaced", seat.number, self._name)
+        guarded(partial(self._served.let_go, seat.executor))
+        return True
 
     def _lose(self, work: Work[Item], error: Exception) -> None:
         """What a lost executor had is run again, or fails."""
@@ -376,10 +390,13 @@ class Scheduler(Generic[Item, Result, Executor]):
         for job in work.unprepared:
             guarded(partial(self._served.abandon, job.item, seat.executor))
         self._lose(work, EngineFailure(f"the engine did not answer for {self._hang_seconds:g} s, twice"))
-        threading.Thread(target=self._replace, args=(seat,), name=f"{self._name}-replacing", daemon=True).start()
+        guarded(partial(self._served.let_go, seat.executor))
+        name, replace = f"{self._name}-replacing", lambda: self._sit(self._replacement(seat))
+        threading.Thread(target=replace, name=name, daemon=True).start()
 
-    def _replace(self, lost: Seat[Item, Executor]) -> None:
-        """Make an executor, however often that fails, and sit down with it. While there is none requests fail."""
+    def _replacement(self, lost: Seat[Item, Executor]) -> Seat[Item, Executor] | None:
+        """A seat in place of a lost one, with another executor, however often making one fails; None if it is not
+        needed any more."""
         seat = None
         while seat is None and not self._watch.ended:
             try:
@@ -389,10 +406,12 @@ class Scheduler(Generic[Item, Result, Executor]):
                 with self._lock:
                     nobody = self._ledger.everybody() if all(one.lost for one in self._seats) else []
                 for job in nobody:
-                    self._end(job, EngineFailure("the engine hangs, and cannot be started anew"))
+                    self._end(job, EngineFailure("the engine was lost, and cannot be started anew"))
                 time.sleep(self._hang_seconds / 4)
         with self._lock:
-            if seat is None or self._watch.ended:
-                return
-            self._seats[seat.number] = seat
-        self._sit(seat)
+            if seat is not None and not self._watch.ended:
+                self._seats[seat.number] = seat
+                return seat
+        if seat is not None:
+            guarded(partial(self._served.let_go, seat.executor))
+        return None

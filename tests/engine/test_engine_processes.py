@@ -27,6 +27,8 @@ from tests.features.stores.redis_server import eventually
 APART = EngineConfig(executors=2, isolation=Isolation.PROCESSES)
 HANG_SECONDS = 1.0
 PATIENCE = 60.0
+BOUND = 1e-5
+"""Of logits: calls of other sizes add up in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,8 @@ def request(user: int, count: int) -> RankRequest:
 
 
 def same(one: Scores, other: Scores) -> bool:
-    """Whether two answers have the same scores."""
-    return bool(np.array_equal(one.scores, other.scores))
+    """Whether two answers have the same scores, however they were cut and packed."""
+    return bool(np.abs(one.scores - other.scores).max() <= BOUND)
 
 
 def executor_of(ranker: Ranker) -> ProcessExecutor:
@@ -122,7 +124,8 @@ def test_a_process_that_is_killed_costs_no_request(apart: Ranker, demo_ranker: R
 
 
 def test_a_process_that_hangs_is_ended_and_its_work_done_again(apart: Ranker, demo_ranker: Ranker) -> None:
-    before, pid = apart.schedule_figures().counts.lost_executors, executor_of(apart).pid
+    _until_both_work(apart, before := apart.schedule_figures().counts.lost_executors)
+    pid = executor_of(apart).pid
     os.kill(pid, signal.SIGSTOP)
     futures = [(one, apart.submit(one)) for one in (request(number, 40) for number in range(100, 130))]
     for asked, future in futures:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rankd.observe.schedule_metrics import CostErrors
 
@@ -41,7 +41,7 @@ class _Estimate:
     ms: float
 
     def saw(self, ms: float) -> None:
-        self.ms += STEP * (min(max(ms, self.ms / FARTHEST), self.ms * FARTHEST) - self.ms)
+        self.ms = moved(self.ms, ms)
 
 
 @dataclass(slots=True)
@@ -50,34 +50,33 @@ class _Errors:
     prepare: float = 0.0
 
 
-@dataclass(slots=True)
 class CostModel:
-    """Predictions in milliseconds. Thread-safe: readers may see an estimate from a moment ago."""
+    """Predictions in milliseconds. Thread-safe: readers may see an estimate from a moment ago.
 
-    warmed: Warmed
-    _score: dict[tuple[int, int], _Estimate] = field(init=False)
-    _resident: _Estimate = field(init=False)
-    _absent: _Estimate = field(init=False)
-    _row: _Estimate = field(init=False)
-    _slowdown: float = 1.0
-    _errors: _Errors = field(default_factory=_Errors)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    What a call takes is its own estimate times the slowdown of all, so that one observation moves both in no time that
+    depends on how many shapes there are.
+    """
 
-    def __post_init__(self) -> None:
-        self._score = {shape: _Estimate(max(ms, 1e-3)) for shape, ms in self.warmed.score_ms.items()}
+    def __init__(self, warmed: Warmed) -> None:
+        self.warmed = warmed
+        self._floor = {shape: max(ms, 1e-3) for shape, ms in warmed.score_ms.items()}
+        self._own = dict(self._floor)  # by (bucket, users), without the slowdown
         self._resident = _Estimate(PREPARED_MS)
-        self._absent = _Estimate(PREPARED_MS + self.warmed.encode_ms)
+        self._absent = _Estimate(PREPARED_MS + warmed.encode_ms)
         self._row = _Estimate(ROW_MS)
+        self._slowdown = 1.0
+        self._errors = _Errors()
+        self._lock = threading.Lock()
 
     def score(self, bucket: int, users: int = 1) -> float:
         """A call for `users` users of one candidate bucket; a shape that was not warmed costs as its users alone."""
-        known = self._score.get((bucket, users))
-        return known.ms if known is not None else users * self._score[bucket, 1].ms
+        known = self._own.get((bucket, users))
+        return self._slowdown * (known if known is not None else users * self._own[bucket, 1])
 
     def calls(self, buckets: Sequence[int]) -> float:
         """Calls for one user of each of these buckets."""
-        known = self._score
-        return sum([known[bucket, 1].ms for bucket in buckets])
+        own = self._own
+        return self._slowdown * sum([own[bucket, 1] for bucket in buckets])
 
     def prepare(self, resident: bool) -> float:
         """History, state and user features of a request; `resident`: a state of the user is in memory."""
@@ -92,13 +91,10 @@ class CostModel:
         with self._lock:
             predicted = self.score(bucket, users)
             self._errors.score += STEP * (abs(score_ms - predicted) / max(score_ms, 1e-3) - self._errors.score)
-            shape = (bucket, users) if (bucket, users) in self._score else (bucket, 1)
-            entry, warmed = self._score[shape], max(self.warmed.score_ms[shape], 1e-3)
-            entry.saw(score_ms if shape[1] == users else score_ms / users)
-            before, self._slowdown = self._slowdown, self._slowdown + STEP * STEP * (entry.ms / warmed - self._slowdown)
-            for other, estimate in self._score.items():
-                if other != shape:
-                    estimate.ms *= self._slowdown / before
+            shape = (bucket, users) if (bucket, users) in self._own else (bucket, 1)
+            own_ms = moved(self.score(*shape), score_ms if shape[1] == users else score_ms / users)
+            self._slowdown += STEP * STEP * (own_ms / self._floor[shape] - self._slowdown)
+            self._own[shape] = own_ms / self._slowdown
             if rows:
                 self._row.saw(rows_ms / rows)
 
@@ -113,8 +109,8 @@ class CostModel:
         """Somebody was sent away because of these predictions, so that nothing is learnt of it: they go back a step to
         what was measured at warm-up."""
         with self._lock:
-            for shape, estimate in self._score.items():
-                estimate.ms += STEP * min(self.warmed.score_ms[shape] - estimate.ms, 0.0)
+            for shape, warmed in self._floor.items():
+                self._own[shape] += STEP * min(warmed / self._slowdown - self._own[shape], 0.0)
             for estimate, warmed in (
                 (self._resident, PREPARED_MS),
                 (self._absent, PREPARED_MS + self.warmed.encode_ms),
@@ -124,3 +120,8 @@ class CostModel:
     def errors(self) -> CostErrors:
         """A snapshot."""
         return CostErrors(self._errors.score, self._errors.prepare, self._slowdown)
+
+
+def moved(before_ms: float, seen_ms: float) -> float:
+    """An estimate after an observation."""
+    return before_ms + STEP * (min(max(seen_ms, before_ms / FARTHEST), before_ms * FARTHEST) - before_ms)

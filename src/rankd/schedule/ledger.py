@@ -188,10 +188,7 @@ class Ledger(Generic[Item]):
 
     def late(self, now: float) -> list[Job[Item]]:
         """Requests that are out of time, or can no longer be in time; they have ended."""
-        waiting = self.waiting
-        size = waiting.size
-        passed = (waiting.deadline[:size] <= now).nonzero()[0].tolist()
-        ended = [self._jobs[slot] for slot in {*passed, *policy.hopeless(waiting, now)}]
+        ended = [self._jobs[slot] for slot in self.waiting.passed(now)]
         for job in ended:
             self.end(job)
         return ended

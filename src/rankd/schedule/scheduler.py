@@ -20,10 +20,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
 
-from rankd.errors import DeadlineExceeded, EngineFailure, RankdError, Unavailable
-from rankd.observe.schedule_metrics import ScheduleCounts, ScheduleFigures
+from rankd.errors import EngineFailure, RankdError, Unavailable
+from rankd.observe.schedule_metrics import ScheduleFigures
 from rankd.schedule.admission import Limits
-from rankd.schedule.endings import answer, fail, guarded, too_late
+from rankd.schedule.endings import Answers, guarded
 from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Rules
 from rankd.schedule.seats import Seat
@@ -58,12 +58,11 @@ class Scheduler(Generic[Item, Result, Executor]):
         self.rules, self._served, self._clock, self._name = rules, served, clock, name
         self._new_executor, self._on_start, self._hang_seconds = new_executor, on_start, hang_seconds
         self._ledger: Ledger[Item] = Ledger(rules, limits)
-        self._futures: dict[Job[Item], Future[Result]] = {}
-        self._counts = ScheduleCounts()
         self._seats = [Seat[Item, Executor](number, executor) for number, executor in enumerate(executors)]
         self._idle, self._closed = 0, True
         self._lock = threading.Lock()  # guards everything above
         self._changed, self._all_ended = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._answers: Answers[Item, Result] = Answers(self._lock, self._ledger, served, self._some_ended, clock)
         self._watch = Watch(self._lock, self._look, self._due, f"{name}-watch")
 
     def start(self) -> None:
@@ -101,7 +100,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             waiting, errors = self._ledger.waiting, self.rules.costs.errors()
             return ScheduleFigures(
-                replace(self._counts), waiting.count, waiting.total_rows(), waiting.total_ms(), errors
+                replace(self._answers.counts), waiting.count, waiting.total_rows(), waiting.total_ms(), errors
             )
 
     def check_room(self, asked: Asked) -> None:
@@ -120,16 +119,14 @@ class Scheduler(Generic[Item, Result, Executor]):
         Raises:
             Unavailable, Overloaded, DeadlineExceeded: as `check_room`.
         """
-        future: Future[Result] = Future()
         with self._lock:
             job = self._admitted(lambda: self._ledger.accept(item, asked, self._clock()))
-            self._counts.accepted += 1
-            self._futures[job] = future
+            future = self._answers.promise(job)
             if when is None:
                 self._come(job)
             if asked.deadline is not None:
                 self._watch.by(asked.deadline)
-        future.add_done_callback(lambda done: self._cancelled(job, done) if done.cancelled() else None)
+        self._answers.watch(job, future)
         if when is not None:
             self._call_when(when, job)
         return future
@@ -140,7 +137,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         try:
             return ask()
         except RankdError:
-            self._counts.refused += 1
+            self._answers.counts.refused += 1
             raise
 
     def _call_when(self, when: When, job: Job[Item]) -> None:
@@ -151,7 +148,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         try:
             when(come)
         except Exception as error:  # noqa: BLE001 - it would be waited for without end
-            self._end(job, error)
+            self._answers.end(job, error)
 
     def _come(self, job: Job[Item]) -> None:
         """Under the lock."""
@@ -196,7 +193,7 @@ class Scheduler(Generic[Item, Result, Executor]):
                     late, ended = self._wait_for_work(seat)
                 finally:
                     self._idle -= 1
-            self._end_late(late)
+            self._answers.end_late(late)
             if ended or seat.work is not None:
                 return seat.work
 
@@ -207,8 +204,8 @@ class Scheduler(Generic[Item, Result, Executor]):
             started = self._clock()
             late = self._ledger.late(started)
             work = self._ledger.next(self._idle, started)
-            self._counts.decisions += 1
-            self._counts.decision_seconds += self._clock() - started
+            self._answers.counts.decisions += 1
+            self._answers.counts.decision_seconds += self._clock() - started
             if work is not None:
                 seat.work, seat.since = work, started
                 if self._idle > 1:
@@ -240,7 +237,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             except EngineFailure:
                 raise
             except Exception as error:  # noqa: BLE001 - no news of the engine: it is this request's
-                self._end(job, error)
+                self._answers.end(job, error)
             else:
                 parts.append(part)
         if not parts:
@@ -256,11 +253,11 @@ class Scheduler(Generic[Item, Result, Executor]):
                 self._served.take(part, one)
             ended = self._ledger.done(work)
             self._some_ended()
-            self._counts.calls += 1
-            self._counts.rows += rows
-            self._counts.padded_rows += work.bucket * len(parts) - rows
+            self._answers.counts.calls += 1
+            self._answers.counts.rows += rows
+            self._answers.counts.padded_rows += work.bucket * len(parts) - rows
         for job in ended:
-            self._finish(job)
+            self._answers.finish(job)
         milliseconds = (assembled - started) * 1e3, (scored - assembled) * 1e3
         self.rules.costs.saw_score(work.bucket, len(parts), rows, *milliseconds)
 
@@ -271,7 +268,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         except EngineFailure:
             raise
         except Exception as error:  # noqa: BLE001 - no news of the engine: it is this request's
-            self._end(job, error)
+            self._answers.end(job, error)
             return
         with self._lock:
             if seat.given_up():
@@ -285,64 +282,14 @@ class Scheduler(Generic[Item, Result, Executor]):
         if when is None:
             self.rules.costs.saw_prepare(job.asked.resident, (self._clock() - started) * 1e3)
         else:
-            self._drop(free)
+            self._answers.drop(free)
             self._call_when(when, job)
-
-    def _finish(self, job: Job[Item]) -> None:
-        """Answer a request whose parts are all there."""
-        future = self._futures.pop(job)
-        try:
-            result = self._served.finish(job.item)
-        except Exception as error:  # noqa: BLE001 - it belongs to who waits for it
-            fail(future, error)
-            self._count("failed")
-        else:
-            answer(future, result)
-            self._count("finished")
-
-    def _end(self, job: Job[Item], error: Exception) -> None:
-        """A request has failed, if it had not ended before."""
-        if (future := self._taken_out(job)) is not None:
-            fail(future, error)
-            self._count("late" if isinstance(error, DeadlineExceeded) else "failed")
-
-    def _taken_out(self, job: Job[Item]) -> Future[Result] | None:
-        """End a request; its Future, if it had not ended before."""
-        with self._lock:
-            first = self._ledger.end(job)
-            self._some_ended()
-            free = [job] if self._ledger.droppable(job) else []
-            future = self._futures.pop(job) if first else None
-        self._drop(free)
-        return future
-
-    def _end_late(self, jobs: Sequence[Job[Item]]) -> None:
-        for job in jobs:
-            fail(self._futures.pop(job), too_late(job, self._clock()))
-            self._count("late")
-        with self._lock:
-            self._some_ended()
-            free = [job for job in jobs if self._ledger.droppable(job)]
-        self._drop(free)
-
-    def _cancelled(self, job: Job[Item], future: Future[Result]) -> None:
-        if self._taken_out(job) is not None:
-            future.set_running_or_notify_cancel()
-            self._count("cancelled")
 
     def _leave(self, work: Work[Item], seat: Seat[Item, Executor]) -> None:
         with self._lock:
             seat.work, seat.since = None, NEVER
             free = self._ledger.leave(work.jobs)
-        self._drop(free)
-
-    def _drop(self, jobs: Sequence[Job[Item]]) -> None:
-        for job in jobs:
-            guarded(partial(self._served.drop, job.item))
-
-    def _count(self, what: str) -> None:
-        with self._lock:
-            self._counts.add(what)
+        self._answers.drop(free)
 
     def _fault(self, work: Work[Item], seat: Seat[Item, Executor], error: Exception) -> bool:
         """The executor raised: the seat is lost with it, if it had not been given up before; whether it had not."""
@@ -360,12 +307,10 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             again, ended = not work.settled, self._ledger.lost(work)
             self._some_ended()
-            self._counts.lost_executors += 1
-            self._counts.run_again += again and sum(not job.over for job in work.jobs)
+            self._answers.counts.lost_executors += 1
+            self._answers.counts.run_again += again and sum(not job.over for job in work.jobs)
             self._changed.notify_all()
-        for job in ended:
-            fail(self._futures.pop(job), error)
-            self._count("failed")
+        self._answers.fail(ended, error)
 
     def _look(self) -> None:
         """End requests whose time is over, and give up executors that hang."""
@@ -375,7 +320,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             hung = [(one, one.work) for one in self._seats if one.work and one.hangs(now, self._hang_seconds)]
             for seat, _ in hung:
                 seat.lost = True
-        self._end_late(late)
+        self._answers.end_late(late)
         for seat, work in hung:
             self._give_up(seat, work)
 
@@ -406,7 +351,7 @@ class Scheduler(Generic[Item, Result, Executor]):
                 with self._lock:
                     nobody = self._ledger.everybody() if all(one.lost for one in self._seats) else []
                 for job in nobody:
-                    self._end(job, EngineFailure("the engine was lost, and cannot be started anew"))
+                    self._answers.end(job, EngineFailure("the engine was lost, and cannot be started anew"))
                 time.sleep(self._hang_seconds / 4)
         with self._lock:
             if seat is not None and not self._watch.ended:

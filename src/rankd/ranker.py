@@ -133,7 +133,8 @@ class Ranker:
         """Warm every shape on every executor, measure what they take, then accept requests."""
         shapes, buckets, first = self._shapes, self.schema.candidate_buckets, self._executors[0]
         packing = measure(lambda bucket, users: score_ms(first, shapes, bucket, users), buckets)
-        warmed = Warmed(packing.call_ms, encode_ms(first, shapes))
+        rooms = shapes.rooms if self.manifest.split else ()
+        warmed = Warmed(packing.call_ms, {room: encode_ms(first, shapes, room) for room in rooms})
         assembly.warm(self.schema, self.features.items)
         self.use_packing(packing)
         for executor in self._executors:
@@ -212,7 +213,8 @@ class Ranker:
         logits: Float32Array = np.empty((len(request.candidates), len(self.schema.tasks)), np.float32)
         item = RankItem(request, clock, logits, deadline, self._ready_by(request, deadline), trace=trace)
         resident = not self.manifest.split or self.states.has(request.user_id)
-        asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority))
+        tokens = None if request.history is None else len(request.history)
+        asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority), tokens)
         if features.local and not self.path.asks_early:
             return schedule.submit(item, asked)
         schedule.check_room(asked)  # before anything is asked of the store or of shards

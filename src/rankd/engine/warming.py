@@ -73,12 +73,11 @@ def score_ms(executor: Executor, shapes: Shapes, bucket: int, users: int) -> flo
     return best_ms(lambda: executor.score(states, candidates), lambda: executor.score(nobody, few))
 
 
-def encode_ms(executor: Executor, shapes: Shapes) -> float:
-    """Milliseconds of encoding a history that fills the largest room, the best of a few; 0 for a model without
-    state."""
+def encode_ms(executor: Executor, shapes: Shapes, room: int) -> float:
+    """Milliseconds of encoding a history that fills a room, the best of a few; 0 for a model without state."""
     if not shapes.manifest.split:
         return 0.0
-    whole, into = _full_history(shapes, shapes.rooms[-1]), shapes.state(shapes.rooms[-1]).arrays
+    whole, into = _full_history(shapes, room), shapes.state(room).arrays
     return best_ms(lambda: executor.encode(whole, into))
 
 
@@ -86,12 +85,10 @@ def most_new_tokens(executor: Executor, shapes: Shapes) -> dict[int, int]:
     """For each room, how many new tokens a block are cheaper to append than the whole is to encode; 0: none."""
     most = dict.fromkeys(shapes.rooms, 0)
     for room in shapes.rooms if shapes.manifest.extends else ():
-        state, whole = _full(executor, shapes, room), _full_history(shapes, room)
-        into = shapes.state(room).arrays
-        encode_ms = best_ms(lambda whole=whole, into=into: executor.encode(whole, into))  # type: ignore[misc]
+        state, whole_ms = _full(executor, shapes, room), encode_ms(executor, shapes, room)
         for new in APPEND_BUCKETS:
             some = _full_history(shapes, new)
-            if best_ms(lambda some=some, state=state: executor.extend(state, some)) < encode_ms:  # type: ignore[misc]
+            if best_ms(lambda some=some, state=state: executor.extend(state, some)) < whole_ms:  # type: ignore[misc]
                 most[room] = new
     return most
 

@@ -4,16 +4,18 @@ In: times of the warmed shapes (`engine.warming`). Out: predictions for admissio
 
     score(bucket, users)   one call of the engine: a table, measured; each call moves its own entry and, a little,
                            the factor of all (another load on the machine makes everything slower at once)
-    prepare(resident)      a request's history, state and features: a mean for users whose state is in memory, and one
-                           for those whose history has to be encoded or extended
+    prepare(resident, T)   a request's history, state and features: a mean for users whose state is in memory; for those
+                           whose history has to be encoded or extended one for each history bucket, and one over all,
+                           for requests whose history is in a store, so that its length is not known when they come
     rows(count)            assembling candidates: so much for each
 """
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rankd.observe.schedule_metrics import CostErrors
 
@@ -29,11 +31,16 @@ ROW_MS = 0.001
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """What was measured at warm-up: `score` by (candidate bucket, users in the call), and `encode` of a full
-    history."""
+    """What was measured at warm-up: `score` by (candidate bucket, users in the call), and `encode` of a history that
+    fills a history bucket, by that (empty: there is no state)."""
 
     score_ms: Mapping[tuple[int, int], float]
-    encode_ms: float = 0.0
+    encode_ms: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def most_encode_ms(self) -> float:
+        """Of the longest history."""
+        return max(self.encode_ms.values(), default=0.0)
 
 
 @dataclass(slots=True)
@@ -62,7 +69,9 @@ class CostModel:
         self._floor = {shape: max(ms, 1e-3) for shape, ms in warmed.score_ms.items()}
         self._own = dict(self._floor)  # by (bucket, users), without the slowdown
         self._resident = _Estimate(PREPARED_MS)
-        self._absent = _Estimate(PREPARED_MS + warmed.encode_ms)
+        self._absent = _Estimate(PREPARED_MS + warmed.most_encode_ms)
+        self._rooms = sorted(warmed.encode_ms)
+        self._encoded = {room: _Estimate(PREPARED_MS + ms) for room, ms in warmed.encode_ms.items()}
         self._row = _Estimate(ROW_MS)
         self._slowdown = 1.0
         self._errors = _Errors()
@@ -78,9 +87,10 @@ class CostModel:
         own = self._own
         return self._slowdown * sum([own[bucket, 1] for bucket in buckets])
 
-    def prepare(self, resident: bool) -> float:
-        """History, state and user features of a request; `resident`: a state of the user is in memory."""
-        return (self._resident if resident else self._absent).ms
+    def prepare(self, resident: bool, tokens: int | None = None) -> float:
+        """History, state and user features of a request; `resident`: a state of the user is in memory. `tokens`: the
+        events of its history, where that is known."""
+        return self._prepared(resident, tokens).ms
 
     def rows(self, count: int) -> float:
         """Assembling so many candidates."""
@@ -98,10 +108,10 @@ class CostModel:
             if rows:
                 self._row.saw(rows_ms / rows)
 
-    def saw_prepare(self, resident: bool, ms: float) -> None:
+    def saw_prepare(self, resident: bool, tokens: int | None, ms: float) -> None:
         """Book a preparation."""
         with self._lock:
-            estimate = self._resident if resident else self._absent
+            estimate = self._prepared(resident, tokens)
             self._errors.prepare += STEP * (abs(ms - estimate.ms) / max(ms, 1e-3) - self._errors.prepare)
             estimate.saw(ms)
 
@@ -111,15 +121,20 @@ class CostModel:
         with self._lock:
             for shape, warmed in self._floor.items():
                 self._own[shape] += STEP * min(warmed / self._slowdown - self._own[shape], 0.0)
-            for estimate, warmed in (
-                (self._resident, PREPARED_MS),
-                (self._absent, PREPARED_MS + self.warmed.encode_ms),
-            ):
-                estimate.ms += STEP * min(warmed - estimate.ms, 0.0)
+            encoded = [(self._encoded[room], ms) for room, ms in self.warmed.encode_ms.items()]
+            for estimate, ms in ((self._resident, 0.0), (self._absent, self.warmed.most_encode_ms), *encoded):
+                estimate.ms += STEP * min(PREPARED_MS + ms - estimate.ms, 0.0)
 
     def errors(self) -> CostErrors:
         """A snapshot."""
         return CostErrors(self._errors.score, self._errors.prepare, self._slowdown)
+
+    def _prepared(self, resident: bool, tokens: int | None) -> _Estimate:
+        if resident:
+            return self._resident
+        if tokens is None or not self._rooms:
+            return self._absent
+        return self._encoded[self._rooms[min(bisect_left(self._rooms, tokens), len(self._rooms) - 1)]]
 
 
 def moved(before_ms: float, seen_ms: float) -> float:

@@ -280,7 +280,8 @@ class Scheduler(Generic[Item, Result, Executor]):
                 self._ledger.waits(work, job)
                 free = self._ledger.leave([job])
         if when is None:
-            self.rules.costs.saw_prepare(job.asked.resident, (self._clock() - started) * 1e3)
+            asked, taken_ms = job.asked, (self._clock() - started) * 1e3
+            self.rules.costs.saw_prepare(asked.resident, asked.tokens, taken_ms)
         else:
             self._answers.drop(free)
             self._call_when(when, job)

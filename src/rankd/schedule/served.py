@@ -26,12 +26,14 @@ When = Callable[[Callable[[], None]], None]
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What the schedule has to know of a request: how many candidates, whether its user's state is in memory, until
-    when (seconds of the schedule's clock; None: no matter), and how urgent it is."""
+    when (seconds of the schedule's clock; None: no matter), how urgent it is, and how many events its history has
+    (None: it is in a store)."""
 
     rows: int
     resident: bool = False
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -115,18 +115,18 @@ class Ranker:
             catalogue = with_histories(catalogue, artifact.schema, Path(histories)) if histories else catalogue
             catalogue = with_items(catalogue, artifact.schema, Path(items)) if items else catalogue
         keep = states or StateConfig()
-        backend = load_backend(artifact, engine or EngineConfig(), engine_state_type(keep))
-        service = features or FeatureService(FeatureConfig())
-        version = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))
-        source = open_tables(artifact.path, artifact.schema.embedded_widths, tables or TableConfig())
-        try:
+        with ExitStack() as on_failure:
+            backend = load_backend(artifact, engine or EngineConfig(), engine_state_type(keep))
+            on_failure.callback(backend.close)
+            service = features or FeatureService(FeatureConfig())
+            version = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))
+            source = open_tables(artifact.path, artifact.schema.embedded_widths, tables or TableConfig())
+            if source is not None:
+                on_failure.callback(source.close)
             ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule, source)
             ranker._own_service = None if features is not None else service
             ranker.start()
-        except BaseException:
-            if source is not None:
-                source.close()
-            raise
+            on_failure.pop_all()
         return ranker
 
     def start(self) -> None:

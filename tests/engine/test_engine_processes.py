@@ -18,7 +18,7 @@ from rankd.engine.backend import EngineConfig, Isolation
 from rankd.engine.processes.process_backend import ProcessBackend
 from rankd.engine.processes.process_executor import ProcessExecutor
 from rankd.engine.warming import Shapes
-from rankd.errors import ArtifactError, EngineFailure
+from rankd.errors import ArtifactError, ConfigError, EngineFailure
 from rankd.schedule.schedule_config import ScheduleConfig
 from rankd.states.state_config import StateConfig
 from rankd.types import Event, Scores
@@ -190,3 +190,10 @@ def test_no_states_are_kept_and_still_everything_is_right(demo_models: Path, dem
 def _children() -> list[int]:
     task = Path(f"/proc/{os.getpid()}/task")
     return [int(pid) for thread in task.iterdir() for pid in (thread / "children").read_text().split()]
+
+
+def test_a_ranker_that_cannot_be_made_leaves_no_process(demo_models: Path) -> None:
+    before = set(_children())
+    with pytest.raises(ConfigError, match="states"):
+        Ranker.load(demo_models / "demo", APART, states=StateConfig(spill="/dev/null/nowhere"))
+    assert set(_children()) <= before

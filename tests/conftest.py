@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import rankd.demo
 from rankd import Ranker
+
+settings.register_profile("rankd", deadline=None)  # how long an example takes says something of the machine alone
+settings.load_profile("rankd")
 
 BEGUN_FIRST = (
     "tests/deploy/test_deploy_on_ray.py",  # minutes, with deadlines: beside it run tests that keep one core and no time

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -72,9 +72,11 @@ class Ranker:
         self.artifact, self.catalogue, self.features, self.backend = artifact, catalogue, features, backend
         self.manifest, self.schema, self.states = artifact.manifest, artifact.schema, states
         self._embedded = EmbeddedInputs(artifact.schema, tables) if tables is not None else None
-        self.path = RequestPath(artifact.manifest, catalogue, features, states, self._begin, self._embedded)
+        self.path = RequestPath(
+            artifact.manifest, catalogue, features, states, self._begin, self._embedded, backend.host_memory
+        )
         self._executors = [backend.executor() for _ in range(backend.num_executors)]
-        self._shapes = Shapes(self.manifest, backend.state_type)
+        self._shapes = Shapes(self.manifest, backend.state_type, backend.host_memory)
         self._own_service: FeatureService | None = None
         self._config = schedule or ScheduleConfig()
         self._asking = ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="rankd-asking")
@@ -113,25 +115,26 @@ class Ranker:
             catalogue = with_histories(catalogue, artifact.schema, Path(histories)) if histories else catalogue
             catalogue = with_items(catalogue, artifact.schema, Path(items)) if items else catalogue
         keep = states or StateConfig()
-        backend = load_backend(artifact, engine or EngineConfig(), engine_state_type(keep))
-        service = features or FeatureService(FeatureConfig())
-        version = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))
-        source = open_tables(artifact.path, artifact.schema.embedded_widths, tables or TableConfig())
-        try:
+        with ExitStack() as on_failure:
+            backend = load_backend(artifact, engine or EngineConfig(), engine_state_type(keep))
+            on_failure.callback(backend.close)
+            service = features or FeatureService(FeatureConfig())
+            version = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))
+            source = open_tables(artifact.path, artifact.schema.embedded_widths, tables or TableConfig())
+            if source is not None:
+                on_failure.callback(source.close)
             ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule, source)
             ranker._own_service = None if features is not None else service
             ranker.start()
-        except BaseException:
-            if source is not None:
-                source.close()
-            raise
+            on_failure.pop_all()
         return ranker
 
     def start(self) -> None:
         """Warm every shape on every executor, measure what they take, then accept requests."""
         shapes, buckets, first = self._shapes, self.schema.candidate_buckets, self._executors[0]
         packing = measure(lambda bucket, users: score_ms(first, shapes, bucket, users), buckets)
-        warmed = Warmed(packing.call_ms, encode_ms(first, shapes))
+        rooms = shapes.rooms if self.manifest.split else ()
+        warmed = Warmed(packing.call_ms, {room: encode_ms(first, shapes, room) for room in rooms})
         assembly.warm(self.schema, self.features.items)
         self.use_packing(packing)
         for executor in self._executors:
@@ -175,6 +178,7 @@ class Ranker:
         """Finish the accepted requests, end the threads, put the states away."""
         if self._schedule is not None:
             self._schedule.close()
+        self.backend.close()
         self._asking.shutdown()
         self.states.close()
         self.features.close()
@@ -209,7 +213,8 @@ class Ranker:
         logits: Float32Array = np.empty((len(request.candidates), len(self.schema.tasks)), np.float32)
         item = RankItem(request, clock, logits, deadline, self._ready_by(request, deadline), trace=trace)
         resident = not self.manifest.split or self.states.has(request.user_id)
-        asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority))
+        tokens = None if request.history is None else len(request.history)
+        asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority), tokens)
         if features.local and not self.path.asks_early:
             return schedule.submit(item, asked)
         schedule.check_room(asked)  # before anything is asked of the store or of shards

@@ -39,7 +39,7 @@ from rankd.observe.tracing import Attribute, OpenSpan, RequestTrace, SpanNote, o
 from rankd.schedule.packing import Packing
 from rankd.schedule.served import Part, When
 from rankd.states.lending import HeldState, NoStates, StateBusy, States
-from rankd.types import Array, Float32Array, RankRequest, Scores, UserHistory
+from rankd.types import Allocate, Array, Float32Array, RankRequest, Scores, UserHistory
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +73,8 @@ class RankItem:
 class RequestPath:
     """What executors do with the requests of one model version; `schedule.served.Served` says what is called when.
 
-    `begin` asks for the features of a request, if that was not done when it came.
+    `begin` asks for the features of a request, if that was not done when it came. `memory` makes the memory that
+    executors read (`Backend.host_memory`).
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class RequestPath:
         states: States,
         begin: Callable[[RankItem], Fetch],
         embedded: EmbeddedInputs | None = None,
+        memory: Allocate | None = None,
     ) -> None:
         self.manifest, self.schema, self.catalogue = manifest, manifest.schema, catalogue
         self.features, self.states, self._begin, self._embedded = features, states, begin, embedded
-        self.packing = Packing()
+        self.packing, self._memory = Packing(), memory
         self._staging = WeakKeyDictionary[Executor, InputBuffers]()  # of executors that are in use
         self._weights = np.asarray([task.rank_weight for task in self.schema.tasks], np.float32)
 
@@ -106,7 +108,7 @@ class RequestPath:
     def make_room(self, executor: Executor) -> None:
         """Input buffers for one more executor."""
         most = {bucket: self.packing.most(bucket) for bucket in self.schema.candidate_buckets}
-        self._staging[executor] = InputBuffers(self.schema, most)
+        self._staging[executor] = InputBuffers(self.schema, most, self._memory)
 
     def prepare(self, item: RankItem, executor: Executor, alone: bool) -> When | None:
         """Find a request's history, state, rows and user features; a When if one of them is not there yet.
@@ -218,6 +220,10 @@ class RequestPath:
     def abandon(self, item: RankItem, executor: Executor) -> None:
         """The executor that prepares a request hangs: nobody waits for the state that it was making."""
         self.states.abandon(item.request.user_id, executor)
+
+    def let_go(self, executor: Executor) -> None:
+        """A lost executor is not used any more; a call that it hangs in ends, if it can be ended."""
+        executor.close()
 
     def drop(self, item: RankItem) -> None:
         """Give the state back, and have nobody look up for it any more."""

@@ -14,7 +14,7 @@ Dimension letters, the same everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,9 @@ Array = npt.NDArray[Any]
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Allocate = Callable[[int], Bytes]
+"""Makes memory: so many bytes of zeros, (n,) uint8, which begin at a multiple of 64."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,6 @@ def rules_of(
     most_rows: int = 1024,
 ) -> Rules:
     """Rules over three buckets; users share calls of the smallest one."""
-    costs = CostModel(Warmed(CALL_MS, encode_ms=5.0))
+    costs = CostModel(Warmed(CALL_MS, encode_ms={64: 5.0}))
     cutter = Cutter(BUCKETS, costs.score, most_rows)
     return Rules(cutter, costs, most_users, num_executors, largest, stretch, fairness_ms, batch_ms)

@@ -6,7 +6,7 @@ import pytest
 
 from rankd.schedule.costs import FARTHEST, STEP, CostModel, Warmed
 
-WARMED = Warmed({(16, 1): 1.0, (16, 2): 1.5, (64, 1): 4.0}, encode_ms=10.0)
+WARMED = Warmed({(16, 1): 1.0, (16, 2): 1.5, (64, 1): 4.0}, encode_ms={8: 2.0, 64: 10.0})
 
 
 def test_predictions_are_those_of_warm_up_at_first() -> None:
@@ -38,8 +38,8 @@ def test_one_wild_call_moves_little() -> None:
 def test_preparations_of_both_kinds_are_kept_apart() -> None:
     costs = CostModel(WARMED)
     for _ in range(100):
-        costs.saw_prepare(True, 0.5)
-        costs.saw_prepare(False, 30.0)
+        costs.saw_prepare(True, None, 0.5)
+        costs.saw_prepare(False, None, 30.0)
     assert costs.prepare(True) == pytest.approx(0.5, rel=0.05)
     assert costs.prepare(False) == pytest.approx(30.0, rel=0.05)
     assert costs.errors().prepare < 0.05
@@ -49,10 +49,25 @@ def test_who_is_sent_away_makes_predictions_doubtful() -> None:
     costs = CostModel(WARMED)
     for _ in range(200):
         costs.saw_score(64, 1, 64, 0.1, 40.0)
-        costs.saw_prepare(False, 90.0)
+        costs.saw_prepare(False, None, 90.0)
+        costs.saw_prepare(False, 8, 90.0)
     for _ in range(200):
         costs.doubt()
     assert costs.score(64) == pytest.approx(4.0, rel=0.01)
     assert costs.prepare(False) == pytest.approx(10.2, rel=0.01)
+    assert costs.prepare(False, 8) == pytest.approx(2.2, rel=0.01)
     costs.doubt()
     assert costs.score(64) <= 4.0 * 1.01
+
+
+def test_a_history_that_comes_along_costs_what_its_length_does() -> None:
+    costs = CostModel(WARMED)
+    assert [costs.prepare(False, tokens) for tokens in (0, 8, 9, 64, 9000)] == pytest.approx(
+        [2.2, 2.2, 10.2, 10.2, 10.2]
+    )
+    for _ in range(100):
+        costs.saw_prepare(False, 5, 4.0)
+    assert costs.prepare(False, 3) == pytest.approx(4.0, rel=0.05)
+    assert costs.prepare(False, 20) == pytest.approx(10.2)  # another bucket
+    assert costs.prepare(True, 3) < 1.0
+    assert CostModel(Warmed({(16, 1): 1.0})).prepare(False, 3) < 1.0  # a model without a state

@@ -66,9 +66,11 @@ def test_pieces_are_even_and_about_a_quantum() -> None:
     assert cutter.pieces(250, cutter.even(250, 128)) == (128, 128)
 
 
+MANY = cutter_of({size: float(size) for size in range(4, 260, 4)}, 1000)
+
+
 @given(st.integers(1, 900), st.sampled_from([16, 64, 128, 256]))
 def test_even_pieces_are_at_most_half_more_than_a_quantum(rows: int, quantum: int) -> None:
-    cutter = cutter_of({size: float(size) for size in range(4, 260, 4)}, 1000)
-    largest = cutter.even(rows, quantum)
+    largest = MANY.even(rows, quantum)
     assert largest <= min(1.5 * quantum + 4, 256)
     assert largest >= min(rows, quantum) / 2

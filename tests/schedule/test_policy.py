@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankd.schedule.policy import Call, Priority, Rules, decide, hopeless, place
+from rankd.schedule.policy import Call, Priority, Rules, decide, place
 from rankd.schedule.waiting import NEVER, Waiting
 from tests.schedule.made_up import rules_of
 
@@ -105,8 +105,10 @@ def test_what_cannot_be_in_time_is_found() -> None:
     rules, waiting = rules_of(), Waiting()
     put(waiting, rules, 10, latest=1.0)
     late = put(waiting, rules, 10, latest=0.4)
-    put(waiting, rules, 10, latest=0.4, turn=False)  # it is being worked on
-    assert hopeless(waiting, 0.5) == [late]
+    worked_on = put(waiting, rules, 10, latest=0.4, turn=False)
+    waiting.deadline[[late, worked_on]] = 0.9
+    assert waiting.passed(0.5) == [late]
+    assert waiting.passed(0.9) == [late, worked_on]
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e3), st.sampled_from(Priority), st.floats(0, 2e4))

@@ -47,10 +47,11 @@ class Item:
 
 
 class Work:
-    """Serves items; `calls` are (executor, parts of (start, first, count))."""
+    """Serves items; `calls` are (executor, parts of (start, first, count)), `gone` are lost executors."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, list[tuple[int, int, int]]]] = []
+        self.gone: list[int] = []
 
     def prepare(self, item: Item, executor: int, alone: bool) -> When | None:
         item.prepared += 1
@@ -76,6 +77,9 @@ class Work:
 
     def abandon(self, item: Item, executor: int) -> None:
         item.abandoned += 1
+
+    def let_go(self, executor: int) -> None:
+        self.gone.append(executor)
 
     def drop(self, item: Item) -> None:
         item.dropped += 1
@@ -145,6 +149,7 @@ def test_an_executor_that_fails_is_replaced_and_its_work_run_again() -> None:
         other = Item(9, 20)
         assert right(other, schedule.submit(other, asked(other)))
     assert {executor for executor, _ in work.calls} == {0, 100}
+    assert work.gone == [0]
     counts = schedule.figures().counts
     assert (counts.lost_executors, counts.run_again, counts.finished) == (1, 1, 2)
     assert item.dropped == 1

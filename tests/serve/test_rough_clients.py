@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,11 @@ class Running:
 
 
 @contextmanager
-def rankd_serve(models: Path, folder: Path, drain_seconds: float = DRAIN_S) -> Iterator[Running]:
+def rankd_serve(
+    models: Path, folder: Path, drain_seconds: float = DRAIN_S, engine: Sequence[str] = ("--executors", "1")
+) -> Iterator[Running]:
     """`rankd serve` on free ports, once it is ready."""
-    arguments = ("serve", str(models), "--executors", "1", "--port", "0", "--store", "memory:")
+    arguments = ("serve", str(models), *engine, "--port", "0", "--store", "memory:")
     environment = {**os.environ, "RANKD_DRAIN_SECONDS": str(drain_seconds)}
     log, accepted = folder / "log", folder / "accepted"
     with log.open("wb") as err, accepted.open("wb") as out:

@@ -64,6 +64,9 @@ class PlainExecutor:
         """Not asked for here: `score_of` reads a state."""
         raise AssertionError
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def _maybe_fail(self) -> None:
         if self.fail is not None:
             error, self.fail = self.fail, None

@@ -31,6 +31,11 @@ PRECISIONS = click.Choice(["auto", "fp32", "bf16"])
 @click.option("--precision", type=PRECISIONS, help="Over what the artifacts were built for.")
 @click.option("--executors", type=click.IntRange(0), help="Requests computed at once; one for each core by default.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one request; 1 by default.")
+@click.option(
+    "--isolation",
+    type=click.Choice(["threads", "processes"]),
+    help="Executors on threads (default), or each in a process, so that one that crashes takes no other with it.",
+)
 @click.option("--states-mib", type=click.IntRange(0), help="Memory for user states, a model; 1024 by default.")
 @click.option("--states-spill", type=click.Path(), help="A folder for states that leave memory; survives a restart.")
 @click.option(
@@ -51,7 +56,7 @@ def serve(models: Path, config: Path | None, names: tuple[str, ...], **flags: An
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    engine = {f"engine.{key}": flags.pop(key) for key in ("target", "precision", "executors", "threads")}
+    engine = {f"engine.{key}": flags.pop(key) for key in ("target", "precision", "executors", "threads", "isolation")}
     states = {"states.budget_mib": flags.pop("states_mib"), "states.spill": flags.pop("states_spill")}
     features = {"features.store.url": flags.pop("store"), "features.outbox": flags.pop("outbox")}
     given = {**flags, **engine, **states, **features, "models": list(names) or None}

@@ -109,7 +109,9 @@ def measure_ms(subject: Subject, catalogue: Catalogue, request: ReferenceRequest
         config = EngineConfig(target=request.target, precision=request.precision, executors=1)
         backend = load_backend(Artifact(folder, manifest), config)
         executor, shapes = backend.executor(), Shapes(manifest, backend.state_type)
-        return stick.encodes * encode_ms(executor, shapes) + score_ms(executor, shapes, stick.candidates, 1)
+        return stick.encodes * encode_ms(executor, shapes, shapes.rooms[-1]) + score_ms(
+            executor, shapes, stick.candidates, 1
+        )
 
 
 def probes(subject: Subject) -> Iterator[Subject]:

@@ -17,7 +17,7 @@ from msgspec import Meta
 from rankd.engine import thread_plan
 from rankd.engine.thread_plan import ThreadPlan, unpinned
 from rankd.engine.topology import read_topology
-from rankd.types import Array, Float32Array, UserState
+from rankd.types import Allocate, Array, Float32Array, UserState
 
 log = logging.getLogger("rankd")
 
@@ -44,6 +44,14 @@ class Pinning(Enum):
     OFF = "off"
 
 
+class Isolation(Enum):
+    """Where executors are: on threads of this process, or each in a process of its own, so that an engine that crashes
+    or hangs takes one call with it and nothing else (`processes/`)."""
+
+    THREADS = "threads"
+    PROCESSES = "processes"
+
+
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is computed. 0 executors: one for each physical core that this process may use and has the time for
     (`thread_plan.default_executors`); threads are those of one call. OpenVINO packs weights for each executor by itself
@@ -58,6 +66,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     executors: int = 0
     threads: int = 1
     pinning: Pinning = Pinning.AUTO
+    isolation: Isolation = Isolation.THREADS
     weight_copies_mib: Annotated[int, Meta(ge=0)] = 1024
     static_shapes: bool = False
 
@@ -74,6 +83,15 @@ def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:
         chosen = chosen.by_node()
     log.info("%s", chosen.describe())
     return chosen
+
+
+class InThisProcess:
+    """What backends and executors have in common that compute in this process."""
+
+    host_memory: Allocate | None = None
+
+    def close(self) -> None:
+        """Memory goes with the last reference; a call that is under way cannot be ended."""
 
 
 class Executor(Protocol):
@@ -98,15 +116,22 @@ class Executor(Protocol):
         """Logits (B, C, K) of all candidate rows, padding included; a copy. One state for each of the B users."""
         ...
 
+    def close(self) -> None:
+        """It is not used any more, from whichever thread that is said. A call that is under way, since it hangs, ends
+        with EngineFailure if it can be ended."""
+        ...
+
 
 class Backend(Protocol):
-    """An artifact compiled for a target."""
+    """An artifact compiled for a target. `host_memory` makes memory that its executors read and write in place; None:
+    they do so with any."""
 
     target: str
     precision: Precision
     state_type: StateType
     plan: ThreadPlan
     num_executors: int
+    host_memory: Allocate | None
 
     def executor(self) -> Executor:
         """A new executor; at most `num_executors` are in use at once. The first one made is the plan's first, and so on
@@ -116,4 +141,8 @@ class Backend(Protocol):
 
     def memory_bytes(self) -> int:
         """Bytes of weights that the compiled graphs hold."""
+        ...
+
+    def close(self) -> None:
+        """Nothing of it is used any more."""
         ...

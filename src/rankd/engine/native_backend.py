@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from rankd.artifact import Artifact
-from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
+from rankd.engine.backend import EngineConfig, InThisProcess, Precision, StateType, plan_threads
 from rankd.engine.native import support
 from rankd.errors import ArtifactError, ConfigError
 from rankd.types import Array, Float32Array, UserState
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TARGET = "native"
 
 
-class NativeBackend:
+class NativeBackend(InThisProcess):
     """Packed weights of one Climber."""
 
     target, precision, state_type = TARGET, Precision.BF16, StateType.BF16
@@ -65,7 +65,7 @@ class NativeBackend:
         return self._model.memory_bytes()
 
 
-class NativeExecutor:
+class NativeExecutor(InThisProcess):
     """One NativeClimber with memory of its own."""
 
     def __init__(self, model: NativeClimber) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
+from rankd.engine.backend import EngineConfig, InThisProcess, Precision, StateType, plan_threads
 from rankd.engine.state_arrays import SideBySide, written
 from rankd.errors import ArtifactError, EngineFailure
 from rankd.types import Array, Float32Array, UserState
@@ -23,7 +23,7 @@ from rankd.types import Array, Float32Array, UserState
 TARGET = "onnxruntime"
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(InThisProcess):
     """One session a graph; sessions may be run by several threads at once."""
 
     target, precision, state_type = TARGET, Precision.FP32, StateType.FP32
@@ -68,7 +68,7 @@ class OnnxRuntimeBackend:
         return self._size_bytes
 
 
-class OnnxRuntimeExecutor:
+class OnnxRuntimeExecutor(InThisProcess):
     """Runs sessions with named arrays."""
 
     def __init__(self, sessions: Mapping[str, Any], manifest: Manifest) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
+from rankd.engine.backend import EngineConfig, InThisProcess, Precision, StateType, plan_threads
 from rankd.engine.openvino_graphs import (
     MIB,
     CompiledGraph,
@@ -45,7 +45,7 @@ from rankd.types import Array, Float32Array, UserState
 TARGET = "openvino"
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(InThisProcess):
     """Compiled graphs of one artifact. `encoder` is None for a model that has no state of its own."""
 
     target = TARGET
@@ -112,7 +112,7 @@ class OpenVinoBackend:
         return self._size_bytes
 
 
-class OpenVinoExecutor:
+class OpenVinoExecutor(InThisProcess):
     """Inference requests of its own for each graph."""
 
     def __init__(self, graphs: Mapping[str, ShapedGraph], manifest: Manifest, state_type: StateType) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.engine.backend import EngineConfig, Precision, StateType, plan_threads
+from rankd.engine.backend import EngineConfig, InThisProcess, Precision, StateType, plan_threads
 from rankd.engine.state_arrays import SideBySide, written
 from rankd.errors import EngineFailure
 from rankd.types import Array, Float32Array, UserState
@@ -22,7 +22,7 @@ from rankd.types import Array, Float32Array, UserState
 TARGET = "reference"
 
 
-class ReferenceBackend:
+class ReferenceBackend(InThisProcess):
     """A torch module; its executors share the weights."""
 
     target, precision, state_type = TARGET, Precision.FP32, StateType.FP32
@@ -60,7 +60,7 @@ class ReferenceBackend:
         return sum(p.numel() * p.element_size() for p in self._model.state_dict().values())
 
 
-class ReferenceExecutor:
+class ReferenceExecutor(InThisProcess):
     """Calls the module with arrays in place of tensors."""
 
     def __init__(self, model: Any, manifest: Manifest) -> None:

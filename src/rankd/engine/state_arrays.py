@@ -8,12 +8,13 @@ goes to place 3, and the lengths become 4 and 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import numpy as np
 
 from rankd.engine.backend import StateType
 from rankd.features.schema import TensorSpec
-from rankd.types import Array, UserState
+from rankd.types import Allocate, Array, UserState
 
 APPEND_BUCKETS = (8, 32)
 """A: how many new events a block one call of `extend` takes, padded; more than the last are encoded anew."""
@@ -34,9 +35,23 @@ def shape_of(spec: TensorSpec, tokens: int, users: int = 1) -> tuple[int, ...]:
     return tuple({"B": users, "T": tokens}[d] if isinstance(d, str) else d for d in spec.shape)
 
 
-def empty_state(specs: Sequence[TensorSpec], tokens: int, state_type: StateType, users: int = 1) -> dict[str, Array]:
-    """State arrays of B users with room for `tokens` tokens a block, of zeros: what is never written is finite."""
-    return {spec.name: np.zeros(shape_of(spec, tokens, users), dtype_of(spec, state_type)) for spec in specs}
+def empty_state(
+    specs: Sequence[TensorSpec],
+    tokens: int,
+    state_type: StateType,
+    users: int = 1,
+    memory: Allocate | None = None,
+) -> dict[str, Array]:
+    """State arrays of B users with room for `tokens` tokens a block, of zeros: what is never written is finite.
+    `memory` makes their memory, where it has to be of a kind."""
+    return {spec.name: zeros(shape_of(spec, tokens, users), dtype_of(spec, state_type), memory) for spec in specs}
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype[np.generic], memory: Allocate | None = None) -> Array:
+    """An array of zeros, in memory that `memory` makes if that is given."""
+    if memory is None:
+        return np.zeros(shape, dtype)
+    return memory(dtype.itemsize * prod(shape)).view(dtype).reshape(shape)
 
 
 def written(made: Mapping[str, Array], into: Mapping[str, Array] | None) -> Mapping[str, Array]:

@@ -6,8 +6,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from rankd.artifact import Artifact
-from rankd.engine.backend import Backend, EngineConfig, Precision, StateType
+from rankd.engine.backend import Backend, EngineConfig, Isolation, Precision, StateType
 from rankd.engine.machine_choice import fastest_target
 from rankd.engine.native import support as native
 from rankd.errors import ArtifactError, ConfigError, nearest
@@ -78,6 +80,11 @@ def load_backend(artifact: Artifact, config: EngineConfig, state_type: StateType
         raise ArtifactError(
             f"{path} was checked for the precisions {', '.join(record.parity)} on {target}, not for {precision.value}"
         )
+    if config.isolation is Isolation.PROCESSES:
+        from rankd.engine.processes.process_backend import ProcessBackend
+
+        chosen = msgspec.structs.replace(config, target=target, precision=precision)
+        return ProcessBackend(artifact, chosen, state_type)
     narrow = precision is Precision.BF16 if state_type is None else state_type is StateType.BF16
     module, name = TARGETS[target]
     kind = getattr(importlib.import_module(module), name)

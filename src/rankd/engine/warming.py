@@ -12,32 +12,40 @@ import numpy as np
 
 from rankd.artifact import Manifest
 from rankd.engine.backend import Executor, StateType
-from rankd.engine.state_arrays import APPEND_BUCKETS, empty_state
+from rankd.engine.state_arrays import APPEND_BUCKETS, empty_state, zeros
 from rankd.features.schema import TensorSpec
-from rankd.types import Array, UserState
+from rankd.types import Allocate, Array, UserState
 
 TRIALS = 3
 
 
 class Shapes:
-    """Arrays of zeros in the shapes of a model version."""
+    """Arrays of zeros in the shapes of a model version, in the memory that requests have (`Backend.host_memory`)."""
 
-    def __init__(self, manifest: Manifest, state_type: StateType) -> None:
-        self.manifest, self._state_type = manifest, state_type
+    def __init__(self, manifest: Manifest, state_type: StateType, memory: Allocate | None = None) -> None:
+        self.manifest, self._state_type, self._memory = manifest, state_type, memory
         self.rooms, self.candidate_buckets = manifest.schema.history_buckets, manifest.schema.candidate_buckets
 
     def history(self, tokens: int) -> dict[str, Array]:
         """Inputs of `encode`, or of `extend` with A in place of T."""
-        return _zeros(self.manifest.history_inputs, {"B": 1, "T": tokens})
+        return self._zeros(self.manifest.history_inputs, {"B": 1, "T": tokens})
 
     def candidates(self, bucket: int, users: int) -> dict[str, Array]:
         """Inputs of `score` beside the states."""
-        return _zeros(self.manifest.candidate_inputs, {"B": users, "C": bucket})
+        return self._zeros(self.manifest.candidate_inputs, {"B": users, "C": bucket})
 
     def state(self, room: int) -> UserState:
         """The state of nobody."""
         lengths = (0,) * self.manifest.schema.num_sub_sequences
-        return UserState(empty_state(self.manifest.state, room, self._state_type), lengths)
+        return UserState(empty_state(self.manifest.state, room, self._state_type, memory=self._memory), lengths)
+
+    def full(self, room: int) -> UserState:
+        """One without a free place, not yet computed."""
+        return UserState(self.state(room).arrays, (room,) * self.manifest.schema.num_sub_sequences)
+
+    def _zeros(self, specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Array]:
+        shapes = {s: tuple(sizes[d] if isinstance(d, str) else d for d in s.shape) for s in specs}
+        return {s.name: zeros(shape, np.dtype(s.dtype), self._memory) for s, shape in shapes.items()}
 
 
 def warm(executor: Executor, shapes: Shapes, users_of: Mapping[int, Sequence[int]]) -> None:
@@ -45,7 +53,7 @@ def warm(executor: Executor, shapes: Shapes, users_of: Mapping[int, Sequence[int
     for room in shapes.rooms:
         state = shapes.state(room)
         if shapes.manifest.split:
-            executor.encode(shapes.history(room))
+            executor.encode(shapes.history(room), state.arrays)
         for new in APPEND_BUCKETS if shapes.manifest.extends else ():
             executor.extend(state, shapes.history(new))
         for bucket in shapes.candidate_buckets:
@@ -65,24 +73,22 @@ def score_ms(executor: Executor, shapes: Shapes, bucket: int, users: int) -> flo
     return best_ms(lambda: executor.score(states, candidates), lambda: executor.score(nobody, few))
 
 
-def encode_ms(executor: Executor, shapes: Shapes) -> float:
-    """Milliseconds of encoding a history that fills the largest room, the best of a few; 0 for a model without
-    state."""
+def encode_ms(executor: Executor, shapes: Shapes, room: int) -> float:
+    """Milliseconds of encoding a history that fills a room, the best of a few; 0 for a model without state."""
     if not shapes.manifest.split:
         return 0.0
-    whole = _full_history(shapes, shapes.rooms[-1])
-    return best_ms(lambda: executor.encode(whole))
+    whole, into = _full_history(shapes, room), shapes.state(room).arrays
+    return best_ms(lambda: executor.encode(whole, into))
 
 
 def most_new_tokens(executor: Executor, shapes: Shapes) -> dict[int, int]:
     """For each room, how many new tokens a block are cheaper to append than the whole is to encode; 0: none."""
     most = dict.fromkeys(shapes.rooms, 0)
     for room in shapes.rooms if shapes.manifest.extends else ():
-        state, whole = _full(executor, shapes, room), _full_history(shapes, room)
-        encode_ms = best_ms(lambda whole=whole: executor.encode(whole))  # type: ignore[misc]
+        state, whole_ms = _full(executor, shapes, room), encode_ms(executor, shapes, room)
         for new in APPEND_BUCKETS:
             some = _full_history(shapes, new)
-            if best_ms(lambda some=some, state=state: executor.extend(state, some)) < encode_ms:  # type: ignore[misc]
+            if best_ms(lambda some=some, state=state: executor.extend(state, some)) < whole_ms:  # type: ignore[misc]
                 most[room] = new
     return most
 
@@ -101,15 +107,15 @@ def best_ms(call: Callable[[], object], before: Callable[[], object] = lambda: N
 
 def _full(executor: Executor, shapes: Shapes, room: int) -> UserState:
     """A state without a free place, so that nothing is left out for want of tokens."""
-    lengths = (room,) * shapes.manifest.schema.num_sub_sequences
-    return UserState(executor.encode(_full_history(shapes, room)), lengths)
+    if not shapes.manifest.split:
+        lengths = (room,) * shapes.manifest.schema.num_sub_sequences
+        return UserState(executor.encode(_full_history(shapes, room)), lengths)
+    full = shapes.full(room)
+    executor.encode(_full_history(shapes, room), full.arrays)
+    return full
 
 
 def _full_history(shapes: Shapes, tokens: int) -> dict[str, Array]:
     history = shapes.history(tokens)
     history["history_length"][...] = tokens
     return history
-
-
-def _zeros(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Array]:
-    return {s.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape], s.dtype) for s in specs}

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-import numpy.typing as npt
 
 from rankd.features.schema import FeatureSchema, TensorSpec, candidate_specs, history_specs
-from rankd.types import Array
+from rankd.types import Allocate, Array, Bytes
 
 ALIGNMENT = 64
 """Bytes of a cache line, and of the widest vector of a CPU."""
@@ -33,16 +32,18 @@ ALIGNMENT = 64
 class Block:
     """Arrays in one piece of memory: `memory` (bytes,) uint8 begins with the first and ends with the last of them."""
 
-    memory: npt.NDArray[np.uint8]
+    memory: Bytes
     arrays: Mapping[str, Array]
 
 
 class CandidateBuffers:
     """The inputs of `score` beside the states (see `candidate_specs`), for up to B users of one candidate bucket."""
 
-    def __init__(self, specs: Sequence[TensorSpec], most_users: int, bucket: int) -> None:
+    def __init__(
+        self, specs: Sequence[TensorSpec], most_users: int, bucket: int, memory: Allocate | None = None
+    ) -> None:
         self.most_users = most_users
-        self.block = allocate(specs, {"B": most_users, "C": bucket})
+        self.block = allocate(specs, {"B": most_users, "C": bucket}, memory)
         self._rows = [self.call(user, 1) for user in range(most_users)]
 
     def row(self, user: int) -> Mapping[str, Array]:
@@ -57,16 +58,18 @@ class CandidateBuffers:
 class InputBuffers:
     """All inputs of one executor: a block for each candidate bucket, and one for each history bucket (B = 1).
 
-    `most_users` says for how many users a call of each candidate bucket is; 1 where it says nothing.
+    `most_users` says for how many users a call of each candidate bucket is; 1 where it says nothing. `memory` makes the
+    memory of the blocks, where it has to be of a kind.
     """
 
-    def __init__(self, schema: FeatureSchema, most_users: Mapping[int, int]) -> None:
+    def __init__(self, schema: FeatureSchema, most_users: Mapping[int, int], memory: Allocate | None = None) -> None:
         specs = candidate_specs(schema)
         self._candidates = {
-            bucket: CandidateBuffers(specs, most_users.get(bucket, 1), bucket) for bucket in schema.candidate_buckets
+            bucket: CandidateBuffers(specs, most_users.get(bucket, 1), bucket, memory)
+            for bucket in schema.candidate_buckets
         }
         self._histories = {
-            tokens: allocate(history_specs(schema), {"B": 1, "T": tokens}) for tokens in schema.history_buckets
+            tokens: allocate(history_specs(schema), {"B": 1, "T": tokens}, memory) for tokens in schema.history_buckets
         }
 
     def candidates(self, bucket: int) -> CandidateBuffers:
@@ -78,18 +81,22 @@ class InputBuffers:
         return self._histories[tokens]
 
 
-def allocate(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> Block:
+def allocate(specs: Sequence[TensorSpec], sizes: Mapping[str, int], memory: Allocate | None = None) -> Block:
     """Zeroed arrays of the given specs, one after the other, each aligned; `sizes` gives the dimensions that differ."""
     shapes = [tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape) for spec in specs]
     starts, end = [], 0
     for spec, shape in zip(specs, shapes, strict=True):
         starts.append(-(-end // ALIGNMENT) * ALIGNMENT)
         end = starts[-1] + np.dtype(spec.dtype).itemsize * prod(shape)
-    raw = np.zeros(end + ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % ALIGNMENT
-    memory = raw[offset : offset + end]
+    whole = (memory or _aligned_zeros)(end)
     arrays = {
-        spec.name: np.frombuffer(memory, spec.dtype, prod(shape), start).reshape(shape)
+        spec.name: np.frombuffer(whole, spec.dtype, prod(shape), start).reshape(shape)
         for spec, shape, start in zip(specs, shapes, starts, strict=True)
     }
-    return Block(memory, arrays)
+    return Block(whole, arrays)
+
+
+def _aligned_zeros(num_bytes: int) -> Bytes:
+    raw = np.zeros(num_bytes + ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT
+    return raw[offset : offset + num_bytes]

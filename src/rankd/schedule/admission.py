@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankd.errors import DeadlineExceeded, Overloaded
-from rankd.schedule.waiting import Waiting
+from rankd.schedule.waiting import Backlog, Waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +49,29 @@ def check(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish) -> N
             f"this request takes {wish.alone_ms:.1f} ms even if it is alone, and its time is over in {left_ms:.1f} ms: "
             "allow more time, or ask for fewer candidates"
         )
-    if waiting.count:
-        _check_limits(waiting, limits, num_executors, wish)
-        _check_deadlines(waiting, limits, num_executors, wish, left_ms)
+    if not waiting.count:
+        return
+    factor = (1 + limits.margin) / num_executors
+    backlog = waiting.backlog(wish.place, factor, wish.now)
+    _check_limits(backlog, waiting.count, limits, num_executors, wish)
+    _check_deadlines(backlog, waiting.count, limits.margin, factor, wish, left_ms)
 
 
-def _check_limits(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish) -> None:
-    queued_ms, rows = waiting.total_ms() / num_executors, waiting.total_rows()
+def _check_limits(backlog: Backlog, count: int, limits: Limits, num_executors: int, wish: Wish) -> None:
+    queued_ms, rows = backlog.work_ms / num_executors, backlog.rows
     if queued_ms <= limits.work_ms and rows + wish.rows <= limits.candidates:
         return
     share = min((rows + wish.rows - limits.candidates) / max(rows, 1), 1.0)
     after_s = max(queued_ms - limits.work_ms, share * queued_ms, wish.alone_ms) / 1e3
     raise Overloaded(
-        f"{waiting.count} requests with {rows} candidates, {queued_ms:.0f} ms of work, are waiting; allowed are "
+        f"{count} requests with {rows} candidates, {queued_ms:.0f} ms of work, are waiting; allowed are "
         f"{limits.candidates} candidates and {limits.work_ms:g} ms: try again in {after_s:.2f} s",
         retry_after_s=after_s,
     )
 
 
-def _check_deadlines(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish, left_ms: float) -> None:
-    count, factor = waiting.count, (1 + limits.margin) / num_executors
-    order = waiting.order
-    done_ms = waiting.left_ms.take(order).cumsum()
-    done_ms *= factor
-    ahead = int(waiting.places.searchsorted(wish.place, side="right"))
-    needed_ms = (float(done_ms[ahead - 1]) if ahead else 0.0) + wish.alone_ms * (1 + limits.margin)
+def _check_deadlines(backlog: Backlog, count: int, margin: float, factor: float, wish: Wish, left_ms: float) -> None:
+    needed_ms = backlog.ahead_ms + wish.alone_ms * (1 + margin)
     if needed_ms > left_ms:
         after_s = (needed_ms - left_ms) / 1e3
         raise Overloaded(
@@ -81,18 +79,10 @@ def _check_deadlines(waiting: Waiting, limits: Limits, num_executors: int, wish:
             f"try again in {after_s:.2f} s, or allow more time",
             retry_after_s=after_s,
         )
-    if ahead == count:
-        return
-    spare_ms = waiting.deadline.take(order[ahead:])
-    spare_ms -= wish.now
-    spare_ms *= 1e3
-    spare_ms -= done_ms[ahead:]
-    kept = spare_ms[spare_ms >= 0.0]  # who is late already is not helped by refusing others
     own_ms = wish.work_ms * factor
-    if kept.size and kept.min() < own_ms:
-        after_s = float(own_ms - kept.min()) / 1e3
+    if backlog.spare_ms < own_ms:  # who is late already is not helped by refusing others
+        after_s = (own_ms - backlog.spare_ms) / 1e3
         raise Overloaded(
-            f"{waiting.count} requests are waiting, and with this one some of them would be late: try again in "
-            f"{after_s:.2f} s",
+            f"{count} requests are waiting, and with this one some of them would be late: try again in {after_s:.2f} s",
             retry_after_s=after_s,
         )

@@ -4,14 +4,16 @@ In: times of the warmed shapes (`engine.warming`). Out: predictions for admissio
 
     score(bucket, users)   one call of the engine: a table, measured; each call moves its own entry and, a little,
                            the factor of all (another load on the machine makes everything slower at once)
-    prepare(resident)      a request's history, state and features: a mean for users whose state is in memory, and one
-                           for those whose history has to be encoded or extended
+    prepare(resident, T)   a request's history, state and features: a mean for users whose state is in memory; for those
+                           whose history has to be encoded or extended one for each history bucket, and one over all,
+                           for requests whose history is in a store, so that its length is not known when they come
     rows(count)            assembling candidates: so much for each
 """
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,11 +31,16 @@ ROW_MS = 0.001
 
 @dataclass(frozen=True, slots=True)
 class Warmed:
-    """What was measured at warm-up: `score` by (candidate bucket, users in the call), and `encode` of a full
-    history."""
+    """What was measured at warm-up: `score` by (candidate bucket, users in the call), and `encode` of a history that
+    fills a history bucket, by that (empty: there is no state)."""
 
     score_ms: Mapping[tuple[int, int], float]
-    encode_ms: float = 0.0
+    encode_ms: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def most_encode_ms(self) -> float:
+        """Of the longest history."""
+        return max(self.encode_ms.values(), default=0.0)
 
 
 @dataclass(slots=True)
@@ -41,7 +48,7 @@ class _Estimate:
     ms: float
 
     def saw(self, ms: float) -> None:
-        self.ms += STEP * (min(max(ms, self.ms / FARTHEST), self.ms * FARTHEST) - self.ms)
+        self.ms = moved(self.ms, ms)
 
 
 @dataclass(slots=True)
@@ -50,38 +57,40 @@ class _Errors:
     prepare: float = 0.0
 
 
-@dataclass(slots=True)
 class CostModel:
-    """Predictions in milliseconds. Thread-safe: readers may see an estimate from a moment ago."""
+    """Predictions in milliseconds. Thread-safe: readers may see an estimate from a moment ago.
 
-    warmed: Warmed
-    _score: dict[tuple[int, int], _Estimate] = field(init=False)
-    _resident: _Estimate = field(init=False)
-    _absent: _Estimate = field(init=False)
-    _row: _Estimate = field(init=False)
-    _slowdown: float = 1.0
-    _errors: _Errors = field(default_factory=_Errors)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    What a call takes is its own estimate times the slowdown of all, so that one observation moves both in no time that
+    depends on how many shapes there are.
+    """
 
-    def __post_init__(self) -> None:
-        self._score = {shape: _Estimate(max(ms, 1e-3)) for shape, ms in self.warmed.score_ms.items()}
+    def __init__(self, warmed: Warmed) -> None:
+        self.warmed = warmed
+        self._floor = {shape: max(ms, 1e-3) for shape, ms in warmed.score_ms.items()}
+        self._own = dict(self._floor)  # by (bucket, users), without the slowdown
         self._resident = _Estimate(PREPARED_MS)
-        self._absent = _Estimate(PREPARED_MS + self.warmed.encode_ms)
+        self._absent = _Estimate(PREPARED_MS + warmed.most_encode_ms)
+        self._rooms = sorted(warmed.encode_ms)
+        self._encoded = {room: _Estimate(PREPARED_MS + ms) for room, ms in warmed.encode_ms.items()}
         self._row = _Estimate(ROW_MS)
+        self._slowdown = 1.0
+        self._errors = _Errors()
+        self._lock = threading.Lock()
 
     def score(self, bucket: int, users: int = 1) -> float:
         """A call for `users` users of one candidate bucket; a shape that was not warmed costs as its users alone."""
-        known = self._score.get((bucket, users))
-        return known.ms if known is not None else users * self._score[bucket, 1].ms
+        known = self._own.get((bucket, users))
+        return self._slowdown * (known if known is not None else users * self._own[bucket, 1])
 
     def calls(self, buckets: Sequence[int]) -> float:
         """Calls for one user of each of these buckets."""
-        known = self._score
-        return sum([known[bucket, 1].ms for bucket in buckets])
+        own = self._own
+        return self._slowdown * sum([own[bucket, 1] for bucket in buckets])
 
-    def prepare(self, resident: bool) -> float:
-        """History, state and user features of a request; `resident`: a state of the user is in memory."""
-        return (self._resident if resident else self._absent).ms
+    def prepare(self, resident: bool, tokens: int | None = None) -> float:
+        """History, state and user features of a request; `resident`: a state of the user is in memory. `tokens`: the
+        events of its history, where that is known."""
+        return self._prepared(resident, tokens).ms
 
     def rows(self, count: int) -> float:
         """Assembling so many candidates."""
@@ -92,20 +101,17 @@ class CostModel:
         with self._lock:
             predicted = self.score(bucket, users)
             self._errors.score += STEP * (abs(score_ms - predicted) / max(score_ms, 1e-3) - self._errors.score)
-            shape = (bucket, users) if (bucket, users) in self._score else (bucket, 1)
-            entry, warmed = self._score[shape], max(self.warmed.score_ms[shape], 1e-3)
-            entry.saw(score_ms if shape[1] == users else score_ms / users)
-            before, self._slowdown = self._slowdown, self._slowdown + STEP * STEP * (entry.ms / warmed - self._slowdown)
-            for other, estimate in self._score.items():
-                if other != shape:
-                    estimate.ms *= self._slowdown / before
+            shape = (bucket, users) if (bucket, users) in self._own else (bucket, 1)
+            own_ms = moved(self.score(*shape), score_ms if shape[1] == users else score_ms / users)
+            self._slowdown += STEP * STEP * (own_ms / self._floor[shape] - self._slowdown)
+            self._own[shape] = own_ms / self._slowdown
             if rows:
                 self._row.saw(rows_ms / rows)
 
-    def saw_prepare(self, resident: bool, ms: float) -> None:
+    def saw_prepare(self, resident: bool, tokens: int | None, ms: float) -> None:
         """Book a preparation."""
         with self._lock:
-            estimate = self._resident if resident else self._absent
+            estimate = self._prepared(resident, tokens)
             self._errors.prepare += STEP * (abs(ms - estimate.ms) / max(ms, 1e-3) - self._errors.prepare)
             estimate.saw(ms)
 
@@ -113,14 +119,24 @@ class CostModel:
         """Somebody was sent away because of these predictions, so that nothing is learnt of it: they go back a step to
         what was measured at warm-up."""
         with self._lock:
-            for shape, estimate in self._score.items():
-                estimate.ms += STEP * min(self.warmed.score_ms[shape] - estimate.ms, 0.0)
-            for estimate, warmed in (
-                (self._resident, PREPARED_MS),
-                (self._absent, PREPARED_MS + self.warmed.encode_ms),
-            ):
-                estimate.ms += STEP * min(warmed - estimate.ms, 0.0)
+            for shape, warmed in self._floor.items():
+                self._own[shape] += STEP * min(warmed / self._slowdown - self._own[shape], 0.0)
+            encoded = [(self._encoded[room], ms) for room, ms in self.warmed.encode_ms.items()]
+            for estimate, ms in ((self._resident, 0.0), (self._absent, self.warmed.most_encode_ms), *encoded):
+                estimate.ms += STEP * min(PREPARED_MS + ms - estimate.ms, 0.0)
 
     def errors(self) -> CostErrors:
         """A snapshot."""
         return CostErrors(self._errors.score, self._errors.prepare, self._slowdown)
+
+    def _prepared(self, resident: bool, tokens: int | None) -> _Estimate:
+        if resident:
+            return self._resident
+        if tokens is None or not self._rooms:
+            return self._absent
+        return self._encoded[self._rooms[min(bisect_left(self._rooms, tokens), len(self._rooms) - 1)]]
+
+
+def moved(before_ms: float, seen_ms: float) -> float:
+    """An estimate after an observation."""
+    return before_ms + STEP * (min(max(seen_ms, before_ms / FARTHEST), before_ms * FARTHEST) - before_ms)

@@ -83,7 +83,7 @@ class Ledger(Generic[Item]):
             Overloaded, DeadlineExceeded: see `admission.check`.
         """
         rules = self.rules
-        prepare_ms = rules.costs.prepare(asked.resident)
+        prepare_ms = rules.costs.prepare(asked.resident, asked.tokens)
         work_ms, alone_ms = rules.work_ms(asked.rows, prepare_ms), rules.shortest_ms(asked.rows, prepare_ms)
         deadline = NEVER if asked.deadline is None else asked.deadline
         latest = deadline - alone_ms / 1e3
@@ -123,7 +123,7 @@ class Ledger(Generic[Item]):
         jobs = [self._jobs[slot] for slot in call.slots]
         unprepared = [job for job in jobs if not waiting.prepared[job.slot]]
         costs = self.rules.costs
-        predicted_ms = sum(costs.prepare(bool(waiting.resident[job.slot])) for job in unprepared)
+        predicted_ms = sum(costs.prepare(job.asked.resident, job.asked.tokens) for job in unprepared)
         predicted_ms += costs.score(call.bucket, len(jobs)) if call.bucket else 0.0
         parts = []
         for job in jobs:
@@ -188,10 +188,7 @@ class Ledger(Generic[Item]):
 
     def late(self, now: float) -> list[Job[Item]]:
         """Requests that are out of time, or can no longer be in time; they have ended."""
-        waiting = self.waiting
-        size = waiting.size
-        passed = (waiting.deadline[:size] <= now).nonzero()[0].tolist()
-        ended = [self._jobs[slot] for slot in {*passed, *policy.hopeless(waiting, now)}]
+        ended = [self._jobs[slot] for slot in self.waiting.passed(now)]
         for job in ended:
             self.end(job)
         return ended

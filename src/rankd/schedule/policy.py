@@ -84,13 +84,6 @@ def place(arrival: float, work_ms: float, priority: Priority, latest: float, rul
     return max(min(arrival + patience_ms / 1e3, latest), arrival)
 
 
-def hopeless(waiting: Waiting, now: float) -> list[int]:
-    """Those that cannot be in time any more, whatever is done, and that nobody works on."""
-    size = waiting.size
-    late = (waiting.latest[:size] < now) & (waiting.turn[:size] < NEVER)
-    return [int(slot) for slot in np.flatnonzero(late)]
-
-
 def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None:
     """The next call of one of `idle` executors; None if nothing can be run."""
     if not waiting.runnable:

@@ -5,7 +5,8 @@ is prepared, its candidates are scored in one call or several, on one executor o
 is cancelled or out of time leaves at once. `ledger.py` keeps the book, `policy.py` decides.
 
 An executor that raises what is no error of a request, or that takes much longer than it should, is lost: another one
-takes its place, and what it had is run once more. The thread of one that hangs cannot be ended; it is left alone.
+takes its place, and what it had is run once more. Meanwhile the others work, and while there is none requests fail. The
+thread of one that hangs is left alone; it ends when its call does.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
 
-from rankd.errors import DeadlineExceeded, EngineFailure, RankdError, Unavailable
-from rankd.observe.schedule_metrics import ScheduleCounts, ScheduleFigures
+from rankd.errors import EngineFailure, RankdError, Unavailable
+from rankd.observe.schedule_metrics import ScheduleFigures
 from rankd.schedule.admission import Limits
-from rankd.schedule.endings import answer, fail, guarded, too_late
+from rankd.schedule.endings import Answers, guarded
 from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Rules
 from rankd.schedule.seats import Seat
@@ -57,12 +58,11 @@ class Scheduler(Generic[Item, Result, Executor]):
         self.rules, self._served, self._clock, self._name = rules, served, clock, name
         self._new_executor, self._on_start, self._hang_seconds = new_executor, on_start, hang_seconds
         self._ledger: Ledger[Item] = Ledger(rules, limits)
-        self._futures: dict[Job[Item], Future[Result]] = {}
-        self._counts = ScheduleCounts()
         self._seats = [Seat[Item, Executor](number, executor) for number, executor in enumerate(executors)]
         self._idle, self._closed = 0, True
         self._lock = threading.Lock()  # guards everything above
         self._changed, self._all_ended = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._answers: Answers[Item, Result] = Answers(self._lock, self._ledger, served, self._some_ended, clock)
         self._watch = Watch(self._lock, self._look, self._due, f"{name}-watch")
 
     def start(self) -> None:
@@ -85,6 +85,12 @@ class Scheduler(Generic[Item, Result, Executor]):
         self._watch.stop()
 
     @property
+    def executors(self) -> list[Executor]:
+        """Those that work now, or are being replaced."""
+        with self._lock:
+            return [seat.executor for seat in self._seats]
+
+    @property
     def unfinished(self) -> int:
         """Requests accepted and not answered."""
         return self._ledger.waiting.count
@@ -94,7 +100,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             waiting, errors = self._ledger.waiting, self.rules.costs.errors()
             return ScheduleFigures(
-                replace(self._counts), waiting.count, waiting.total_rows(), waiting.total_ms(), errors
+                replace(self._answers.counts), waiting.count, waiting.total_rows(), waiting.total_ms(), errors
             )
 
     def check_room(self, asked: Asked) -> None:
@@ -113,16 +119,14 @@ class Scheduler(Generic[Item, Result, Executor]):
         Raises:
             Unavailable, Overloaded, DeadlineExceeded: as `check_room`.
         """
-        future: Future[Result] = Future()
         with self._lock:
             job = self._admitted(lambda: self._ledger.accept(item, asked, self._clock()))
-            self._counts.accepted += 1
-            self._futures[job] = future
+            future = self._answers.promise(job)
             if when is None:
                 self._come(job)
             if asked.deadline is not None:
                 self._watch.by(asked.deadline)
-        future.add_done_callback(lambda done: self._cancelled(job, done) if done.cancelled() else None)
+        self._answers.watch(job, future)
         if when is not None:
             self._call_when(when, job)
         return future
@@ -133,7 +137,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         try:
             return ask()
         except RankdError:
-            self._counts.refused += 1
+            self._answers.counts.refused += 1
             raise
 
     def _call_when(self, when: When, job: Job[Item]) -> None:
@@ -144,7 +148,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         try:
             when(come)
         except Exception as error:  # noqa: BLE001 - it would be waited for without end
-            self._end(job, error)
+            self._answers.end(job, error)
 
     def _come(self, job: Job[Item]) -> None:
         """Under the lock."""
@@ -162,14 +166,23 @@ class Scheduler(Generic[Item, Result, Executor]):
         seat.thread = threading.Thread(target=self._sit, args=(seat,), name=name, daemon=True)
         seat.thread.start()
 
-    def _sit(self, seat: Seat[Item, Executor]) -> None:
-        self._on_start(seat.number)
-        while (work := self._next(seat)) is not None:
+    def _sit(self, seat: Seat[Item, Executor] | None) -> None:
+        """The thread of a seat, and of those that take its place after a fault."""
+        while seat is not None:
+            self._on_start(seat.number)
+            failed = self._work(seat)
+            seat = self._replacement(seat) if failed else None
+
+    def _work(self, seat: Seat[Item, Executor]) -> bool:
+        """Do what there is to do; whether the executor has failed. If not the seat's time is over."""
+        failed = False
+        while not failed and (work := self._next(seat)) is not None:
             try:
                 self._run(work, seat)
             except Exception as error:  # noqa: BLE001 - the edge of the thread: the executor is in doubt
-                self._fault(work, seat, error)
+                failed = self._fault(work, seat, error)
             self._leave(work, seat)
+        return failed
 
     def _next(self, seat: Seat[Item, Executor]) -> Work[Item] | None:
         """What this executor does now; None when the schedule is closed and all is done, or the seat is given up."""
@@ -180,7 +193,7 @@ class Scheduler(Generic[Item, Result, Executor]):
                     late, ended = self._wait_for_work(seat)
                 finally:
                     self._idle -= 1
-            self._end_late(late)
+            self._answers.end_late(late)
             if ended or seat.work is not None:
                 return seat.work
 
@@ -191,8 +204,8 @@ class Scheduler(Generic[Item, Result, Executor]):
             started = self._clock()
             late = self._ledger.late(started)
             work = self._ledger.next(self._idle, started)
-            self._counts.decisions += 1
-            self._counts.decision_seconds += self._clock() - started
+            self._answers.counts.decisions += 1
+            self._answers.counts.decision_seconds += self._clock() - started
             if work is not None:
                 seat.work, seat.since = work, started
                 if self._idle > 1:
@@ -224,7 +237,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             except EngineFailure:
                 raise
             except Exception as error:  # noqa: BLE001 - no news of the engine: it is this request's
-                self._end(job, error)
+                self._answers.end(job, error)
             else:
                 parts.append(part)
         if not parts:
@@ -240,11 +253,11 @@ class Scheduler(Generic[Item, Result, Executor]):
                 self._served.take(part, one)
             ended = self._ledger.done(work)
             self._some_ended()
-            self._counts.calls += 1
-            self._counts.rows += rows
-            self._counts.padded_rows += work.bucket * len(parts) - rows
+            self._answers.counts.calls += 1
+            self._answers.counts.rows += rows
+            self._answers.counts.padded_rows += work.bucket * len(parts) - rows
         for job in ended:
-            self._finish(job)
+            self._answers.finish(job)
         milliseconds = (assembled - started) * 1e3, (scored - assembled) * 1e3
         self.rules.costs.saw_score(work.bucket, len(parts), rows, *milliseconds)
 
@@ -255,7 +268,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         except EngineFailure:
             raise
         except Exception as error:  # noqa: BLE001 - no news of the engine: it is this request's
-            self._end(job, error)
+            self._answers.end(job, error)
             return
         with self._lock:
             if seat.given_up():
@@ -267,91 +280,38 @@ class Scheduler(Generic[Item, Result, Executor]):
                 self._ledger.waits(work, job)
                 free = self._ledger.leave([job])
         if when is None:
-            self.rules.costs.saw_prepare(job.asked.resident, (self._clock() - started) * 1e3)
+            asked, taken_ms = job.asked, (self._clock() - started) * 1e3
+            self.rules.costs.saw_prepare(asked.resident, asked.tokens, taken_ms)
         else:
-            self._drop(free)
+            self._answers.drop(free)
             self._call_when(when, job)
-
-    def _finish(self, job: Job[Item]) -> None:
-        """Answer a request whose parts are all there."""
-        future = self._futures.pop(job)
-        try:
-            result = self._served.finish(job.item)
-        except Exception as error:  # noqa: BLE001 - it belongs to who waits for it
-            fail(future, error)
-            self._count("failed")
-        else:
-            answer(future, result)
-            self._count("finished")
-
-    def _end(self, job: Job[Item], error: Exception) -> None:
-        """A request has failed, if it had not ended before."""
-        if (future := self._taken_out(job)) is not None:
-            fail(future, error)
-            self._count("late" if isinstance(error, DeadlineExceeded) else "failed")
-
-    def _taken_out(self, job: Job[Item]) -> Future[Result] | None:
-        """End a request; its Future, if it had not ended before."""
-        with self._lock:
-            first = self._ledger.end(job)
-            self._some_ended()
-            free = [job] if self._ledger.droppable(job) else []
-            future = self._futures.pop(job) if first else None
-        self._drop(free)
-        return future
-
-    def _end_late(self, jobs: Sequence[Job[Item]]) -> None:
-        for job in jobs:
-            fail(self._futures.pop(job), too_late(job, self._clock()))
-            self._count("late")
-        with self._lock:
-            self._some_ended()
-            free = [job for job in jobs if self._ledger.droppable(job)]
-        self._drop(free)
-
-    def _cancelled(self, job: Job[Item], future: Future[Result]) -> None:
-        if self._taken_out(job) is not None:
-            future.set_running_or_notify_cancel()
-            self._count("cancelled")
 
     def _leave(self, work: Work[Item], seat: Seat[Item, Executor]) -> None:
         with self._lock:
             seat.work, seat.since = None, NEVER
             free = self._ledger.leave(work.jobs)
-        self._drop(free)
+        self._answers.drop(free)
 
-    def _drop(self, jobs: Sequence[Job[Item]]) -> None:
-        for job in jobs:
-            guarded(partial(self._served.drop, job.item))
-
-    def _count(self, what: str) -> None:
-        with self._lock:
-            self._counts.add(what)
-
-    def _fault(self, work: Work[Item], seat: Seat[Item, Executor], error: Exception) -> None:
-        """The executor raised: another one in its place, on the same thread."""
-        log.error("executor %d of '%s' failed and is replaced", seat.number, self._name, exc_info=error)
+    def _fault(self, work: Work[Item], seat: Seat[Item, Executor], error: Exception) -> bool:
+        """The executor raised: the seat is lost with it, if it had not been given up before; whether it had not."""
         with self._lock:
             if seat.given_up():
-                return
-            seat.since = self._clock()  # making another one may take a while, too
+                return False
+            seat.lost = True
+        log.error("executor %d of '%s' failed and is replaced", seat.number, self._name, exc_info=error)
         self._lose(work, error)
-        try:
-            seat.executor = self._new_executor()
-        except Exception:  # the old one may still do
-            log.exception("executor %d of '%s' could not be replaced", seat.number, self._name)
+        guarded(partial(self._served.let_go, seat.executor))
+        return True
 
     def _lose(self, work: Work[Item], error: Exception) -> None:
         """What a lost executor had is run again, or fails."""
         with self._lock:
             again, ended = not work.settled, self._ledger.lost(work)
             self._some_ended()
-            self._counts.lost_executors += 1
-            self._counts.run_again += again and sum(not job.over for job in work.jobs)
+            self._answers.counts.lost_executors += 1
+            self._answers.counts.run_again += again and sum(not job.over for job in work.jobs)
             self._changed.notify_all()
-        for job in ended:
-            fail(self._futures.pop(job), error)
-            self._count("failed")
+        self._answers.fail(ended, error)
 
     def _look(self) -> None:
         """End requests whose time is over, and give up executors that hang."""
@@ -361,7 +321,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             hung = [(one, one.work) for one in self._seats if one.work and one.hangs(now, self._hang_seconds)]
             for seat, _ in hung:
                 seat.lost = True
-        self._end_late(late)
+        self._answers.end_late(late)
         for seat, work in hung:
             self._give_up(seat, work)
 
@@ -376,10 +336,13 @@ class Scheduler(Generic[Item, Result, Executor]):
         for job in work.unprepared:
             guarded(partial(self._served.abandon, job.item, seat.executor))
         self._lose(work, EngineFailure(f"the engine did not answer for {self._hang_seconds:g} s, twice"))
-        threading.Thread(target=self._replace, args=(seat,), name=f"{self._name}-replacing", daemon=True).start()
+        guarded(partial(self._served.let_go, seat.executor))
+        name, replace = f"{self._name}-replacing", lambda: self._sit(self._replacement(seat))
+        threading.Thread(target=replace, name=name, daemon=True).start()
 
-    def _replace(self, lost: Seat[Item, Executor]) -> None:
-        """Make an executor, however often that fails, and sit down with it. While there is none requests fail."""
+    def _replacement(self, lost: Seat[Item, Executor]) -> Seat[Item, Executor] | None:
+        """A seat in place of a lost one, with another executor, however often making one fails; None if it is not
+        needed any more."""
         seat = None
         while seat is None and not self._watch.ended:
             try:
@@ -389,10 +352,12 @@ class Scheduler(Generic[Item, Result, Executor]):
                 with self._lock:
                     nobody = self._ledger.everybody() if all(one.lost for one in self._seats) else []
                 for job in nobody:
-                    self._end(job, EngineFailure("the engine hangs, and cannot be started anew"))
+                    self._answers.end(job, EngineFailure("the engine was lost, and cannot be started anew"))
                 time.sleep(self._hang_seconds / 4)
         with self._lock:
-            if seat is None or self._watch.ended:
-                return
-            self._seats[seat.number] = seat
-        self._sit(seat)
+            if seat is not None and not self._watch.ended:
+                self._seats[seat.number] = seat
+                return seat
+        if seat is not None:
+            guarded(partial(self._served.let_go, seat.executor))
+        return None

@@ -26,12 +26,14 @@ When = Callable[[Callable[[], None]], None]
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What the schedule has to know of a request: how many candidates, whether its user's state is in memory, until
-    when (seconds of the schedule's clock; None: no matter), and how urgent it is."""
+    when (seconds of the schedule's clock; None: no matter), how urgent it is, and how many events its history has
+    (None: it is in a store)."""
 
     rows: int
     resident: bool = False
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Part(Generic[Item]):
 
 
 class Served(Protocol[Item, Co, Seat]):
-    """How requests are worked on: on executors' threads, but for `abandon` and `drop`, which any thread may call. Of
+    """How requests are worked on: on executors' threads, but for `abandon`, `let_go` and `drop`, of any thread. Of
     one request one thread does something at a time, except `assemble` and `score`, which several executors do for
     parts of the same request."""
 
@@ -79,6 +81,10 @@ class Served(Protocol[Item, Co, Seat]):
 
     def abandon(self, item: Item, executor: Seat) -> None:
         """The executor that was preparing a request hangs: have nobody else wait for what it was making."""
+        ...
+
+    def let_go(self, executor: Seat) -> None:
+        """An executor is lost, since it failed or hangs, and is not used any more."""
         ...
 
     def drop(self, item: Item) -> None:

@@ -8,13 +8,25 @@ schedule's clock, work is in milliseconds. Not thread-safe: the scheduler's lock
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
+from rankd.schedule import waiting_kernels
 from rankd.types import Array, Int64Array
 
 NEVER = math.inf
 FIRST_CAPACITY = 64
+
+
+class Backlog(NamedTuple):
+    """What a newcomer finds: all predicted work and candidates that wait; the work of those that come before it; and
+    the least time, in milliseconds, that any of those behind it has to spare, of those that have some (inf: nobody)."""
+
+    work_ms: float
+    rows: int
+    ahead_ms: float
+    spare_ms: float
 
 
 class Waiting:
@@ -52,6 +64,7 @@ class Waiting:
         self.resident = np.zeros(capacity, bool)
         self._order = np.zeros(capacity, np.int64)
         self._places = np.full(capacity, NEVER)
+        self._found = np.zeros(capacity, np.int64)
 
     @property
     def order(self) -> Int64Array:
@@ -100,6 +113,20 @@ class Waiting:
         self.runnable -= int(self.turn[slot] != NEVER)
         self.turn[slot] = NEVER
 
+    def backlog(self, place: float, factor: float, now: float) -> Backlog:
+        """What a request at a place finds at `now`; the work of those before it, and of those behind it together with
+        these, counts times `factor`."""
+        work_ms, rows, ahead_ms, spare_ms = waiting_kernels.backlog(
+            self.order, self.places, self.left_ms, self.rows, self.deadline, place, factor, now
+        )
+        return Backlog(work_ms, int(rows), ahead_ms, spare_ms)
+
+    def passed(self, now: float) -> list[int]:
+        """Slots that are out of time, or that nobody works on and that cannot be in time any more, whatever is done."""
+        size = self.size
+        count = waiting_kernels.passed(self.deadline[:size], self.latest[:size], self.turn[:size], now, self._found)
+        return self._found[:count].tolist() if count else []
+
     def total_rows(self) -> int:
         """Candidates that wait."""
         return int(self.rows[: self.size].sum())
@@ -119,7 +146,7 @@ class Waiting:
     def _grow(self) -> None:
         for name in ("turn", "place", "deadline", "latest", "_places"):
             setattr(self, name, _longer(getattr(self, name), NEVER))
-        for name in ("left_ms", "rows", "tail", "prepared", "resident", "_order"):
+        for name in ("left_ms", "rows", "tail", "prepared", "resident", "_order", "_found"):
             setattr(self, name, _longer(getattr(self, name), 0))
 
 

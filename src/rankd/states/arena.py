@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rankd.errors import ConfigError
-from rankd.types import Array
+from rankd.types import Allocate, Array, Bytes
 
 ALIGNMENT = 64
 
@@ -29,13 +29,14 @@ class Slab:
 
 
 class Arena:
-    """Not thread-safe: whoever owns it holds a lock. Sizes are rounded up to `ALIGNMENT` bytes.
+    """Not thread-safe: whoever owns it holds a lock. Sizes are rounded up to `ALIGNMENT` bytes. `allocate` makes its
+    memory, of which only what is written to should be taken from the machine.
 
     Raises:
         ConfigError: not even one slab of the largest size fits.
     """
 
-    def __init__(self, budget_bytes: int, sizes: Sequence[int]) -> None:
+    def __init__(self, budget_bytes: int, sizes: Sequence[int], allocate: Allocate | None = None) -> None:
         self._chunk_bytes = aligned(max(sizes))
         self._num_chunks = budget_bytes // self._chunk_bytes
         if self._num_chunks == 0:
@@ -43,8 +44,7 @@ class Arena:
                 f"states.budget_mib gives {budget_bytes} bytes, and one state of this model takes up to "
                 f"{self._chunk_bytes}; give more, or 0 to keep no states"
             )
-        # Anonymous memory: zeros, and only the pages that are written to are taken from the machine.
-        self._memory = np.frombuffer(mmap.mmap(-1, self._num_chunks * self._chunk_bytes), np.uint8)
+        self._memory = (allocate or _anonymous)(self._num_chunks * self._chunk_bytes)
         self._untouched = 0  # chunks from here on were never used; those below are in use or in _free_chunks
         self._free_chunks: list[int] = []
         self._free: dict[int, set[int]] = {aligned(size): set() for size in sizes}  # size -> chunks with a free slab
@@ -103,6 +103,10 @@ class Arena:
         self._free_offsets[chunk] = list(range(0, self._chunk_bytes - size + 1, size))
         self._free[size].add(chunk)
         return True
+
+
+def _anonymous(num_bytes: int) -> Bytes:
+    return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
 
 
 def aligned(size: int) -> int:

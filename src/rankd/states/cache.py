@@ -35,7 +35,7 @@ from rankd.states.lending import HeldState, Origin, StateBusy, Tokens, of_its_ow
 from rankd.states.spill import SpilledHeader, SpillTier, id_bytes
 from rankd.states.state_config import MIB, StateConfig
 from rankd.states.storage import StateLayout
-from rankd.types import Array, UserHistory, UserState
+from rankd.types import Allocate, Array, UserHistory, UserState
 
 NOW = -math.inf
 
@@ -44,7 +44,7 @@ class StateCache:
     """States in an arena under a byte budget, with a tier on disk if there is one. Thread-safe.
 
     `rooms` are the history buckets: how many tokens a block a state may have room for. `extends`: whether the model can
-    append to a state. `budget_bytes` is that of the configuration unless given.
+    append to a state. `budget_bytes` is that of the configuration unless given; `allocate` makes the memory.
 
     Raises:
         ConfigError: the budget is smaller than one state.
@@ -58,12 +58,13 @@ class StateCache:
         config: StateConfig,
         spill: SpillTier | None,
         budget_bytes: int | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         self.layout, self._spill = layout, spill
         self._most_new = dict.fromkeys(rooms, APPEND_BUCKETS[-1] if extends else 0)
         self._size_of = {room: layout.size_bytes(room) for room in rooms}
         budget = config.budget_mib * MIB if budget_bytes is None else budget_bytes
-        self._arena = Arena(budget, sorted(set(self._size_of.values())))
+        self._arena = Arena(budget, sorted(set(self._size_of.values())), allocate)
         self._order = make_order(config.policy)
         self._entries: dict[str, Entry] = {}
         self._users_of_chunk: defaultdict[int, set[str]] = defaultdict(set)

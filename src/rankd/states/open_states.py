@@ -36,4 +36,5 @@ def open_states(artifact: Artifact, backend: Backend, config: StateConfig) -> St
         about = f"{backend.target} {backend.precision.value} {layout.storage.value}"
         identity = sha256((artifact.path / MANIFEST).read_bytes() + about.encode()).hexdigest()[:16]
         spill = SpillTier(Path(config.spill), manifest.name, manifest.version, identity, config.spill_mib * MIB)
-    return StateCache(layout, manifest.schema.history_buckets, manifest.extends, config, spill)
+    rooms, extends = manifest.schema.history_buckets, manifest.extends
+    return StateCache(layout, rooms, extends, config, spill, allocate=backend.host_memory)

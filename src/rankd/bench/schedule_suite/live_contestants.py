@@ -1,6 +1,6 @@
 """Who is compared by `rankd bench schedule`, all around the same model, and how each of them is asked.
 
-rankd               the schedule as it is
+rankd               the schedule as it is, its executors on threads or in processes
 one queue           first come, first served, a request one call, padded to the smallest bucket that holds it
 one queue, padded   the same with one bucket, the largest: implicit shapes
 peers               mosec, litserve, ray, pytriton: a worker for each executor, and batches in their own way
@@ -11,7 +11,7 @@ peers + states      the same with users' states, which no general server brings:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from rankd.bench.peers.peer_process import Peer, PeerServer, decode_answer, enco
 from rankd.bench.served_model import ServedModel
 from rankd.bench.server_process import ServerProcess
 from rankd.bench.wire_forms import Form, decode_scores, encode_request
+from rankd.engine.backend import Isolation
 from rankd.types import Float32Array, RankRequest
 
 RANKD = "rankd"
 STATIC_SHAPES = {"RANKD_ENGINE__STATIC_SHAPES": "true"}
 """Of everybody, peers too: what calls of changing shapes take is no difference between schedules."""
 IN_ORDER = {"RANKD_SCHEDULE__STRETCH": "0", "RANKD_SCHEDULE__QUANTUM_MS": "1e9", "RANKD_SCHEDULE__SPREAD": "false"}
+ISOLATION = "RANKD_ENGINE__ISOLATION"
 BATCHES = ((1, 0), (4, 10))
 """Of peers: (requests, ms to wait for the last of them). What makes a peer answer more of them a second is used."""
 
@@ -70,10 +72,12 @@ def peer_contestant(peer: Peer, model: Path, workers: int, probe: RankRequest) -
 
 
 def ours(fine: Path, single: Path) -> tuple[Contestant, ...]:
-    """rankd, and first come, first served over it; `fine` and `single` are repositories of the same model, built for
-    many buckets and for one."""
+    """rankd, with its executors on threads and in processes, of which the quicker is measured; and first come, first
+    served over it. `fine` and `single` are repositories of the same model, built for many buckets and for one."""
+    places = tuple(one.value for one in Isolation)
+    either = [served(RANKD, fine, {ISOLATION: place}) for place in places]
     return (
-        served(RANKD, fine, {}),
+        replace(either[0], launch=lambda variant: either[variant].launch(0), variants=places),
         served("one queue", fine, IN_ORDER),
         served("one queue, padded", single, IN_ORDER),
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from rankd.bench.arrivals import Arrivals
 from rankd.bench.load import ANSWER_TIMEOUT_S, LoadPlan, LoadResult, generate
 from rankd.bench.parity import check_same
-from rankd.bench.placement import resident_bytes
+from rankd.bench.placement import memory_of_all
 from rankd.bench.rate_search import highest_rate
 from rankd.bench.report import Row, percentile
 from rankd.bench.schedule_suite.live_contestants import Contestant
@@ -115,7 +115,7 @@ class LoadedServer:
         arrivals = self._arrivals.times(rate, seconds, self._seed)
         timed = [self.contestant.encode(replace(request, timeout_ms=bound_ms)) for request in self._requests]
         encoded = [timed[number % len(timed)] for number in range(len(arrivals))]
-        before = resident_bytes(self.server.pid)
+        before = memory_of_all(self.server.pid)
         result = generate(self._plan(encoded, arrivals))
         taken = zip(result.statuses, _latencies(result), strict=True)
         refusals = [
@@ -136,7 +136,7 @@ class LoadedServer:
             "refusal_most_ms": max(refusals),
             "generator_late_p99_ms": percentile(result.late_s, 0.99) * 1e3,
             "generator_cpu_share": result.cpu_s / result.wall_s,
-            "memory_growth_mib": (resident_bytes(self.server.pid) - before) / MIB,
+            "memory_growth_mib": (memory_of_all(self.server.pid) - before) / MIB,
         }
         return row, encoded, arrivals
 

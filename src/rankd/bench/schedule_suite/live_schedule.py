@@ -97,7 +97,7 @@ class _Suite:
     def overload(self, contestant: Contestant) -> tuple[Row, Row]:
         """What becomes of requests at twice rankd's highest rate; and what the generator itself took of that."""
         rate = 2 * statistics.median(self.highest[RANKD])
-        with contestant.launch(0) as server:
+        with contestant.launch(self._chosen[contestant.name]) as server:
             loaded = self._loaded(contestant, server, 0)
             loaded.warm()
             row, encoded, arrivals = loaded.overload(rate, self._options.overload_seconds, self._options.bound_ms)

@@ -30,7 +30,7 @@ from rankd.bench.serve_suite.serving import Advance
 from rankd.bench.state_suite.traces import Visit, log_trace, zipf_trace
 from rankd.bench.synthetic_model import model_for, users_for
 from rankd.bench.workload import Workload, draw
-from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.backend import EngineConfig, InThisProcess, Precision, StateType
 from rankd.engine.openvino_backend import why_not
 from rankd.engine.state_arrays import APPEND_BUCKETS, empty_state
 from rankd.engine.targets import choose_target
@@ -150,7 +150,7 @@ def replay(subject: Subject, policy: Policy, budget_bytes: int | None) -> StateC
     return cache.counts()
 
 
-class _ComputesNothing:
+class _ComputesNothing(InThisProcess):
     """An executor for questions of which and not of what: its states stay as they are."""
 
     def __init__(self, subject: Subject) -> None:

@@ -25,7 +25,7 @@ from rankd.bench.engine_suite.contestant_messages import (
     unpack_features,
 )
 from rankd.bench.engine_suite.contestant_process import ContestantProcess, fast_path_library
-from rankd.bench.engine_suite.dense_model import DenseClimber
+from rankd.bench.engine_suite.dense_model import DenseRanker
 from rankd.bench.engine_suite.engine import Trial, best_peer, choose, compete, prepare, ratios, work_flops
 from rankd.bench.flops import Flops
 from rankd.bench.report import Report, print_report
@@ -340,6 +340,6 @@ def test_dense_model_computes_what_the_split_one_does(
     )
     with torch.inference_mode():
         expected = model.score(model.encode(history), candidates)
-        given_ = DenseClimber(model)(history, candidates)
+        given_ = DenseRanker(model)(history, candidates)
     assert given_.shape == expected.shape == (1, count, 2)
     assert torch.allclose(given_, expected, atol=1e-5)

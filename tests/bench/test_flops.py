@@ -7,15 +7,20 @@ import tomllib
 from pathlib import Path
 
 import msgspec
+import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankd.bench.flops import Flops, ModelSizes, climber_flops, head_flops, stack_flops
-from rankd.bench.synthetic_model import CLIMBER_DEFAULTS, schema_of
+from rankd.bench.flops import OPTIONS, Flops, ModelKind, ModelSizes, climber_flops, head_flops, model_flops, stack_flops
+from rankd.bench.synthetic_model import schema_of
 from rankd.bench.workload import load_workload
 from rankd.build.export import example
 from rankd.features.schema import candidate_specs, history_specs
 from rankd.models.climber import Climber
+from rankd.models.hstu import Hstu
+from rankd.models.layer_shapes import HstuForm
+from rankd.models.protocol import RankingModel, create_model
 
 
 def test_published_figures() -> None:
@@ -32,27 +37,36 @@ def test_order_of_the_counts() -> None:
     assert counts.dense > counts.useful > counts.needed > counts.candidates > 0
 
 
-def test_candidates_match_what_torch_counts() -> None:
+@pytest.mark.parametrize("kind", ModelKind)
+@pytest.mark.parametrize("form", HstuForm)
+def test_what_is_counted_is_what_torch_counts(kind: ModelKind, form: HstuForm) -> None:
     """Without numeric features, whose projections the formula leaves out; what is added is a candidate's look at
-    itself, which torch does elementwise."""
+    itself, which torch does elementwise. Of the history torch computes all pairs, and the mask takes half of them."""
     workload = load_workload("small")
-    sizes = workload.model
-    schema = msgspec.structs.replace(schema_of(workload), item_numeric=(), match=())
-    model = Climber(schema, width=sizes.width, heads=sizes.heads, layers=sizes.layers, hidden=sizes.hidden).eval()
+    sizes = msgspec.structs.replace(workload.model, kind=kind, form=form)
+    schema = msgspec.structs.replace(schema_of(workload), item_numeric=(), match=(), event_values=())
+    model = create_model(kind.value, schema, sizes.options()).eval()
+    assert isinstance(model, RankingModel)
     tokens, candidates = 50, 20
     history = example(history_specs(schema), B=1, T=tokens, C=candidates)
     given = example(candidate_specs(schema), B=1, T=tokens, C=candidates)
-    state = model.encode(history)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        state = model.encode(history)
+    encoded = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.score(state, given)
+    counts, passed = model_flops(sizes, tokens, candidates), sizes.blocks * (sizes.layers - 1)
     itself = sizes.blocks * sizes.layers * candidates * 4 * sizes.width
-    assert counter.get_total_flops() + itself == climber_flops(sizes, tokens, candidates).candidates
+    masked = passed * tokens * (tokens - 1) / 2 * 4 * sizes.width
+    assert counter.get_total_flops() + itself == counts.candidates
+    assert encoded - masked == counts.needed - counts.candidates
 
 
-def test_defaults_are_those_of_the_model() -> None:
+@pytest.mark.parametrize(("kind", "model"), [(ModelKind.CLIMBER, Climber), (ModelKind.HSTU, Hstu)])
+def test_defaults_are_those_of_the_model(kind: ModelKind, model: type[nn.Module]) -> None:
     """A manifest does not name the options that were left out."""
-    parameters = inspect.signature(Climber).parameters
-    assert {name: parameters[name].default for name in CLIMBER_DEFAULTS} == CLIMBER_DEFAULTS
+    parameters = inspect.signature(model).parameters
+    assert {name: parameters[name].default for name in OPTIONS[kind]} == OPTIONS[kind]
 
 
 def test_small_is_the_packaged_recipe() -> None:

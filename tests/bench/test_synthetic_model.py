@@ -10,10 +10,13 @@ import pytest
 
 from rankd import Ranker
 from rankd.artifact import Artifact
-from rankd.bench.flops import ModelSizes
+from rankd.bench.engine_suite.engine import unsuitable
+from rankd.bench.flops import ModelKind, ModelSizes
 from rankd.bench.parity import against_torch, scores_in_process
 from rankd.bench.synthetic_model import agrees, build_model, catalogue_of, packaged_model
 from rankd.bench.workload import Buckets, LogNormal, Users, Workload, draw_requests, load_workload
+from rankd.engine.targets import runs_here
+from rankd.models.layer_shapes import HstuForm
 
 WORKLOAD = Workload(
     name="tiny",
@@ -52,6 +55,18 @@ def test_its_sizes_are_the_workloads(built: Path) -> None:
     assert packaged_model(WORKLOAD, built.parent.parent) == built
     assert packaged_model(wider, built.parent.parent) is None
     assert packaged_model(WORKLOAD, built.parent.parent / "nowhere") is None
+
+
+def test_an_hstu_is_made_where_a_workload_names_one(tmp_path: Path) -> None:
+    sizes = ModelSizes(1, 2, 8, heads=2, hidden=8, kind=ModelKind.HSTU, form=HstuForm.DLRM_V3)
+    workload = msgspec.structs.replace(WORKLOAD, model=sizes)
+    manifest = Artifact.open(build_model(workload, tmp_path)).manifest
+    assert (manifest.model, manifest.options["form"], manifest.extends) == ("hstu", "dlrm-v3", True)
+    assert agrees(manifest, workload)
+    assert not agrees(manifest, WORKLOAD)
+    paper = msgspec.structs.replace(sizes, form=HstuForm.PAPER)
+    assert not agrees(manifest, msgspec.structs.replace(workload, model=paper))
+    assert unsuitable("native", workload).startswith("the model is 'hstu'") or not runs_here("native")
 
 
 def test_histories_follow_the_workload() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rankd.bench.flops import ModelKind
 from rankd.bench.workload import (
     FOLDER,
     Choice,
@@ -26,6 +27,7 @@ from rankd.bench.workload import (
     zipf_ranks,
 )
 from rankd.errors import ConfigError
+from rankd.models.layer_shapes import HstuForm
 
 DRAWS = 100_000
 SHARES = Mixture((Share(0.8, 16, 64), Share(0.2, 512, 1024)))
@@ -36,7 +38,7 @@ def random() -> np.random.Generator:
 
 
 def test_packaged_workloads() -> None:
-    assert workload_names() == ["base", "long", "mixed", "skewed", "small"]
+    assert workload_names() == ["base", "hstu", "long", "mixed", "skewed", "small"]
     for name in workload_names():
         assert load_workload(name).name == name
 
@@ -55,6 +57,18 @@ def test_sizes_of_the_design(
     assert workload.history == Fixed(blocks * tokens)
     assert workload.candidates == Fixed(candidates)
     assert workload.flops().useful / 1e9 == pytest.approx(gflop, rel=0.08)
+
+
+def test_hstu_has_the_sizes_of_mlperf() -> None:
+    """dlrm-v3: 5 layers, 4 heads, 128 for queries, keys, values and gates of each, 2,048 candidates."""
+    workload = load_workload("hstu")
+    model = workload.model
+    assert (model.kind, model.form) == (ModelKind.HSTU, HstuForm.DLRM_V3)
+    assert (model.blocks, model.layers, model.heads, model.width // model.heads) == (1, 5, 4, 128)
+    assert workload.history == workload.candidates == Fixed(2048)
+    tokens, widths, pairs = 2048 + 2048, 4 + 3, 2048 * 2049 // 2 + 2048 * 2049
+    head = 2048 * 2 * (512 * 512 + 512)
+    assert workload.flops().useful == pytest.approx(5 * (2 * tokens * widths * 512**2 + pairs * 4 * 512) + head)
 
 
 @pytest.mark.parametrize("name", ["mixed", "skewed"])
@@ -99,6 +113,7 @@ def test_unknown_workload_is_refused_with_the_nearest() -> None:
         ("value = 20", "valeu = 20", "valeu"),
         ("value = 20", "value = 500", "up to 500 candidates are drawn, and the largest bucket holds 200"),
         ("[16, 50]", "[50, 16]", r"buckets\.history is \[50, 16\]; it has to ascend"),
+        ("heads = 4", "kind = 'hsut'", r"Invalid enum value 'hsut'"),
         ("heads = 4", "heads = 5", "width 64 is not a multiple of heads 5"),
         (
             'law = "fixed"\nvalue = 100',

@@ -32,7 +32,7 @@ from rankd.types import Features
 from tests.train.small_log import RECIPE, small_dataset
 
 DATASET = small_dataset()
-KINDS = ["climber", "sasrec", "dlrm", "examples/attentive_pooling.py:AttentivePooling"]
+KINDS = ["climber", "sasrec", "hstu", "dlrm", "examples/attentive_pooling.py:AttentivePooling"]
 
 
 def made(kind: str) -> nn.Module:

@@ -243,7 +243,7 @@ def test_an_unknown_row_reads_the_padding_and_not_beyond_the_table() -> None:
 
 
 def test_says_what_it_does_not_do() -> None:
-    assert "sasrec" in str(why_not(OPTIONS, schema_of(), "sasrec"))
+    assert "'hstu'; only climber" in str(why_not(OPTIONS, schema_of(), "hstu"))
     assert "width / heads is 8" in str(why_not({"width": 64, "heads": 8}, schema_of()))
     assert "width is 48" in str(why_not({"width": 48, "heads": 3}, schema_of()))
     assert "width x blocks / 4 is 16" in str(why_not({"width": 64, "heads": 2}, schema_of(1)))

@@ -10,17 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rankd.bench.engine_suite.dense_model import DenseClimber
+from rankd.bench.engine_suite.dense_model import DenseRanker
 from rankd.errors import ConfigError
 from rankd.features.assembly import appended_tokens, candidate_arrays, history_arrays
 from rankd.features.schema import FeatureSchema, Strategy, SubSequence
-from rankd.models.climber import Climber, Layer, time_bucket
+from rankd.models.climber import BlockRanker, Climber, Layer, time_bucket
+from rankd.models.hstu import Hstu, HstuLayer
 from rankd.models.protocol import create_model, is_split, logits_of
 from tests.features.sample_schema import DAY, make_history, make_items, make_schema, make_user
 
-KINDS = ["climber", "sasrec", "dlrm", "examples/attentive_pooling.py:AttentivePooling"]
+KINDS = ["climber", "sasrec", "hstu", "dlrm", "examples/attentive_pooling.py:AttentivePooling"]
 ITEMS, USER, NOW = make_items(), make_user(), 100 * DAY
-SCHEMAS = {kind: make_schema(SubSequence(Strategy.RECENT)) if kind != "climber" else make_schema() for kind in KINDS}
+ONE_VIEW, TWO_VIEWS = make_schema(SubSequence(Strategy.RECENT)), make_schema()
+SCHEMAS = {kind: TWO_VIEWS if kind in ("climber", "hstu") else ONE_VIEW for kind in KINDS}
 
 
 def model_of(kind: str) -> nn.Module:
@@ -59,7 +61,7 @@ def test_any_split_scores_like_the_whole(kind: str, rows: list[int], candidates:
     torch.testing.assert_close(parts, scores(kind, rows, candidates), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["climber", "sasrec", "dlrm"])
+@pytest.mark.parametrize("kind", ["climber", "sasrec", "hstu", "dlrm"])
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 31), max_size=3), CANDIDATES)
 def test_padding_of_the_history_changes_nothing(kind: str, rows: list[int], candidates: list[int]) -> None:
@@ -96,7 +98,7 @@ def test_history_and_candidate_matter(kind: str) -> None:
 
 
 def test_which_models_have_a_state() -> None:
-    assert [is_split(MODELS[kind]) for kind in KINDS] == [True, True, True, False]
+    assert [is_split(MODELS[kind]) for kind in KINDS] == [True, True, True, True, False]
 
 
 def test_climber_reads_every_block_position_and_time() -> None:
@@ -115,23 +117,28 @@ def test_climber_reads_every_block_position_and_time() -> None:
     assert bool(layer.log_temperature.grad.any())
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 31), max_size=8), CANDIDATES)
-def test_climber_equals_its_dense_form(rows: list[int], candidates: list[int]) -> None:
+@pytest.mark.parametrize("kind", ["climber", "hstu"])
+@settings(max_examples=20, deadline=None)
+@given(rows=st.lists(st.integers(1, 31), max_size=8), candidates=CANDIDATES)
+def test_a_ranker_of_blocks_equals_its_dense_form(kind: str, rows: list[int], candidates: list[int]) -> None:
     """History and candidates in one sequence, with the single-user-many-items mask written out as a matrix."""
-    model, schema, history = MODELS["climber"], SCHEMAS["climber"], make_history(rows)
-    assert isinstance(model, Climber)
+    model, schema, history = MODELS[kind], SCHEMAS[kind], make_history(rows)
+    assert isinstance(model, BlockRanker)
     packed = candidate_arrays(schema, ITEMS, history, np.asarray(candidates, np.int32), USER, NOW)
     with torch.inference_mode():
-        dense = DenseClimber(model)(tensors(history_arrays(schema, ITEMS, history)), tensors(packed))
-    torch.testing.assert_close(dense[0, : len(candidates)], scores("climber", rows, candidates), rtol=1e-4, atol=1e-5)
+        dense = DenseRanker(model)(tensors(history_arrays(schema, ITEMS, history)), tensors(packed))
+    torch.testing.assert_close(dense[0, : len(candidates)], scores(kind, rows, candidates), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 31), max_size=8), st.integers(0, 8), st.integers(0, 4))
-def test_an_extended_state_is_the_state_of_the_longer_history(rows: list[int], before: int, padding: int) -> None:
-    schema = make_schema(SubSequence(Strategy.RECENT))
-    model = Climber(schema).eval()
+@pytest.mark.parametrize("kind", ["climber", "hstu"])
+@settings(max_examples=20, deadline=None)
+@given(rows=st.lists(st.integers(1, 31), max_size=8), before=st.integers(0, 8), padding=st.integers(0, 4))
+def test_an_extended_state_is_the_state_of_the_longer_history(
+    kind: str, rows: list[int], before: int, padding: int
+) -> None:
+    schema = ONE_VIEW
+    model = create_model(kind, schema, {}).eval()
+    assert isinstance(model, BlockRanker)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     whole = history_arrays(schema, ITEMS, make_history(rows))
@@ -146,6 +153,21 @@ def test_an_extended_state_is_the_state_of_the_longer_history(rows: list[int], b
     torch.testing.assert_close(
         added["keys_values"][..., :count, :], expected["keys_values"][..., cut : len(rows), :], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("form", ["paper", "dlrm-v3"])
+def test_every_weight_of_an_hstu_counts(form: str) -> None:
+    model = Hstu(TWO_VIEWS, form=form)
+    history = make_history([5, 6, 7, 5])
+    packed = tensors(history_arrays(TWO_VIEWS, ITEMS, history))
+    candidates = tensors(candidate_arrays(TWO_VIEWS, ITEMS, history, np.asarray([3], np.int32), USER, NOW))
+    logits_of(model, packed, candidates).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    layer = model.get_submodule("blocks.1.stack.0")
+    assert isinstance(layer, HstuLayer)
+    for parameter in (layer.bias.time, layer.bias.position, layer.uqkv.weight, layer.out.weight):
+        assert parameter.grad is not None
+        assert bool(parameter.grad.any())
 
 
 def test_time_buckets_are_half_octaves_of_minutes() -> None:

@@ -80,6 +80,7 @@ def test_padding_does_not_enter_the_loss() -> None:
     "choice",
     [
         ModelChoice("sasrec", {"width": 8}),
+        ModelChoice("hstu", {"width": 8, "layers": 2}),
         ModelChoice("dlrm", {"dim": 8}),
         ModelChoice("dlrm", {"dim": 8, "interaction": "dot"}),
         ModelChoice("examples/attentive_pooling.py:AttentivePooling"),

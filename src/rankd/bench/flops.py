@@ -1,4 +1,4 @@
-"""Floating-point operations of a Climber, computed from its sizes.
+"""Floating-point operations of a Climber or an HSTU, computed from its sizes.
 
 In: the sizes of a model, T history tokens a block, C candidates. Out: `Flops` of one request. `workload.py` reads the
 sizes.
@@ -6,16 +6,26 @@ sizes.
 
 from __future__ import annotations
 
+from enum import Enum
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
+from rankd.models.layer_shapes import HstuForm
+
+
+class ModelKind(Enum):
+    """Which of the rankers that are made of blocks; by its name in `models.protocol`."""
+
+    CLIMBER = "climber"
+    HSTU = "hstu"
+
 
 class ModelSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A Climber's sizes: N blocks of L layers, width D, H heads, feed-forward of ffn_ratio x D, and a head.
+    """A ranker's sizes: N blocks of L layers, width D, H heads, and a head N x D -> hidden -> K. D is a multiple of H.
 
-    The head is N x D -> hidden -> K. D is a multiple of H.
+    A Climber has a feed-forward of ffn_ratio x D in each layer and an HSTU has none; `form` is of an HSTU alone.
     """
 
     blocks: int
@@ -25,6 +35,21 @@ class ModelSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ffn_ratio: int = 4
     hidden: int = 128
     tasks: int = 1
+    kind: ModelKind = ModelKind.CLIMBER
+    form: HstuForm = HstuForm.PAPER
+
+    def options(self) -> dict[str, Any]:
+        """What the model's constructor takes of them."""
+        wanted = OPTIONS[self.kind]
+        return {name: size for name, size in msgspec.to_builtins(self).items() if name in wanted}
+
+
+OPTIONS: dict[ModelKind, dict[str, Any]] = {
+    ModelKind.CLIMBER: {"width": 64, "heads": 4, "layers": 2, "ffn_ratio": 4, "hidden": 128},
+    ModelKind.HSTU: {"width": 64, "heads": 4, "layers": 4, "hidden": 128, "form": "paper"},
+}
+"""The options of `models.climber.Climber` and `models.hstu.Hstu` that are sizes, with their defaults; here because
+serving does not import torch."""
 
 
 class Flops(msgspec.Struct, frozen=True):
@@ -48,6 +73,15 @@ class Flops(msgspec.Struct, frozen=True):
         return self.dense, self.useful, self.needed, self.candidates
 
 
+def model_flops(sizes: ModelSizes, tokens: float, candidates: float) -> Flops:
+    """One request of T = `tokens` history tokens in each block and C = `candidates`, whichever the model is."""
+    return (
+        climber_flops(sizes, tokens, candidates)
+        if sizes.kind is ModelKind.CLIMBER
+        else hstu_flops(sizes, tokens, candidates)
+    )
+
+
 def climber_flops(sizes: ModelSizes, tokens: float, candidates: float) -> Flops:
     """One request of T = `tokens` history tokens in each block and C = `candidates`.
 
@@ -69,9 +103,22 @@ def climber_flops(sizes: ModelSizes, tokens: float, candidates: float) -> Flops:
     return one + Flops(top, top, top, top)
 
 
+def hstu_flops(sizes: ModelSizes, tokens: float, candidates: float) -> Flops:
+    """One request, counted as `climber_flops` counts. With r = 1 in the paper's form and 3 in that of dlrm-v3:
+
+    a layer, each token            2 (4 + r) D^2           U, queries, keys, values: 4 D^2; out: r D^2
+    a layer, each pair q, k        4 D                     as a Climber's, and as many pairs
+    head, each candidate           2 (N D hidden + hidden K)
+    """
+    one = stack_flops(sizes, tokens, candidates).scaled(sizes.blocks)
+    top = candidates * head_flops(sizes.blocks * sizes.width, sizes.hidden, sizes.tasks)
+    return one + Flops(top, top, top, top)
+
+
 def stack_flops(sizes: ModelSizes, tokens: float, candidates: float) -> Flops:
-    """One block's layers alone; see `climber_flops`."""
-    a_token = 2 * (4 + 2 * sizes.ffn_ratio) * sizes.width**2
+    """One block's layers alone; see `climber_flops` and `hstu_flops`."""
+    widths = 4 + (2 * sizes.ffn_ratio if sizes.kind is ModelKind.CLIMBER else sizes.form.output_parts)
+    a_token = 2 * widths * sizes.width**2
     a_pair = 4 * sizes.width
     seen = candidates * (tokens + 1)
     causal = tokens * (tokens + 1) / 2

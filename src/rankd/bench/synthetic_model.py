@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
-from rankd.bench.flops import ModelSizes
+from rankd.bench.flops import OPTIONS
 from rankd.bench.workload import Fixed, Workload, draw
 from rankd.demo import MODELS
 from rankd.engine.backend import Precision
@@ -36,8 +36,6 @@ GENRES, PLANS, NEIGHBOURS = 50, 3, 32
 LOG_END = 1_790_812_800  # 2026-10-01
 LOG_SECONDS = 90 * 86_400
 PARITY_REQUESTS = 8
-CLIMBER_DEFAULTS = {"width": 64, "heads": 4, "layers": 2, "ffn_ratio": 4, "hidden": 128}
-"""The options of `models.climber.Climber` that are sizes; here because serving does not import torch."""
 
 
 def packaged_model(workload: Workload, root: Path = MODELS) -> Path | None:
@@ -54,12 +52,13 @@ def packaged_model(workload: Workload, root: Path = MODELS) -> Path | None:
 
 def agrees(manifest: Manifest, workload: Workload) -> bool:
     """Whether a model has the workload's sizes and padded shapes."""
-    schema = manifest.schema
-    options = {name: manifest.options.get(name, default) for name, default in CLIMBER_DEFAULTS.items()}
-    sizes = ModelSizes(blocks=schema.num_sub_sequences, tasks=len(schema.tasks), **options)
+    schema, model = manifest.schema, workload.model
+    options = {name: manifest.options.get(name, default) for name, default in OPTIONS[model.kind].items()}
+    sizes = options | {"blocks": schema.num_sub_sequences, "tasks": len(schema.tasks)}
+    wanted_sizes = model.options() | {"blocks": model.blocks, "tasks": model.tasks}
     shapes = (schema.history_length, schema.history_buckets, schema.candidate_buckets)
     wanted = (workload.block_tokens, workload.buckets.history, workload.buckets.candidates)
-    return manifest.model == "climber" and sizes == workload.model and shapes == wanted
+    return manifest.model == model.kind.value and sizes == wanted_sizes and shapes == wanted
 
 
 def model_for(workload: Workload, root: Path, precision: Precision = Precision.FP32) -> tuple[str, Path]:
@@ -101,14 +100,13 @@ def build_model(
     from rankd.models.protocol import create_model
 
     schema, catalogue = schema_of(workload), catalogue_of(workload)
-    sizes = workload.model
-    options = {name: getattr(sizes, name) for name in CLIMBER_DEFAULTS}
+    kind, options = workload.model.kind.value, workload.model.options()
     torch.manual_seed(workload.seed)
-    model = create_model("climber", schema, options).eval()
+    model = create_model(kind, schema, options).eval()
     for name, parameter in model.named_parameters():
         if name.endswith(("bias.position", "bias.time")):  # zeros when new: parity would not see them
             torch.nn.init.normal_(parameter, std=0.1)
-    contents = Contents(model, "climber", schema, catalogue, _parity_requests(schema, catalogue), options)
+    contents = Contents(model, kind, schema, catalogue, _parity_requests(schema, catalogue), options)
     return pack(root, contents, BuildOptions(workload.name, "1", precision, targets, fall_back=True))
 
 

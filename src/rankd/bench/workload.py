@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from rankd.bench.flops import Flops, ModelSizes, climber_flops
+from rankd.bench.flops import Flops, ModelSizes, model_flops
 from rankd.config import read_struct
 from rankd.errors import ConfigError, nearest
 from rankd.types import Int64Array, RankRequest
@@ -108,7 +108,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         pairs, counts = np.unique(np.stack([events, candidates]), axis=1, return_counts=True)
         for n, c, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
             tokens = min(n / self.model.blocks, self.block_tokens)
-            total = total + climber_flops(self.model, tokens, c).scaled(count / FLOPS_DRAWS)
+            total = total + model_flops(self.model, tokens, c).scaled(count / FLOPS_DRAWS)
         return total
 
 

@@ -120,12 +120,16 @@ def state_specs(model: Any, schema: FeatureSchema) -> tuple[TensorSpec, ...]:
 
 
 def example(specs: Sequence[TensorSpec], **sizes: int) -> Tensors:
-    """Zero tensors of the given specs (ones for lengths), to trace and to size with."""
-    sizes = {**TRACED, **sizes}
-    return {
-        spec.name: torch.ones([sizes[d] if isinstance(d, str) else d for d in spec.shape], dtype=DTYPES[spec.dtype])
-        for spec in specs
-    }
+    """Zero tensors of the given specs (ones for lengths), to trace and to size with.
+
+    Zero is in every table: a log may have one type of events alone.
+    """
+    sizes, made = {**TRACED, **sizes}, {}
+    for spec in specs:
+        shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+        number = 1 if spec.name.endswith(("length", "lengths")) else 0
+        made[spec.name] = torch.full(shape, number, dtype=DTYPES[spec.dtype])
+    return made
 
 
 def _write_openvino(module: nn.Module, graph: Graph, folder: Path) -> None:

@@ -11,8 +11,8 @@ history only adds to it. Keys and values are kept a row a token, as the products
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +107,9 @@ class Layer(nn.Module):
         scale = self.log_temperature.neg().exp().repeat_interleave(self.attention_width // self.heads)
         return self.split(self.qkv.rows(normed, slice(self.attention_width), scale))
 
-    def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    def attend(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """The next tokens (B, Q, D) of x; keys and values (B, T, A), bias (B, H, Q, T) with the mask in it."""
-        attention = torch.softmax(queries @ self.split(keys).transpose(-1, -2) + bias, dim=-1)
+        attention = torch.softmax(self.queries(normed) @ self.split(keys).transpose(-1, -2) + bias, dim=-1)
         return self.finish(x, attention @ self.split(values))
 
     def attend_and_itself(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -160,23 +160,36 @@ class GatingFusion(nn.Module):
         return gated
 
 
+class BlockLayer(Protocol):
+    """What a block asks of its layers: `Layer` here, and that of `models.hstu`."""
+
+    attention_width: int
+    bias: RelativeBias
+
+    def normed(self, x: Tensor) -> Tensor: ...
+
+    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def attend(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor: ...
+
+    def attend_and_itself(self, x: Tensor, normed: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor: ...
+
+
 class Block(nn.Module):
     """The layers over one sub-sequence. Blocks do not see each other before the fusion.
 
     Their states are stacked: one with fewer or narrower layers than the deepest and the widest is padded with zeros.
     """
 
-    def __init__(
-        self, width: int, layers: Sequence[LayerShape], whole: ClimberShape, positions: int, dropout: float
-    ) -> None:
+    def __init__(self, layers: Iterable[nn.Module], state_layers: int, state_width: int, repeats: int = 1) -> None:
         super().__init__()
-        self.stack = nn.ModuleList(Layer(width, layer, positions, dropout) for layer in layers)
-        self.repeats, self.state_layers, self.state_width = whole.repeats, whole.state_layers, whole.state_width
+        self.stack = nn.ModuleList(layers)
+        self.repeats, self.state_layers, self.state_width = repeats, state_layers, state_width
 
     @property
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[BlockLayer]:
         """The layers as tokens pass them, the first one first; a shared one stands there several times."""
-        return [layer for layer in cast(list[Layer], list(self.stack)) for _ in range(self.repeats)]
+        return [layer for layer in cast(list[BlockLayer], list(self.stack)) for _ in range(self.repeats)]
 
     @property
     def positions(self) -> int:
@@ -194,7 +207,7 @@ class Block(nn.Module):
             keys, values = layer.keys_values(normed)
             made += self._as_wide(keys, values)
             if depth < len(layers) - 1:
-                x = layer.attend(x, layer.queries(normed), keys, values, layer.bias(pair))
+                x = layer.attend(x, normed, keys, values, layer.bias(pair))
         return self._stacked(made)
 
     def extend(self, x: Tensor, times: Tensor, known: Tensor, known_times: Tensor, length: Tensor) -> Tensor:
@@ -218,7 +231,7 @@ class Block(nn.Module):
                 bias = torch.cat([layer.bias(before), layer.bias(among)], -1)
                 known_keys, known_values = self._known(known, depth, layer)
                 all_keys, all_values = torch.cat([known_keys, keys], 1), torch.cat([known_values, values], 1)
-                x = layer.attend(x, layer.queries(normed), all_keys, all_values, bias)
+                x = layer.attend(x, normed, all_keys, all_values, bias)
         return self._stacked(made)
 
     def candidates(self, x: Tensor, known: Tensor, seconds: Tensor, length: Tensor) -> Tensor:
@@ -245,14 +258,71 @@ class Block(nn.Module):
         stacked: Tensor = torch.stack(made, 1).unflatten(1, (-1, 2))
         return stacked
 
-    def _known(self, known: Tensor, depth: int, layer: Layer) -> tuple[Tensor, Tensor]:
+    def _known(self, known: Tensor, depth: int, layer: BlockLayer) -> tuple[Tensor, Tensor]:
         """A layer's keys and values (B, T, A) of the state."""
         keys, values = known[:, depth, 0], known[:, depth, 1]
         width = layer.attention_width
         return (keys, values) if width == self.state_width else (keys[..., :width], values[..., :width])
 
 
-class Climber(nn.Module):
+class BlockRanker(nn.Module):
+    """What the Climber and HSTU have in common: a block for each sub-sequence, a head, and a direct network or none.
+
+    A model of this kind sets the parts that stand here by their names, and says how its blocks' outputs are joined.
+    """
+
+    tokens: TokenEmbedding
+    blocks: nn.ModuleList
+    history_norm: nn.LayerNorm
+    candidate_norm: nn.LayerNorm
+    head: nn.Sequential
+    direct: nn.Sequential | None
+    deep_dropout: float
+
+    def joined(self, outputs: list[Tensor]) -> Tensor:
+        """What the head reads, (B, C, N * D), of the blocks' outputs (B, C, D)."""
+        raise NotImplementedError
+
+    def encode(self, history: Tensors) -> dict[str, Tensor]:
+        """State: keys_values (B, N, L, 2, T, A), and the times and lengths that the candidates' bias needs."""
+        tokens = self.history_norm(self.tokens.events(history))
+        times = history["history_time"]
+        made = [block.encode(tokens[:, n], times[:, n]) for n, block in enumerate(self._blocks())]
+        return {"keys_values": torch.stack(made, 1), "times": times, "lengths": history["history_length"]}
+
+    def extend(self, state: Tensors, new: Tensors) -> dict[str, Tensor]:
+        """What E new events a block add to a state: keys_values (B, N, L, 2, E, A), times (B, N, E), new lengths."""
+        tokens = self.history_norm(self.tokens.events(new))
+        times, lengths = new["history_time"], state["lengths"]
+        made = [
+            block.extend(tokens[:, n], times[:, n], state["keys_values"][:, n], state["times"][:, n], lengths[:, n])
+            for n, block in enumerate(self._blocks())
+        ]
+        return {"keys_values": torch.stack(made, 1), "times": times, "lengths": lengths + new["history_length"]}
+
+    def score(self, state: Tensors, candidates: Tensors) -> Tensor:
+        """Logits (B, C, K)."""
+        tokens = self.candidate_norm(self.tokens.candidates(candidates))
+        seconds = candidates["context_time"][:, None, None] - state["times"]
+        known, lengths = state["keys_values"], state["lengths"]
+        outputs = [
+            block.candidates(tokens, known[:, n], seconds[:, n], lengths[:, n])
+            for n, block in enumerate(self._blocks())
+        ]
+        logits: Tensor = self.head(self.joined(outputs))
+        if self.direct is None:
+            return logits
+        if self.training and self.deep_dropout > 0:
+            kept = torch.rand(logits.shape[0], 1, 1, device=logits.device) >= self.deep_dropout
+            logits = logits * kept
+        direct: Tensor = self.direct(candidates["candidate_numeric"])
+        return logits + direct
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+
+class Climber(BlockRanker):
     """The whole ranker. Options: width D, heads H, layers L of a block, ffn_ratio, hidden (of the heads), dropouts.
 
     `direct` adds a small network over the candidates' numeric features to the logits (not in the paper): what is known
@@ -283,63 +353,40 @@ class Climber(nn.Module):
         else:
             self.shape = climber_shape(shape, count)
         self.tokens = TokenEmbedding(schema, width, item_dropout)
+        sizes = self.shape.state_layers, self.shape.state_width, self.shape.repeats
         self.blocks = nn.ModuleList(
-            Block(width, stack, self.shape, schema.history_length, dropout) for stack in self.shape.blocks
+            Block((Layer(width, layer, schema.history_length, dropout) for layer in stack), *sizes)
+            for stack in self.shape.blocks
         )
         self.history_norm = nn.LayerNorm(width)
         self.candidate_norm = nn.LayerNorm(width)
         self.fusion = GatingFusion(width, count, self.shape.fusion)
         channels, tasks = width * count, len(schema.tasks)
-        self.head = nn.Sequential(
-            nn.LayerNorm(channels),
-            nn.Linear(channels, hidden),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, tasks),
-        )
+        self.head = ranking_head(channels, hidden, tasks, dropout)
         self.deep_dropout = deep_dropout
-        self.direct = _direct(schema.candidate_numeric, hidden, tasks) if direct and schema.candidate_numeric else None
+        self.direct = direct_network(schema.candidate_numeric, hidden, tasks) if direct else None
 
-    def encode(self, history: Tensors) -> dict[str, Tensor]:
-        """State: keys_values (B, N, L, 2, T, A), and the times and lengths that the candidates' bias needs."""
-        tokens = self.history_norm(self.tokens.events(history))
-        times = history["history_time"]
-        made = [block.encode(tokens[:, n], times[:, n]) for n, block in enumerate(self._blocks())]
-        return {"keys_values": torch.stack(made, 1), "times": times, "lengths": history["history_length"]}
-
-    def extend(self, state: Tensors, new: Tensors) -> dict[str, Tensor]:
-        """What E new events a block add to a state: keys_values (B, N, L, 2, E, A), times (B, N, E), new lengths."""
-        tokens = self.history_norm(self.tokens.events(new))
-        times, lengths = new["history_time"], state["lengths"]
-        made = [
-            block.extend(tokens[:, n], times[:, n], state["keys_values"][:, n], state["times"][:, n], lengths[:, n])
-            for n, block in enumerate(self._blocks())
-        ]
-        return {"keys_values": torch.stack(made, 1), "times": times, "lengths": lengths + new["history_length"]}
-
-    def score(self, state: Tensors, candidates: Tensors) -> Tensor:
-        """Logits (B, C, K)."""
-        tokens = self.candidate_norm(self.tokens.candidates(candidates))
-        seconds = candidates["context_time"][:, None, None] - state["times"]
-        known, lengths = state["keys_values"], state["lengths"]
-        outputs = [
-            block.candidates(tokens, known[:, n], seconds[:, n], lengths[:, n])
-            for n, block in enumerate(self._blocks())
-        ]
-        logits: Tensor = self.head(self.fusion(torch.stack(outputs, 2)))
-        if self.direct is None:
-            return logits
-        if self.training and self.deep_dropout > 0:
-            kept = torch.rand(logits.shape[0], 1, 1, device=logits.device) >= self.deep_dropout
-            logits = logits * kept
-        direct: Tensor = self.direct(candidates["candidate_numeric"])
-        return logits + direct
-
-    def _blocks(self) -> list[Block]:
-        return cast(list[Block], list(self.blocks))
+    def joined(self, outputs: list[Tensor]) -> Tensor:
+        """The fusion of the blocks' outputs."""
+        fused: Tensor = self.fusion(torch.stack(outputs, 2))
+        return fused
 
 
-def _direct(inputs: int, hidden: int, tasks: int) -> nn.Sequential:
+def ranking_head(channels: int, hidden: int, tasks: int, dropout: float) -> nn.Sequential:
+    """Logits of K tasks from what the blocks have made of a candidate."""
+    return nn.Sequential(
+        nn.LayerNorm(channels),
+        nn.Linear(channels, hidden),
+        nn.SiLU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, tasks),
+    )
+
+
+def direct_network(inputs: int, hidden: int, tasks: int) -> nn.Sequential | None:
+    """Logits of K tasks from a candidate's numbers alone; None where it has none."""
+    if not inputs:
+        return None
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, tasks)
     )

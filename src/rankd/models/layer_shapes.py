@@ -6,6 +6,7 @@ In: the options of a model's constructor, plain or with `shape`. Out: a checked 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,6 +14,18 @@ import msgspec
 from rankd.errors import ConfigError
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+
+class HstuForm(Enum):
+    """Whose layer an HSTU has: the paper's, or the one of MLPerf's dlrm-v3 (see `models.hstu.HstuLayer`)."""
+
+    PAPER = "paper"
+    DLRM_V3 = "dlrm-v3"
+
+    @property
+    def output_parts(self) -> int:
+        """How many times D numbers its output projection reads."""
+        return 1 if self is HstuForm.PAPER else 3
 
 
 class LayerShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

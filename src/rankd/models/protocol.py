@@ -96,6 +96,7 @@ def logits_of(model: nn.Module, history: Tensors, candidates: Tensors) -> Tensor
 BUILT_IN = {
     "climber": "rankd.models.climber:Climber",
     "sasrec": "rankd.models.sasrec:SASRec",
+    "hstu": "rankd.models.hstu:Hstu",
     "dlrm": "rankd.models.dlrm:Dlrm",
 }
 

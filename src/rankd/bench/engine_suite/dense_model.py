@@ -1,8 +1,8 @@
-"""The Climber as its paper draws it: history and candidates in one sequence under one dense mask.
+"""Climber and HSTU as their papers draw them: history and candidates in one sequence under one dense mask.
 
-It computes what `models.climber` computes, with the same weights and parts, as somebody would who writes the model down
-and serves it as it is: every token meets every token, and the mask takes most of it back. The baseline of
-`rankd bench engine`.
+It computes what `models.climber` and `models.hstu` compute, with the same weights and parts, as somebody would who
+writes the model down and serves it as it is: every token meets every token, and the mask takes most of it back. The
+baseline of `rankd bench engine`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rankd.errors import EngineFailure
-from rankd.models.climber import Block, Climber, pairs
+from rankd.models.climber import Block, BlockRanker, pairs
 from rankd.models.protocol import Tensors
 
 
-class DenseClimber(nn.Module):
-    """A Climber in one pass: `forward(history, candidates) -> logits (B, C, K)`."""
+class DenseRanker(nn.Module):
+    """A Climber or an HSTU in one pass: `forward(history, candidates) -> logits (B, C, K)`."""
 
-    def __init__(self, model: Climber) -> None:
+    def __init__(self, model: BlockRanker) -> None:
         super().__init__()
         self.model = model
 
@@ -39,21 +39,21 @@ class DenseClimber(nn.Module):
             x = torch.cat([events[:, n], items], 1)
             for layer in stack.layers:
                 normed = layer.normed(x)
-                x = layer.attend(x, layer.queries(normed), *layer.keys_values(normed), layer.bias(pair))
+                x = layer.attend(x, normed, *layer.keys_values(normed), layer.bias(pair))
             outputs.append(x[:, -count:])
-        logits: Tensor = model.head(model.fusion(torch.stack(outputs, 2)))
+        logits: Tensor = model.head(model.joined(outputs))
         return logits if model.direct is None else logits + model.direct(candidates["candidate_numeric"])
 
 
-def dense_form(model: nn.Module) -> DenseClimber:
-    """The dense form of a Climber.
+def dense_form(model: nn.Module) -> DenseRanker:
+    """The dense form of a ranker that is made of blocks.
 
     Raises:
         EngineFailure: a model of another kind.
     """
-    if not isinstance(model, Climber):
-        raise EngineFailure(f"only a climber has a dense form here, not a {type(model).__name__}")
-    return DenseClimber(model)
+    if not isinstance(model, BlockRanker):
+        raise EngineFailure(f"climber and hstu have a dense form here, a {type(model).__name__} has none")
+    return DenseRanker(model)
 
 
 def dense_pairs(times: Tensor, now: Tensor, length: Tensor, positions: int) -> Tensor:

@@ -31,7 +31,7 @@ from rankd.bench.engine_suite.contestant_messages import (
     unpack_features,
 )
 from rankd.bench.engine_suite.contestant_process import ContestantProcess
-from rankd.bench.flops import Flops, climber_flops
+from rankd.bench.flops import Flops, model_flops
 from rankd.bench.parity import BOUNDS, max_difference, stored_features, torch_logits
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
@@ -165,7 +165,7 @@ def unsuitable(target: str, workload: Workload) -> str:
     """Why a target cannot run a workload's model on this machine; empty if it can."""
     if not runs_here(target):
         return next(reason for p in PRECISIONS[target] if (reason := why_not(target, p)))
-    return why_not_model(target, "climber", msgspec.structs.asdict(workload.model), schema_of(workload))
+    return why_not_model(target, workload.model.kind.value, workload.model.options(), schema_of(workload))
 
 
 def prepare(workload: Workload, folder: Path, targets: tuple[str, ...]) -> Trial:
@@ -332,7 +332,7 @@ def work_flops(work: Work, workload: Workload, tokens: float) -> float:
             return flops.needed - flops.candidates
         case Work.EXTEND:
             before = max(tokens - APPENDED / workload.model.blocks, 0.0)
-            return climber_flops(workload.model, tokens, 0).needed - climber_flops(workload.model, before, 0).needed
+            return model_flops(workload.model, tokens, 0).needed - model_flops(workload.model, before, 0).needed
 
 
 def fastest_own(p50: Mapping[str, float], precision: Precision) -> str:

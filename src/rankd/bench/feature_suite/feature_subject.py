@@ -16,7 +16,7 @@ from rankd.bench.feature_suite.feature_rows import ROW_BYTES, StoreFiles, write_
 from rankd.bench.feature_suite.lookups import LookupFigures, measure_lookups
 from rankd.bench.feature_suite.zipf_requests import ZipfRequests
 from rankd.bench.parity import against_torch, scores_in_process
-from rankd.bench.synthetic_model import CLIMBER_DEFAULTS, build_model, schema_of, users_for
+from rankd.bench.synthetic_model import build_model, schema_of, users_for
 from rankd.bench.workload import Fixed, Workload
 from rankd.engine.backend import Precision
 from rankd.engine.targets import why_not, why_not_model
@@ -117,7 +117,7 @@ def _enlarged(workload: Workload, options: FeatureOptions) -> Workload:
 
 def _served(workload: Workload) -> tuple[tuple[str, ...], Precision]:
     """The target and the precision: bfloat16 where the machine has it, by the native engine if it runs the model."""
-    options = {name: getattr(workload.model, name) for name in CLIMBER_DEFAULTS}
-    if not (why_not("native", Precision.BF16) or why_not_model("native", "climber", options, schema_of(workload))):
+    kind, options = workload.model.kind.value, workload.model.options()
+    if not (why_not("native", Precision.BF16) or why_not_model("native", kind, options, schema_of(workload))):
         return ("native",), Precision.BF16
     return ("openvino",), Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16

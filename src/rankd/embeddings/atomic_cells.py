@@ -63,7 +63,7 @@ def _swap(_context: Any, _address: Any, _expected: Any, _number: Any) -> tuple[A
 
 
 def _give_way(_context: Any) -> tuple[Any, Any]:
-    """Let another thread have the core, if one wants it; .3 us if none does (POSIX)."""
+    """Let another thread have the core, if one wants it (POSIX); .7 us if none does."""
 
     def codegen(context: Any, code: Any, _signature: Any, _arguments: Any) -> Any:
         name = "sched_yield"

@@ -26,7 +26,7 @@ SPANS_A_THREAD = 16
 LEAST_IDS = 1024
 """Of a span, on average: 15 to 40 us of work."""
 SHARED_IDS = 8192
-"""Of a look-up that is shared: 100 to 300 us of work. To wake a thread takes 20 to 200."""
+"""Of a look-up that is shared, at least: 100 to 300 us of work. To wake a thread takes 20 to 40."""
 
 
 class LocalTables:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from rankd.types import Array, Float32Array
+from rankd.types import Array, Float32Array, Int64Array
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,13 +112,16 @@ def _prefetch(_context: Any, array: Any, row: Any, column: Any) -> tuple[Any, An
 prefetch: Callable[[Array, Any, Any], None] = importlib.import_module("numba.extending").intrinsic(_prefetch)
 
 
-def _float_pointer(_context: Any, _address: Any) -> tuple[Any, Any]:
-    """An address, int64, as a pointer to float32."""
+def _pointer_to(kind: Any, value: Any) -> Any:
+    """An intrinsic: an address, int64, as a pointer to numbers of a kind."""
 
-    def codegen(_context: Any, code: Any, _signature: Any, arguments: Any) -> Any:
-        return code.inttoptr(arguments[0], _ir.FloatType().as_pointer())
+    def as_pointer(_context: Any, _address: Any) -> tuple[Any, Any]:
+        def codegen(_context: Any, code: Any, _signature: Any, arguments: Any) -> Any:
+            return code.inttoptr(arguments[0], value.as_pointer())
 
-    return types.CPointer(types.float32)(types.int64), codegen
+        return types.CPointer(kind)(types.int64), codegen
+
+    return importlib.import_module("numba.extending").intrinsic(as_pointer)
 
 
 def _store(_context: Any, _address: Any, number: Any) -> tuple[Any, Any]:
@@ -133,7 +136,8 @@ def _store(_context: Any, _address: Any, number: Any) -> tuple[Any, Any]:
 
 
 store: Callable[[int, Any], None] = importlib.import_module("numba.extending").intrinsic(_store)
-_pointer: Any = importlib.import_module("numba.extending").intrinsic(_float_pointer)
+_float_pointer: Any = _pointer_to(types.float32, _ir.FloatType())
+_int_pointer: Any = _pointer_to(types.int64, _ir.IntType(64))
 _carray: Any = _numba.carray
 
 
@@ -141,5 +145,12 @@ _carray: Any = _numba.carray
 def floats_at(address: int, count: int) -> Float32Array:
     """The `count` numbers, float32, at an address: of arrays that differ in number from call to call. Whoever gives the
     address keeps the memory."""
-    found: Float32Array = _carray(_pointer(address), (count,))
+    found: Float32Array = _carray(_float_pointer(address), (count,))
+    return found
+
+
+@part
+def ints_at(address: int, count: int) -> Int64Array:
+    """The same of int64."""
+    found: Int64Array = _carray(_int_pointer(address), (count,))
     return found

@@ -14,6 +14,7 @@ from rankd.bench.shard_suite.dlrm_workload import load_dlrm
 from rankd.bench.shard_suite.measured_costs import CostOptions
 from rankd.bench.shard_suite.open_loop import PARTS
 from rankd.bench.shard_suite.sharding import ShardOptions
+from rankd.bench.table_suite.table_lookups import TableOptions
 from rankd.cli.benchmarks import bench
 from rankd.errors import ConfigError
 from rankd.plan.costs_file import read_costs
@@ -52,7 +53,9 @@ def workload(folder: Path) -> Path:
 @pytest.mark.real_run
 def test_shards_end_with_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "SIZE_SECONDS", 0.2)
-    monkeypatch.setattr(sharding, "ShardOptions", partial(ShardOptions, costs=CostOptions(0.1, 2**16)))
+    lookups = TableOptions(samples=4, smaller=100_000, dim=8, runs=1)
+    short = partial(ShardOptions, costs=CostOptions(0.1, 2**16), lookups=lookups)
+    monkeypatch.setattr(sharding, "ShardOptions", short)
     picture, costs = tmp_path / "where.svg", tmp_path / "costs.toml"
     arguments = ["shards", "--workload", str(workload(tmp_path)), "--shards", "1", "--shards", "2", "--seconds", "0.5"]
     arguments += ["--runs", "1", "--costs", str(costs), "--picture", str(picture), "--json"]
@@ -64,7 +67,8 @@ def test_shards_end_with_the_contract(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = {row["contestant"].partition(" (")[0]: row for row in document["results"] if "shards" in row}
     assert {"singular", "one-shard"} < set(rows)
     assert {row["shards"] for row in rows.values()} == {0, 1, 2}
-    assert set(document["parity"]) == {f"{name}{storage}" for name in rows for storage in ("", ", int8")}
+    peers = {f"{row['contestant']} fp32" for row in document["results"] if "storage" in row} - {"rankd fp32"}
+    assert set(document["parity"]) == {f"{name}{storage}" for name in rows for storage in ("", ", int8")} | peers
     assert max(document["parity"].values()) <= 0.05
     for name, row in rows.items():
         assert row["failed"] == 0
@@ -80,6 +84,8 @@ def test_shards_end_with_the_contract(tmp_path: Path, monkeypatch: pytest.Monkey
     assert ratios["p99_overhead_best"] <= ratios["p99_overhead_auto"]
     assert ratios["auto_over_best"] == pytest.approx(ratios["p99_overhead_auto"] / ratios["p99_overhead_best"], 1e-4)
     assert ratios["p99_overhead_best_simulated"] > 0
+    looked_up = [ratios[f"lookup_vs_best_peer_fp32_{threads}"] for threads in (1, 2)]
+    assert 0 < ratios["lookup_vs_best_peer"] == min(looked_up)
     judged = [row for row in document["results"] if row["table"] == "hypotheses"]
     assert {row["verdict"] for row in judged} <= {"confirmed", "refuted"}
     assert len(judged) >= 7

@@ -30,6 +30,8 @@ MEMORY = {HEAD: 8 << 30, OTHER: 1 << 30}
 """What Ray gives away of each node: a process that reserves more than the second has is on the first."""
 QUICK = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3", "RAY_worker_niceness": "0"}
 """A node that has ended is missed after seconds, and its processes are not behind all others for a core."""
+FAULTY = str(Path(__file__).with_name("faulty"))
+"""What shards of these tests can be made to do wrong."""
 
 
 class RayNodes:
@@ -43,7 +45,9 @@ class RayNodes:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         token = folder / "token"
         token.write_text("0123456789abcdef" * 4)
-        self.environment = {**os.environ, **QUICK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        python = os.pathsep.join([FAULTY, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.environment = {**os.environ, **QUICK, "PYTHONPATH": python}
+        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
     def start_head(self) -> None:
         """The first node."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from rankd.errors import RankdError
 from rankd.models.protocol import create_model
 from rankd.train.recipe import ModelChoice
 from rankd.types import Float32Array
+from tests.deploy.ill_shards import in_its_place, ten_times_slower
 from tests.deploy.ray_nodes import HEAD, OTHER, RayNodes, two_nodes
 from tests.features.stores.redis_server import eventually
 from tests.train.small_log import RECIPE, small_dataset
@@ -58,7 +60,7 @@ config = "rankd.toml"
 
 [watch]
 every_seconds = 0.25
-answer_seconds = 0.75
+answer_seconds = 1.5
 misses = 2
 drain_seconds = 15
 room_seconds = 2
@@ -69,8 +71,11 @@ executors = 1
 [features.store]
 url = "memory:"
 [tables.client]
-timeout_ms = 5000
+timeout_ms = 30000
+heartbeat_seconds = 2
 """
+LONGEST_S = 60.0
+"""Of a request: what is to be found is a lost one, not a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +89,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("dlrm", {}))
     options = BuildOptions("films", "1", tables=TableStorage.FP32)
     version = build_artifact(folder / "models", model.eval(), DATASET, recipe, options)
-    for name, shards in (("two", "2"), ("four", "4")):
-        command = ["plan", str(version), "--shards", shards, "--strategy", "load-balanced", "--replicate", "0"]
-        CliRunner().invoke(commands, [*command, "--out", str(folder / f"{name}.json")], catch_exceptions=False)
+    for name, shards, strategy in (("two", 2, "load"), ("four", 4, "load"), ("older", 2, "capacity")):
+        command = ["plan", str(version), "--shards", str(shards), "--strategy", f"{strategy}-balanced"]
+        more = ["--replicate", "0", "--out", str(folder / f"{name}.json")]
+        CliRunner().invoke(commands, [*command, *more], catch_exceptions=False)
     (folder / "films.toml").write_text(DEPLOYMENT)
     (folder / "rankd.toml").write_text(SERVER)
     return folder
@@ -155,12 +161,13 @@ def deployed(nodes: RayNodes, folder: Path) -> Iterator[Deployed]:
 
 
 class Load:
-    """Requests all the time, each compared with `expected` scores."""
+    """Requests all the time, each compared with `expected` scores; `took_ms` of those that were answered."""
 
     def __init__(self, url: str, expected: list[Float32Array]) -> None:
         self.url, self._expected = url, expected
         self._stop = threading.Event()
         self.sent = 0
+        self.took_ms: list[float] = []
         self.wrong: list[str] = []
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(2)]
 
@@ -180,10 +187,30 @@ class Load:
         end = self.sent + more
         eventually(lambda: self.sent >= end, f"{more} more answers", PATIENCE_S)
 
+    def calls(self, what: str) -> int:
+        """How many calls of shards became that (`client_counts.Counted`) so far."""
+        found = re.findall(rf'rankd_shard_calls_total{{.*what="{what}"}} (\S+)', httpx.get(f"{self.url}/metrics").text)
+        return int(sum(map(float, found)))
+
+    def replicas(self) -> int:
+        """How many replicas of all shards can be asked."""
+        found = re.findall(r"rankd_shard_replicas{.*} (\S+)", httpx.get(f"{self.url}/metrics").text)
+        return int(sum(map(float, found)))
+
+    def affected(self, before: int, fault: str) -> str:
+        """What the requests since the first `before` saw."""
+        during = self.took_ms[before:]
+        counts = ", ".join(f"{self.calls(what)} {what}" for what in ("hedged", "retried", "failed"))
+        return (
+            f"{fault}: {len(during)} requests answered, at most {max(during):.0f} ms, median {np.median(during):.0f} "
+            f"(before: {np.median(self.took_ms[:before]):.0f}); {len(self.wrong)} lost; calls so far: {counts}"
+        )
+
     def _run(self, number: int) -> None:
-        with Client(self.url) as client:
+        with Client(self.url, LONGEST_S) as client:
             while not self._stop.is_set():
                 number = (number + 1) % len(REQUESTS)
+                begun = time.perf_counter()
                 try:
                     answer = client.rank(REQUESTS[number])
                 except RankdError as error:
@@ -192,6 +219,7 @@ class Load:
                     continue
                 if answer.degraded or not np.allclose(answer.scores, self._expected[number], atol=1e-4):
                     self.wrong.append(f"other scores, degraded {answer.degraded}")
+                self.took_ms.append((time.perf_counter() - begun) * 1e3)
                 self.sent += 1
                 time.sleep(0.03)  # this machine starts processes too
 
@@ -241,6 +269,47 @@ def test_shards_that_die_or_hang_are_replaced_and_no_request_is_lost(deployed: D
         assert after.recovery_s is not None
         assert ("SIGKILL" if fault is signal.SIGKILL else "did not answer 2 times") in after.trouble
         print(f"{fault.name}: away {after.recovery_s:.2f} s, {load.sent} requests answered, {len(load.wrong)} lost")
+
+
+def test_a_shard_that_is_ten_times_slower_costs_hedges_and_is_left_alone(deployed: Deployed, load: Load) -> None:
+    name, shard = next(iter(shards_of(deployed.processes(), 0).items()))
+    load.settle(60)  # so that it is known what calls take
+    before, hedged = load.sent, load.calls("hedged")
+    with ten_times_slower(shard.pid):
+        eventually(lambda: load.calls("hedged") > hedged, "calls were sent to the other replica too", PATIENCE_S)
+        load.settle(60)
+        print(load.affected(before, "ten times slower"))
+    assert load.calls("failed") == 0
+    after = deployed.processes()[name]
+    assert (after.pid, after.restarts) == (shard.pid, shard.restarts)
+
+
+def test_a_shard_that_sends_garbage_is_replaced_and_no_request_is_lost(deployed: Deployed, load: Load) -> None:
+    name, shard = next(iter(shards_of(deployed.processes(), 1).items()))
+    before = load.sent
+    os.kill(shard.pid, signal.SIGUSR1)
+    after = deployed.up_again(name, shard)
+    print(load.affected(before, f"garbage, away {after.recovery_s:.2f} s"))
+    assert (after.address, after.restarts) == (shard.address, shard.restarts + 1)
+    assert "answered wrongly" in after.trouble
+    assert load.calls("failed") == 0
+
+
+def test_an_older_shard_at_the_address_is_not_asked_and_the_right_one_comes_back(
+    deployed: Deployed, folder: Path, load: Load
+) -> None:
+    here = {name: one for name, one in shards_of(deployed.processes(), 1).items() if one.host == HEAD}
+    ((name, shard),) = here.items()
+    before = load.sent
+    with in_its_place(shard, folder / "older.json") as older:
+        load.settle()
+        after = deployed.up_again(name, shard)
+        assert after.address != shard.address, "it is taken"
+        eventually(lambda: load.replicas() == 4, "it is asked again, where it is now", PATIENCE_S)
+        print(load.affected(before, f"an older plan, away {after.recovery_s:.2f} s"))
+        older.terminate()
+        assert "this shard has plan" in older.communicate(timeout=30.0)[0], "it was found and did not let us in"
+    assert load.calls("failed") == 0
 
 
 def test_a_supervisor_that_dies_takes_its_shard_along_and_ray_starts_both_again(

@@ -97,6 +97,7 @@ def test_a_ray_of_this_machine_alone(tmp_path: Path, environment: dict[str, str]
     up = deploy("up", "alone.toml", "--ray", "local", RAY_ADDRESS="127.0.0.1:1")
     first = shard("alone")
     assert first.host == "127.0.0.1", "nobody else reaches it"
+    assert os.getpriority(os.PRIO_PROCESS, first.pid) == os.getpriority(os.PRIO_PROCESS, 0), "Ray would lower it"
     assert first.address in up
     deploy("up", "second.toml")
     second = shard("second")

@@ -14,18 +14,20 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import numpy as np
 import pytest
 
 from rankd.deploy.deployment import Watching
 from rankd.deploy.process_report import ProcessReport, ProcessState
-from rankd.deploy.roles import Prober, Role, ShardRole, _generation, _ServerProber
+from rankd.deploy.roles import PLACEMENT, Prober, Role, ServerRole, ShardRole, _generation, _ServerProber
 from rankd.deploy.supervisor import Supervisor, _free_port
 from rankd.embeddings.table_writing import write_table
 from rankd.errors import Unavailable
 from rankd.plan.plan_file import FORMAT, PlanFile
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_plan import MemoryLimits, Strategy
+from rankd.shards.placement_file import Placement, read_placement, write_placement
 from rankd.shards.shard_config import ShardSecurity
 from tests.features.stores.redis_server import eventually
 from tests.free_ports import free_port
@@ -233,6 +235,39 @@ def test_what_cannot_start_is_tried_again_and_says_why(tmp_path: Path) -> None:
         assert "item.safetensors" in report.trouble
     finally:
         supervisor.stop(1.0)
+
+
+def test_a_shard_that_comes_up_with_another_plan_is_started_again_with_its_own(
+    tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not waited for until its time to start is over."""
+    prepare, prepared = ShardRole.prepare, []
+
+    def older_first(role: ShardRole, folder: Path) -> None:
+        prepare(role, folder)
+        prepared.append(folder)
+        if len(prepared) < 3:  # one for the supervisor, one for its first process
+            older = msgspec.structs.replace(PLAN, model="series")
+            (folder / "plan.json").write_bytes(msgspec.json.encode(older))
+
+    monkeypatch.setattr(ShardRole, "prepare", older_first)
+    supervisor = Supervisor(role(tables), WATCHING, HOST)
+    supervisor.start()
+    try:
+        report = up(supervisor, 1)
+        assert "answered wrongly 2 times in a row" in report.trouble
+        assert "this shard has plan 'series-" in report.trouble
+    finally:
+        supervisor.stop(5.0)
+
+
+def test_what_a_server_was_told_is_not_written_over(tmp_path: Path) -> None:
+    first, later = (Placement(generation, PLAN, (("127.0.0.1:1",),)) for generation in (1, 2))
+    made = ServerRole("models", "", ShardSecurity(), (0, 0), first)
+    made.prepare(tmp_path)
+    write_placement(tmp_path / PLACEMENT, later)
+    made.prepare(tmp_path)
+    assert read_placement(tmp_path / PLACEMENT) == later
 
 
 def test_a_process_ends_with_its_supervisor(tables: Path) -> None:

@@ -143,6 +143,7 @@ def test_nothing_is_read_or_written_beside_its_place(storage: TableStorage, dim:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Helpers are asked for a few ids already."""
     monkeypatch.setattr(local_tables, "LEAST_IDS", 8)
+    monkeypatch.setattr(local_tables, "SHARED_IDS", 16)
 
 
 def many() -> dict[str, Table]:
@@ -181,9 +182,10 @@ def test_several_callers_at_once() -> None:
 @given(st.lists(st.integers(0, 60_000), max_size=40), st.integers(1, 4))
 def test_spans_cover_all_bags_and_are_balanced(lengths: list[int], threads: int) -> None:
     offsets = np.cumsum([0, *lengths])
-    spans = list(local_tables._spans(offsets, threads))
-    assert (spans[0][0], spans[-1][1]) == (0, len(lengths))
-    assert all(before[1] == after[0] for before, after in pairwise(spans))
+    cuts = local_tables._cuts(offsets, threads)
+    spans = list(pairwise(cuts.tolist()))
+    assert (cuts[0], cuts[-1]) == (0, len(lengths))
+    assert (np.diff(cuts) >= 0).all()
     assert len(spans) <= threads * local_tables.SPANS_A_THREAD
     fair = int(offsets[-1]) / len(spans)
     assert all(offsets[last] - offsets[first] <= fair + max(lengths, default=0) + 1 for first, last in spans)

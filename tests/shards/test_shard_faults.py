@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from rankd.errors import DeadlineExceeded, ShardFailure, Unavailable
+from rankd.shards.hedging import Hedging
+from rankd.shards.pending import Pending
 from rankd.shards.shard_config import ShardClientConfig, ShardServerConfig, TableDefault
 from rankd.shards.shard_layout import ShardLayout
 from rankd.shards.sharded_pooling import ShardedPooling
@@ -174,6 +176,34 @@ def test_a_slow_replica_is_hedged_and_its_late_answer_dropped() -> None:
             for _ in range(40):
                 np.testing.assert_allclose(pooling.pool(other), whole(layout).pool(other), rtol=1e-5)
             assert pooling.replicas_up() == {"a": 2}
+
+
+def test_a_hedge_that_is_late_itself_is_no_second_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The alarm finds a call late, and its answer comes before the hedge is sent: another shard is still waited for."""
+    first, second, layout = Hold(), Hold(), two_shards()
+    servers = [make_server(layout, shard, before=hold) for shard, hold in ((0, first), (0, first), (1, second))]
+    with serving(*servers) as addresses:
+        layout = two_shards(addresses[:2], addresses[2:])
+        asked = jagged(("item",), [[[3, 4], [7], [10]]])
+        with asking(layout, quick(timeout_ms=10_000.0)) as pooling:
+            begun, late = list[Pending](), threading.Event()
+
+            def allowed(_: Hedging) -> bool:
+                until(lambda: bool(begun))
+                first.let_go()
+                until(lambda: begun[0]._calls[0].answer is not None)
+                late.set()
+                return True
+
+            monkeypatch.setattr(Hedging, "allowed", allowed)
+            monkeypatch.setattr(Hedging, "delay_s", 0.02)
+            begun.append(pooling.begin([asked]))
+            assert late.wait(10.0)
+            time.sleep(0.1)
+            assert not begun[0].there()
+            second.let_go()
+            (pooled,) = begun[0].result()
+    np.testing.assert_allclose(pooled.values, whole(layout).pool(asked), rtol=1e-6)
 
 
 def test_an_overloaded_replica_is_passed_over_for_the_next_one() -> None:

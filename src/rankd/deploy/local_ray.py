@@ -24,6 +24,9 @@ HOST = "127.0.0.1"
 PORT = 6379
 START_S = 60.0
 STOP_S = 30.0
+NICENESS = "RAY_worker_niceness"
+"""What Ray lowers the priority of its workers by, 15 unless it is told, and with them that of the shards and servers
+which they start: anything else on the machine would come first."""
 _KEY = b"rankd-local-ray"
 
 
@@ -51,9 +54,10 @@ def start_local() -> LocalRay:
         os.environ["RAY_AUTH_MODE"] = "token"
     command = [program, "start", "--head", "--block", f"--node-ip-address={HOST}", f"--port={PORT}"]
     command += ["--include-dashboard=false", "--disable-usage-stats"]
+    environment = {NICENESS: "0", **os.environ}
     with tempfile.NamedTemporaryFile("wb", prefix="rankd-ray-", suffix=".log", delete=False) as output:
         process = subprocess.Popen(  # noqa: S603 - our own command
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
         )
     started = LocalRay(socket.gethostname(), process.pid, _began(process.pid), output.name)
     try:

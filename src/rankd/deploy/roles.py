@@ -53,7 +53,7 @@ class ShardRole(msgspec.Struct, frozen=True, tag="shard"):
     num_ports = 1
 
     def prepare(self, folder: Path) -> None:
-        """Write what the command reads."""
+        """Write what the command reads, anew before each start: whatever stands there then is not this plan."""
         (folder / "plan.json").write_bytes(msgspec.json.encode(self.plan))
 
     def command(self, folder: Path, host: str, port: int) -> list[str]:
@@ -82,8 +82,9 @@ class ServerRole(msgspec.Struct, frozen=True, tag="server"):
     num_ports = 2
 
     def prepare(self, folder: Path) -> None:
-        """Write what the command reads."""
-        write_placement(folder / PLACEMENT, self.placement)
+        """Write what the command reads; later placements are told, and stay."""
+        if not (folder / PLACEMENT).exists():
+            write_placement(folder / PLACEMENT, self.placement)
 
     def command(self, folder: Path, host: str, port: int) -> list[str]:
         """What `rankd` is given."""

@@ -4,7 +4,8 @@
         |                  |               |
         +--ended, or too late, or too many misses: killed--> starting, at the same address if that is free
 
-A thread of its own does all of it; other threads read `report()`.
+What answers wrongly (garbage, another plan) while it starts is not waited for: that is a miss as well. A thread of its
+own does all of it; other threads read `report()`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from msgspec.structs import replace
 from rankd.deploy.deployment import Watching
 from rankd.deploy.process_report import ProcessReport, ProcessState
 from rankd.deploy.roles import Prober, Role
-from rankd.errors import RankdError, Unavailable
+from rankd.errors import RankdError, ShardFailure, Trouble, Unavailable
 from rankd.shards.replica import Backoff
 
 LOG_TAIL = 2000
 """Characters of the process's log that a trouble quotes."""
+
+WRONG = (Trouble.BROKEN, Trouble.DENIED)
+"""Somebody answers there, and not the shard that is to."""
 
 log = logging.getLogger("rankd")
 
@@ -107,6 +111,7 @@ class Supervisor:
 
     def _launch(self) -> subprocess.Popen[bytes] | None:
         """The process, started; None if it is not to run any more."""
+        self._role.prepare(self.folder)
         self._port = _free_port(self._host, self._port, self._role.ports, self._role.num_ports)
         command = [sys.executable, "-m", "rankd.deploy.leashed", str(os.getpid())]
         command += self._role.command(self.folder, self._host, self._port)
@@ -137,14 +142,16 @@ class Supervisor:
             try:
                 generation = prober.probe(watching.answer_seconds)
             except RankdError as error:
-                if self._report.state is ProcessState.STARTING:
-                    if time.perf_counter() - begun > watching.start_seconds:
-                        return f"it did not answer within {watching.start_seconds:g} s: {error}; {self._log_tail()}"
-                else:
+                wrong = isinstance(error, ShardFailure) and error.trouble in WRONG
+                if self._report.state is not ProcessState.STARTING:
                     misses += 1
                     self._missed(asked_at)
-                    if misses >= watching.misses:
-                        return f"it did not answer {misses} times in a row: {error}"
+                elif time.perf_counter() - begun > watching.start_seconds:
+                    return f"it did not answer within {watching.start_seconds:g} s: {error}; {self._log_tail()}"
+                else:
+                    misses = misses + 1 if wrong else 0
+                if misses >= watching.misses:
+                    return f"it {'answered wrongly' if wrong else 'did not answer'} {misses} times in a row: {error}"
             else:
                 misses = 0
                 backoff.reset()

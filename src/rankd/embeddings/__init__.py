@@ -15,7 +15,8 @@ A table on disk:
 
 Tables looked up here:
 
-    local_tables.py     many tables, several threads
+    local_tables.py     many tables
+    lookup_threads.py   several threads, that share a look-up (`shared_lookup_kernels.py`, `atomic_cells.py`)
     model_tables.py     those of a model version
     table_layout.py     what the loops know of a table
     table_kernels.py    the loops over bags

@@ -3,16 +3,13 @@
 In: `Table`s (`table_file.py`), and ids (`jagged.py`). Out: sums (B, W) float32. `table_kernels.py` has the loops.
 
 With several threads the bags, in the order table by table and sample by sample, are cut into spans of about as many
-ids each; the caller and its helpers take one span after the other. A bag is summed by one thread in the order of its
-ids, so the sums are the same for every number of threads.
+ids each; the caller and its helpers (`lookup_threads.py`) take one span after the other. A bag is summed by one thread
+in the order of its ids, so the sums are the same for every number of threads.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from types import TracebackType
 
 import numpy as np
@@ -24,10 +21,12 @@ from rankd.embeddings.table_layout import COLUMN, DIM, FIELDS, layout
 from rankd.errors import ConfigError, InvalidRequest, nearest
 from rankd.types import Array, Float32Array, Int64Array
 
-SPANS_A_THREAD = 4
-"""More spans than threads, so that a thread that was interrupted is not waited for."""
-LEAST_IDS = 4096
-"""Of a span, on average: 50 to 150 us of work; to wake a thread takes 20 to 50."""
+SPANS_A_THREAD = 16
+"""More spans than threads, so that nobody is waited for long: neither who began late nor who was interrupted."""
+LEAST_IDS = 1024
+"""Of a span, on average: 15 to 40 us of work."""
+SHARED_IDS = 8192
+"""Of a look-up that is shared, at least: 100 to 300 us of work. To wake a thread takes 20 to 40."""
 
 
 class LocalTables:
@@ -41,8 +40,8 @@ class LocalTables:
     """
 
     def __init__(self, tables: Iterable[Table], threads: int = 1) -> None:
-        # Imported here: it brings numba, which takes half a second.
-        from rankd.embeddings import table_kernels
+        # Imported here: they bring numba, which takes half a second.
+        from rankd.embeddings import lookup_threads, table_kernels
 
         self._tables = tuple(tables)  # kept, for the layouts are bare addresses
         self._numbers = {table.spec.name: number for number, table in enumerate(self._tables)}
@@ -51,8 +50,8 @@ class LocalTables:
         if threads < 1:
             raise ConfigError(f"{threads} threads were given; look-ups take at least 1")
         self._layouts = np.asarray([layout(table) for table in self._tables], np.int64).reshape(-1, FIELDS)
-        self._kernels, self._threads = table_kernels, threads
-        self._helpers = ThreadPoolExecutor(threads - 1, "rankd-tables") if threads > 1 else None
+        self._kernels, self._num_threads = table_kernels, threads
+        self._threads = lookup_threads.LookupThreads(threads - 1) if threads > 1 else None
 
     @property
     def tables(self) -> Mapping[str, Table]:
@@ -84,6 +83,8 @@ class LocalTables:
         Raises:
             InvalidRequest: as `pool`.
         """
+        if self._threads is not None and len(asked.ids) >= SHARED_IDS:
+            self._threads.wake()
         _check_array("offsets", asked.offsets)
         _check_array("ids", asked.ids)
         asked.check()
@@ -127,8 +128,8 @@ class LocalTables:
 
     def close(self) -> None:
         """End the helpers; calls that are under way end first."""
-        if self._helpers is not None:
-            self._helpers.shutdown()
+        if self._threads is not None:
+            self._threads.close()
 
     def __enter__(self) -> LocalTables:
         return self
@@ -140,25 +141,10 @@ class LocalTables:
 
     def _sum(self, layouts: Int64Array, offsets: Int64Array, ids: Int64Array, out: Float32Array) -> int:
         """Write all sums; returns the first place in `ids` of an id outside of its table, or -1."""
-        spans = _spans(offsets, self._threads)
-
-        def work() -> list[int]:
-            found: list[int] = []
-            while True:
-                try:
-                    first, last = spans.popleft()
-                except IndexError:
-                    return found
-                found.append(self._kernels.sum_bags(layouts, offsets, ids, first, last, out))
-
-        if self._helpers is None or len(spans) == 1:
-            found = work()
-        else:
-            helping = [self._helpers.submit(work) for _ in range(min(self._threads, len(spans)) - 1)]
-            found = work()
-            # Who has not begun by now, being busy for another caller, finds nothing to do.
-            found += [place for future in helping if not future.cancel() for place in future.result()]
-        return min((place for place in found if place >= 0), default=-1)
+        if self._threads is None or len(ids) < SHARED_IDS:
+            wrong: int = self._kernels.sum_bags(layouts, offsets, ids, 0, len(offsets) - 1, out)
+            return wrong
+        return self._threads.sum(layouts, offsets, ids, _cuts(offsets, self._num_threads), out)
 
     def _number(self, name: str) -> int:
         number = self._numbers.get(name)
@@ -205,12 +191,9 @@ def _check_array(name: str, array: Array) -> None:
         raise InvalidRequest(f"{name} are int64 in one dimension, not {array.dtype} of shape {array.shape}")
 
 
-def _spans(offsets: Int64Array, threads: int) -> deque[tuple[int, int]]:
-    """Bags as (first, last + 1), in order: of about as many ids each, LEAST_IDS or more if there is more than one."""
-    bags, ids = len(offsets) - 1, int(offsets[-1])
-    count = min(threads * SPANS_A_THREAD, ids // LEAST_IDS) if threads > 1 else 1
-    if count <= 1:
-        return deque([(0, bags)])
-    cuts = np.searchsorted(offsets, np.arange(1, count) * (ids // count))
-    ends = [0, *cuts.tolist(), bags]
-    return deque(pairwise(ends))
+def _cuts(offsets: Int64Array, threads: int) -> Int64Array:
+    """Where bags are cut into spans, the first and the end too: of about as many ids each, LEAST_IDS or more."""
+    count = max(min(threads * SPANS_A_THREAD, int(offsets[-1]) // LEAST_IDS), 1)
+    cuts = np.searchsorted(offsets, np.arange(count + 1) * (int(offsets[-1]) // count))
+    cuts[0], cuts[-1] = 0, len(offsets) - 1
+    return cuts

@@ -199,14 +199,15 @@ class Pending:
             self._alarm.at(min([self._deadline, soon, *hedges]), self)
 
     def _try(self, call: PoolCall) -> bool:
-        """Send a call to a replica that was not asked yet; whether there was one.
+        """Send a call to a replica that was not asked yet; whether there was one. Not one that has its answer: the
+        alarm hedges what was late when it looked, and an answer may have come since.
 
         Raises:
             PayloadTooLarge: no shard takes so much.
         """
         number, routed = next(NUMBERS), call.routed
         with self._lock:
-            if self._over or len(call.asked) >= MOST_REPLICAS:
+            if self._over or call.answer is not None or len(call.asked) >= MOST_REPLICAS:
                 return False
             self._waiting[number], call.attempts[number] = call, None
             call.again = False

@@ -3,7 +3,8 @@
 In: a DLRM workload. Out: a Report. In this order:
 
     1  scores of every layout are compared with singular's, tables in float32 and in int8
-    2  the costs that plans reckon with are measured (`measured_costs.py`)
+    2  look-ups are held to those of others (`table_suite`), and the costs that plans reckon with are measured
+       (`measured_costs.py`)
     3  what singular answers at most, once; half of it is offered to all
     4  rounds: all layouts in turn, another one first in each, the same requests at the same moments
     5  requests of one size, one at a time
@@ -19,7 +20,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,6 +40,7 @@ from rankd.bench.shard_suite.measured_costs import CostOptions, at_load, table_c
 from rankd.bench.shard_suite.open_loop import Offered, measured, most_requests_a_second, one_by_one_ms
 from rankd.bench.shard_suite.placed_server import PlacedServer
 from rankd.bench.shard_suite.served_costs import encoded, served_cpu
+from rankd.bench.table_suite.table_lookups import TableOptions, run_tables
 from rankd.bench.wire_forms import Form, decode_scores
 from rankd.embeddings.table_spec import TableStorage
 from rankd.errors import EngineFailure
@@ -54,23 +56,25 @@ CONNECTIONS = 4
 HALF = 0.5
 BEHIND_P99 = 10
 """Requests that a measurement's p99 stands on where nobody says how long it takes, if MOST_SECONDS allow it."""
-MOST_SECONDS = 17 * 60.0
+MOST_SECONDS = 13 * 60.0
 """Of all measurements together, where nobody says: then p99 over all rounds stands on more than one round's does."""
 SIZE_SECONDS = 2.0
-ABOUT_SECONDS = 330.0
-"""What is done beside measurements of dlrm: two models built, servers started, parity, costs."""
+ABOUT_SECONDS = 390.0
+"""What is done beside measurements of dlrm: two models built, servers started, parity, look-ups, costs."""
 Step = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardOptions:
-    """Numbers of shards, seconds of a measurement (None: as many as a p99 needs), rounds, how costs are measured."""
+    """Numbers of shards, seconds of a measurement (None: as many as a p99 needs), rounds, how costs are measured, and
+    in which tables look-ups are held to those of others, in the workload's storage."""
 
     shards: tuple[int, ...] = (1, 2, 4)
     seconds: float | None = None
     runs: int = 5
     costs: CostOptions = field(default_factory=CostOptions)
+    lookups: TableOptions = field(default_factory=TableOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ def run_shards(workload: DlrmWorkload, options: ShardOptions, advance: Step, say
         declaration = tables_of(version)
         loads = workload_loads(workload, declaration)
         layouts = all_layouts(declaration, loads, options.shards, Path(folder))
+        lookups = run_tables(replace(options.lookups, storages=(workload.storage,)), advance)
         costs, _ = table_costs(options.costs, advance)
         placed = [running.enter_context(_placed(version, layout)) for layout in layouts]
         parity |= _parity(layouts, placed, wire, _bound(version))
@@ -125,7 +130,9 @@ def run_shards(workload: DlrmWorkload, options: ShardOptions, advance: Step, say
     auto = auto_layout(layouts, loads, options.shards, both.here)
     ratios = _ratios(layouts, results, auto)
     ratios |= {f"latency_overhead {samples} candidates": ratio for samples, ratio in by_samples.items()}
-    results += all_hypotheses(findings, options.shards)
+    ratios |= {"lookup_vs_best_peer": min(lookups.ratios.values()), **lookups.ratios}
+    parity |= lookups.parity
+    results += [*all_hypotheses(findings, options.shards), *lookups.results]
     about = _about(workload, declaration, options, rate, costs)
     return Report("shards", about, surroundings, commit(), parity, results, ratios)
 

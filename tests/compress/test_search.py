@@ -27,6 +27,7 @@ from rankd.compress.search_report import check_drawing, report_of, write_report
 from rankd.compress.speed_target import Limit, Target, pick
 from rankd.compress.trials import TrialRecord
 from rankd.errors import ConfigError, DataError, GateRefused, MissingExtra, TargetMissed
+from rankd.train.description import Split
 from rankd.train.run import open_run
 from tests.compress.trained_run import train_small
 
@@ -71,7 +72,7 @@ def quiet(done: int, total: int, line: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_small(tmp_path_factory.mktemp("run"))
+    return train_small(tmp_path_factory.mktemp("run"), Split("2026-08-25", "2026-09-05"))
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +227,9 @@ def test_weights_that_have_seen_later_days_than_the_run_says_are_refused(run: Pa
     """Somebody moved the split of a trained run, so that training days became test days."""
     shutil.copytree(run, tmp_path / "run")
     about = json.loads((run / "run.json").read_text())
-    about["description"]["split"] = {"train_until": "2026-08-20", "validate_until": "2026-09-01"}
+    about["description"]["split"] = {"train_until": "2026-08-01", "validate_until": "2026-08-15"}
     (tmp_path / "run" / "run.json").write_text(json.dumps(about))
-    with pytest.raises(DataError, match="days until 2026-09-21, but its description takes all days from 2026-09-01"):
+    with pytest.raises(DataError, match="days until 2026-09-05, but its description takes all days from 2026-08-15"):
         open_run(tmp_path / "run")
     with pytest.raises(DataError, match="not judged on its own training days"):
         Search(tmp_path / "run", tmp_path / "search", PLAN)

@@ -105,9 +105,9 @@ def draw_front(path: Path, report: SearchReport, target: Target) -> None:
     figure, panels = new_picture(path, len(AXES))
     for axes, axis in zip(panels, AXES, strict=True):
         _panel(axes, axis, report, target)
-    panels[0].set_ylabel(f"{report.accuracy} kept of the original, choosing days (bars: 95%)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    panels[0].set_ylabel(f"{report.accuracy} kept of the original (95%)")
+    drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=len(drawn), frameon=False)
     chosen = next((one for one in report.points if one.trial_id == report.chosen), None)
     about = f"{len(report.points)} recipes; target: {report.target}"
     figure.suptitle(f"{about}\nchosen: {chosen.label}" if chosen else f"{about}\nnothing was chosen", fontsize=11)
@@ -143,6 +143,7 @@ def _panel(axes: Any, axis: str, report: SearchReport, target: Target) -> None:
             x, y, _ = _places([one], axis, report.accuracy)
             axes.scatter(x, y, marker="*", s=260, facecolor=CHOSEN, edgecolor="white", label="chosen", zorder=5)
     axes.set(xlabel=AXES[axis])
+    axes.xaxis.set_major_formatter("{x:,.10g}")
     axes.margins(0.06)
     axes.grid(alpha=0.25)
 
@@ -151,7 +152,7 @@ def _places(points: Sequence[Point], axis: str, accuracy: str) -> tuple[list[flo
     """x, y, and how far the interval goes below and above y."""
     metrics: list[GatedMetric] = [one.gate.metrics[accuracy] for one in points]
     bars = np.asarray([(one.kept - one.low, one.high - one.kept) for one in metrics]).reshape(-1, 2).T
-    return [_figure(one.speed, axis) for one in points], [one.kept for one in metrics], bars
+    return [_figure(one.speed, axis) for one in points], [one.kept for one in metrics], np.maximum(bars, 0.0)
 
 
 def _fronts(made: Sequence[Made], original: Speed, accuracy: str) -> list[tuple[str, ...]]:

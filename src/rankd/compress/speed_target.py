@@ -200,7 +200,8 @@ def _figures(made: Made, target: Target, accuracy: str) -> str:
     """The figures of a trial that a target speaks of, each beside the original's; and metrics that miss their bound."""
     limits = target.limits or (Limit("p50", 1.0),)
     words = [
-        f"{one.shown(one.of(made.speed))} (the original {one.shown(one.of(made.original_speed))})" for one in limits
+        f"{one.word} {one.figure(one.of(made.speed))} (the original {one.figure(one.of(made.original_speed))})"
+        for one in limits
     ]
     gate = target.judged(made.gate)
     shown = {accuracy: gate.metrics[accuracy]} | {name: one for name, one in gate.metrics.items() if not one.passed}

@@ -82,20 +82,12 @@ class Trials:
         Raises:
             ConfigError, BuildError: the original cannot be measured on the plan's target.
         """
-        started, meter = time.perf_counter(), self._speed_meter()
         work = self.folder_of("." + trial_id(recipe))
         work.mkdir(parents=True, exist_ok=True)
-        made, failure = None, ""
-        try:
-            made = self._make(work, recipe, meter, progress)
-        except RankdError as error:  # another recipe may do
-            failure = str(error)
-        seconds = time.perf_counter() - started
-        record = TrialRecord(trial_id(recipe), label, recipe, seconds, made, failure)
+        if not (work / RECORD).exists():
+            write_record(work / RECORD, self._tried(work, recipe, label, progress))
+        record = read_record(work / RECORD, TrialRecord)
         tidy(work)
-        if made is None:
-            (work / "best.safetensors").unlink(missing_ok=True)
-        write_record(work / RECORD, record)
         work.rename(self.folder_of(record.trial_id))
         self.known.append(record)
         return record
@@ -103,6 +95,16 @@ class Trials:
     def folder_of(self, name: str) -> Path:
         """Where a trial lies."""
         return self._folder / name
+
+    def _tried(self, work: Path, recipe: CompressionRecipe, label: str, progress: Progress) -> TrialRecord:
+        started, meter = time.perf_counter(), self._speed_meter()
+        made, failure = None, ""
+        try:
+            made = self._make(work, recipe, meter, progress)
+        except RankdError as error:  # another recipe may do
+            failure = str(error)
+            (work / "best.safetensors").unlink(missing_ok=True)
+        return TrialRecord(trial_id(recipe), label, recipe, time.perf_counter() - started, made, failure)
 
     def _make(self, work: Path, recipe: CompressionRecipe, meter: SpeedMeter, progress: Progress) -> Made:
         original = self._original

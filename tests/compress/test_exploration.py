@@ -9,7 +9,7 @@ import pytest
 
 from rankd.compress.compression_recipe import FineTuning
 from rankd.compress.exploration import Outcome, Trial, explore, promoted
-from rankd.compress.search_plan import RecipeSpace, SearchPlan, StepSpace, space_of
+from rankd.compress.search_plan import Gene, RecipeSpace, SearchPlan, StepSpace, space_of
 
 PRUNE = StepSpace("prune", optional=True, vary={"flops": (0.8, 0.6, 0.4, 0.2), "criterion": ("taylor", "magnitude")})
 FACTORISE = StepSpace("factorise", optional=True, vary={"rank": (0.5, 0.25)})
@@ -82,7 +82,7 @@ def test_a_search_that_is_told_what_is_known_goes_on_where_it_stood(stopped: int
 
 
 def test_those_that_may_still_pass_come_first() -> None:
-    outcomes = {
+    outcomes: dict[Gene, Outcome] = {
         (0,): Outcome(0.5, 0.1, 0.1, hopeful=False),
         (1,): Outcome(0.99, 0.9, 0.9, hopeful=True),
         (2,): Outcome(0.7, 0.2, 0.2, hopeful=False),

@@ -14,11 +14,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-import rankd.compress.search_report
 from rankd.artifact import Artifact
 from rankd.build.pack import BuildOptions, build_artifact
+from rankd.cli.compression import compress as command
 from rankd.compress.compress_run import compress, read_compression
 from rankd.compress.compression_recipe import FineTuning, Gate, ReferenceRequest
 from rankd.compress.search import Search
@@ -183,24 +184,17 @@ def test_the_report_names_the_fronts_and_the_choice(run: Path, searched: Path, t
 
 
 def test_without_matplotlib_a_search_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rankd.compress.search_report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"`rankd compress --search` needs .* pip install 'rankd\[bench\]'"):
         check_drawing()
 
 
-def test_a_limit_that_is_over_stops_within_a_trial_and_the_rest_comes_later(
-    run: Path, searched: Path, tmp_path: Path
-) -> None:
+def test_a_limit_that_is_over_stops_within_a_trial_and_leaves_what_was_begun(run: Path, tmp_path: Path) -> None:
     ticks = iter(range(10_000))
     with Search(run, tmp_path / "search", PLAN) as search:
         with pytest.raises(ConfigError, match=r"no recipe was finished in 0\.5 minutes; give --minutes more"):
             search.start(0.5, quiet, clock=lambda: 3.0 * next(ticks))
         assert list((tmp_path / "search" / "trials").glob(".*"))
-    with Search(run, tmp_path / "search") as search:
-        assert search.start(30, quiet)
-        found = search.trials.known
-    assert all(map(same, found, trials_in(run, searched)))
-    assert len(found) == 4
 
 
 def test_another_plan_and_another_search_beside_it_are_refused(run: Path, searched: Path) -> None:
@@ -243,13 +237,13 @@ def test_a_target_that_nothing_meets_names_the_nearest(run: Path, searched: Path
 
 
 def rankd_process(*arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "rankd", "compress", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-m", "rankd", "compress", *map(str, arguments)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> None:
     """Until such a file is there; the process must not have ended before."""
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 300
     while not list(folder.glob(pattern)):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < ends
@@ -263,28 +257,49 @@ def test_a_search_that_is_interrupted_and_killed_goes_on(run: Path, searched: Pa
     first = rankd_process(*arguments)
     wait_for(first, folder, "trials/.*/start.json")
     first.send_signal(signal.SIGINT)
-    _, told = first.communicate(timeout=60)
+    _, told = first.communicate(timeout=120)
     assert first.returncode not in (0, 2)
     assert f"interrupted; 0 finished recipes are kept in {folder}: the same command goes on" in told
     second = rankd_process(*arguments)
     wait_for(second, folder, "trials/*/trial.json")
     os.kill(second.pid, signal.SIGKILL)
-    second.communicate(timeout=60)
+    second.communicate(timeout=120)
     for record in folder.glob("trials/[!.]*/trial.json"):
         msgspec.json.decode(record.read_bytes(), type=TrialRecord)
-    third = rankd_process(*arguments, "--json")
-    out, told = third.communicate(timeout=120)
-    assert third.returncode == 0, told
-    document = json.loads(out)
+    again = CliRunner().invoke(command, [*map(str, arguments), "--json"], catch_exceptions=False)
+    document = json.loads(again.stdout)
     assert document["run"] == str(folder / "chosen")
     assert document["chosen"]
     assert read_compression(folder / "chosen") is not None
     assert (folder / "front.png").exists()
     assert all(map(same, trials_in(run, folder), trials_in(run, searched)))
-    target = rankd_process(run, "--to", "p50<=1e3ms, ndcg@10>=20%", "--from", folder, "--out", tmp_path / "small")
-    out, told = target.communicate(timeout=120)
-    assert target.returncode == 0, told
-    assert "keeps the most ndcg@10" in " ".join(out.split())
+
+
+def test_a_target_makes_a_run_from_a_search(run: Path, searched: Path, tmp_path: Path) -> None:
+    def rankd_compress(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(command, [str(run), *map(str, arguments)])
+
+    shutil.copytree(searched, tmp_path / "search")
+    to = ("--from", tmp_path / "search", "--out", tmp_path / "small", "--to")
+    missed = rankd_compress(*to, "p50<=1ns")
+    assert isinstance(missed.exception, ConfigError)
+    missed = rankd_compress(*to, "p50<=0.001us")
+    assert isinstance(missed.exception, TargetMissed)
+    assert json.loads((tmp_path / "search" / "front.json").read_text())["why"] == str(missed.exception)
+    assert not (tmp_path / "small").exists()
+    found = rankd_compress(*to, "p50<=1e3ms, ndcg@10>=20%")
+    assert found.exception is None
+    assert "keeps the most ndcg@10" in " ".join(found.stdout.split())
     made = read_compression(tmp_path / "small")
     assert made is not None
     assert made.gate.metrics["ndcg@10"].bound == 0.2
+    twice = rankd_compress(*to, "p50<=1e3ms")
+    assert isinstance(twice.exception, ConfigError)
+    assert "exists; name another folder" in str(twice.exception)
+
+
+@pytest.mark.parametrize("options", [(), ("--search", "--to", "p50<=1ms"), ("--recipe", "r.toml", "--search")])
+def test_one_of_the_three_ways_is_given(options: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+    told = CliRunner().invoke(command, [str(run), "--out", str(tmp_path / "small"), *options])
+    assert isinstance(told.exception, ConfigError)
+    assert "give one of --recipe FILE, --search and --to TARGET" in str(told.exception)

@@ -89,6 +89,11 @@ def test_without_a_speed_the_fastest_that_passes_is_chosen() -> None:
     assert "p50 4 ms (the original 8 ms); ndcg@10 keeps 1.0000 of the original (95%: 0.9980 to 1.0020)" in made.why
 
 
+def test_a_choice_that_saves_no_time_says_so() -> None:
+    assert "is no faster than the original" in pick([trial("late", 9.0, 1.0)], Target(), "ndcg@10").why
+    assert "no faster" not in pick(ALL, Target(), "ndcg@10").why
+
+
 def test_a_whole_interval_has_to_pass() -> None:
     assert chosen("p50<=5ms", [trial("sure", 4.5, 0.995), trial("wide", 4.0, 1.0, half=0.02)]) == "sure"
 

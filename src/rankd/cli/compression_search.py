@@ -73,7 +73,7 @@ def show_search(found: Found) -> None:
     from rich.table import Table
 
     report = found.report
-    title = f"{len(report.points)} recipes, {len(report.failures)} could not be done; on a front are:"
+    title = f"recipes: {len(report.points)}, and {len(report.failures)} that could not be done; on a front are:"
     table = Table("recipe", f"{report.accuracy} kept (95%)", "passed", "p50 ms", "warm", "candidates/s", title=title)
     if report.original is not None:
         one = report.original

@@ -159,7 +159,8 @@ def pick(trials: Sequence[TrialRecord], target: Target, accuracy: str) -> Pick:
         rule = f"keeps the most {accuracy}"
     else:
         best, what = min(good, key=lambda pair: (pair[1].speed.cold_p50_ms, -_kept(pair[1], accuracy)))
-        rule = "has the least cold p50"
+        slower = what.speed.cold_p50_ms >= what.original_speed.cold_p50_ms
+        rule = "has the least cold p50" + (", and is no faster than the original" if slower else "")
     return Pick(
         best,
         f"of {len(made)} recipes {len(good)} meet {target.shown()} and pass the gate on the choosing days; of these "

@@ -148,7 +148,9 @@ def test_the_choice_is_judged_once_on_days_that_the_search_did_not_see(
     assert chosen.trial.made.gate.num_requests != made.gate.num_requests
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
     about, dataset, model = open_run(out)
-    place = build_artifact(tmp_path, model, dataset, about.recipe, BuildOptions("films", "1"), compression=made)
+    place = build_artifact(
+        tmp_path, model, dataset, about.recipe, BuildOptions("films", "1", targets=("reference",)), compression=made
+    )
     assert Artifact.open(place).manifest.compression == made
 
 

@@ -137,6 +137,15 @@ class GateRefused(RankdError):
     """A compressed model keeps less of the original's quality than its recipe declares; nothing was written."""
 
 
+class TargetMissed(RankdError):
+    """No recipe that a search tried meets a target, or the gate's bounds; `nearest_point` names the one that comes
+    nearest, if any was tried."""
+
+    def __init__(self, message: str, nearest_point: str = "") -> None:
+        super().__init__(message)
+        self.nearest_point = nearest_point
+
+
 class MissingExtra(RankdError):
     """A command needs a package that the base install does not bring."""
 

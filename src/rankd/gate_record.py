@@ -44,12 +44,23 @@ class GateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return all(metric.passed for metric in self.metrics.values())
 
 
+class Searched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a search came to a recipe: how many were `tried`, on which days they were compared (UTC, `until` excluded),
+    and how many of its recipes have been `judged` on the gate's days so far, this one among them."""
+
+    tried: int
+    since: str
+    until: str
+    judged: int
+
+
 class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A compressed version: its recipe, checksums of what was compressed and of what came out, its size, the gate.
 
     `flops` and `parameters` are shares of the original's; `ms` are milliseconds of the recipe's request, measured on
     the recipe's target for original and compressed, and predicted, where a budget was given in them; `price_error` is
-    the largest relative error of the prediction over the models that it was fitted to.
+    the largest relative error of the prediction over the models that it was fitted to. `search` is there if a search
+    chose the recipe.
     """
 
     recipe: dict[str, Any]
@@ -60,3 +71,4 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gate: GateRecord
     ms: dict[str, float] = {}
     price_error: float = 0.0
+    search: Searched | msgspec.UnsetType = msgspec.UNSET

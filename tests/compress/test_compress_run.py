@@ -39,6 +39,7 @@ from rankd.train.recipe import ModelChoice
 from rankd.train.run import begin_run, open_run, packaged_or_file
 from rankd.train.samples import prepare
 from rankd.train.trainer import Trainer
+from tests.compress.trained_run import train_small
 from tests.train.small_log import RECIPE, small_frame
 
 EASY = Gate(bounds={"ndcg@10": 0.2, "gauc": 0.2}, min_users=20)
@@ -49,13 +50,7 @@ TUNING = FineTuning(epochs=2, learning_rate=1e-3)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run, one epoch."""
-    folder = tmp_path_factory.mktemp("run")
-    data = folder / "log.parquet"
-    small_frame().write_parquet(data)
-    recipe = msgspec.structs.replace(RECIPE, training=msgspec.structs.replace(RECIPE.training, epochs=1))
-    _, log = begin_run(folder / "original", data, packaged_or_file(LogDescription, "logs", "demo"), recipe)
-    Trainer(prepare(log, recipe.shapes), recipe, folder / "original").start()
-    return folder / "original"
+    return train_small(tmp_path_factory.mktemp("run"))
 
 
 def recipe_of(*steps: object, gate: Gate = EASY, finetune: FineTuning = TUNING) -> CompressionRecipe:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankd.compress.compression_recipe import CompressionRecipe, Criterion, Prune, ShareLayers, Structure, check_recipe
+from rankd.compress.search_plan import SearchPlan, space_of
 from rankd.config import read_struct
 from rankd.errors import ConfigError
 
@@ -33,9 +34,19 @@ def test_steps_keep_their_order_and_what_is_left_out_has_defaults(tmp_path: Path
 
 def test_the_recipes_of_the_docs_are_recipes(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
-    half, quick = (read(tmp_path, text) for text in re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
+    texts = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    half, quick = (read(tmp_path, text) for text in texts if "vary" not in text)
     assert [type(step) for step in (*half.steps, *quick.steps)] == [Prune, Prune]
     assert quick.request.encodes == 0.3
+
+
+def test_the_plans_of_the_docs_are_plans(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
+    (text,) = (text for text in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "vary" in text)
+    (tmp_path / "plan.toml").write_text(text)
+    space = space_of(read_struct(SearchPlan, tmp_path / "plan.toml"))
+    assert len(space.genes()) == 2 * ((6 + 1) * (2 + 1) - 1)
+    assert space.plan.rungs() == (1, 2, 4)
 
 
 @pytest.mark.parametrize(

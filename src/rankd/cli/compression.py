@@ -1,4 +1,4 @@
-"""`rankd compress`: a trained run and a recipe become a smaller run, if the accuracy gate lets it pass."""
+"""`rankd compress`: a trained run and a recipe, or a search for one, become a smaller run, if the gate lets it pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rankd.cli.offline import need_torch
+from rankd.errors import ConfigError
 
 if TYPE_CHECKING:
     from rankd.gate_record import Compression
@@ -16,19 +17,60 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--recipe", required=True, type=click.Path(path_type=Path), help="Steps, fine-tuning, bounds: a .toml.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="The new run's folder; an interrupted run goes on."
-)
+@click.option("--recipe", type=click.Path(path_type=Path), help="Steps, fine-tuning, bounds: a .toml.")
+@click.option("--search", is_flag=True, help="Try many recipes; OUT keeps them, their picture, and what was chosen.")
+@click.option("--to", "target", help="What to reach, like 'p99<=5ms, ndcg@10>=99%'; chosen from a search.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new folder; what was begun goes on.")
 @click.option("--data", type=click.Path(path_type=Path), help="Where the log is now, if it was moved.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Of a search."
+)
+@click.option("--plan", type=click.Path(path_type=Path), help="What a search tries, and how: a .toml.")
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path), help="With --to: the search's folder.  [default: RUN-search]"
+)
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
-def compress(run: Path, recipe: Path, out: Path, data: Path | None, as_json: bool) -> None:
+def compress(
+    run: Path,
+    recipe: Path | None,
+    search: bool,
+    target: str | None,
+    out: Path,
+    data: Path | None,
+    minutes: float,
+    plan: Path | None,
+    source: Path | None,
+    as_json: bool,
+) -> None:
     """Make a smaller version of a trained ranker, if it keeps its quality.
 
-    RUN is a folder of `rankd train`. The smaller model is tuned to the original and compared with it on days that
-    neither has seen; OUT appears whole, and only if every metric keeps what the recipe asks for.
+    RUN is a folder of `rankd train`. Give a recipe (--recipe), or let recipes be tried (--search), or say what is to be
+    reached (--to). The smaller model is tuned to the original and compared with it on days that neither has seen; it
+    appears whole, and only if every metric keeps what was asked for.
     """
     need_torch("rankd compress")
+    given = [name for name, one in (("--recipe", recipe), ("--search", search), ("--to", target)) if one]
+    if len(given) != 1:
+        raise ConfigError(
+            f"give one of --recipe FILE, --search and --to TARGET, not {' and '.join(given) or 'none of them'}"
+        )
+    if recipe is not None:
+        _with_recipe(run, recipe, out, data, as_json)
+        return
+    import msgspec
+
+    from rankd.cli.compression_search import Asked, compress_to, search_recipes, show_search
+
+    asked = Asked(run, data, plan, minutes)
+    found = search_recipes(asked, out) if target is None else compress_to(asked, target, out, source)
+    if as_json:
+        document = {"run": str(found.run), "search": str(found.folder), **msgspec.to_builtins(found.report)}
+        click.echo(json.dumps(document))
+    else:
+        show_search(found)
+
+
+def _with_recipe(run: Path, recipe: Path, out: Path, data: Path | None, as_json: bool) -> None:
     import msgspec
 
     from rankd.cli.progress import progress_bar

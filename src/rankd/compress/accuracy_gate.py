@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import msgspec
 import numpy as np
 from torch import nn
 
@@ -20,6 +21,8 @@ from rankd.train.ranking_metrics import ScoredEvents, evaluate, kept_quality
 from rankd.train.samples import Dataset, seconds_of
 from rankd.train.trainer import torch_scorer
 
+DAY_S = 86_400
+
 
 def gate_events(dataset: Dataset, gate: Gate) -> list[TestEvent]:
     """The requests of the gate's days.
@@ -27,7 +30,7 @@ def gate_events(dataset: Dataset, gate: Gate) -> list[TestEvent]:
     Raises:
         DataError: the days overlap those of training or validation, hold no time, or too few users.
     """
-    start, end = _days(dataset, gate)
+    start, end = gate_days(dataset, gate)
     if start < dataset.validate_until:
         raise DataError(
             f"the gate's days begin on {_date(start)}, but the weights were trained until {_date(dataset.train_until)} "
@@ -58,15 +61,22 @@ def judge(
     progress: Progress = lambda done, total, line: None,
 ) -> GateRecord:
     """Score the gate's requests with both models and compare, user by user."""
-    theirs, mine = (
-        score_events(events, torch_scorer(model.eval(), dataset), dataset.schema, True, progress, known_alone=True)
-        for model in (original, compressed)
-    )
-    start, end = _days(dataset, gate)
+    theirs, mine = (scored(model, dataset, events, progress) for model in (original, compressed))
+    return verdict(theirs, mine, dataset, gate)
+
+
+def scored(model: nn.Module, dataset: Dataset, events: Sequence[TestEvent], progress: Progress) -> ScoredEvents:
+    """The gate's requests as torch scores them in float32."""
+    return score_events(events, torch_scorer(model.eval(), dataset), dataset.schema, True, progress, known_alone=True)
+
+
+def verdict(theirs: ScoredEvents, mine: ScoredEvents, dataset: Dataset, gate: Gate) -> GateRecord:
+    """The decision, from the original's and the compressed model's scores of the same requests."""
+    start, end = gate_days(dataset, gate)
     return GateRecord(
         since=_date(start),
         until=_date(end),
-        num_requests=len(events),
+        num_requests=len(mine.users),
         num_users=len(np.unique(mine.users)),
         sampled=gate.sampled,
         seed=gate.seed,
@@ -97,10 +107,30 @@ def gated_metrics(original: ScoredEvents, compressed: ScoredEvents, gate: Gate) 
     }
 
 
-def _days(dataset: Dataset, gate: Gate) -> tuple[int, int]:
+def gate_days(dataset: Dataset, gate: Gate) -> tuple[int, int]:
+    """The first second of the gate's days and the first after them."""
     start = seconds_of(gate.since) if gate.since else dataset.validate_until
     end = dataset.schema.log_end + 1
     return start, min(seconds_of(gate.until), end) if gate.until else end
+
+
+def split_days(dataset: Dataset, gate: Gate, choose_until: str) -> tuple[Gate, Gate]:
+    """The gate's days cut in two: those on which a search chooses, and those on which its choice is judged.
+
+    `choose_until` is a date; "" is midnight in their middle.
+
+    Raises:
+        DataError: the date leaves no day on one of its sides.
+    """
+    start, end = gate_days(dataset, gate)
+    middle = (start + end) // 2
+    cut = seconds_of(choose_until) if choose_until else middle - middle % DAY_S
+    if not start < cut < end:
+        raise DataError(
+            f"the gate's days, {_date(start)} to {_date(end)}, are not cut in two by {_date(cut)}: a search "
+            "needs days to choose on and others to judge its choice; set choose_until between gate.since and gate.until"
+        )
+    return msgspec.structs.replace(gate, until=_date(cut)), msgspec.structs.replace(gate, since=_date(cut))
 
 
 def _date(seconds: int) -> str:

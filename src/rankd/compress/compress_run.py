@@ -32,14 +32,14 @@ from rankd.compress.layer_prices import PriceList, Yardstick, measure_ms, measur
 from rankd.compress.steps import factorise, prune, share_layers, student
 from rankd.compress.surgery import Subject
 from rankd.errors import ConfigError, GateRefused, RankdError
-from rankd.gate_record import Compression, GateRecord
+from rankd.gate_record import Compression, GateRecord, Searched
 from rankd.models.protocol import create_model
 from rankd.train.batches import Batch, training_batches
 from rankd.train.evaluation import Progress, TestEvent
 from rankd.train.recipe import ModelChoice, Training
 from rankd.train.run import Run, file_sha256, open_run, share_unseen_items
 from rankd.train.samples import Dataset, baskets_between
-from rankd.train.trainer import Trainer, load_weights, loss_of
+from rankd.train.trainer import Trainer, load_weights, loss_of, seen_days
 
 RECORD = "compression.json"
 CALIBRATION_BATCH = 8
@@ -121,14 +121,22 @@ def _carry_out(
     events: Sequence[TestEvent],
     progress: Progress,
 ) -> Compression:
+    start, model = make_smaller(work, original, recipe, progress)
+    gate = judge(original.model, model, original.dataset, recipe.gate, events, progress)
+    if not gate.passed:
+        raise GateRefused(f"the compressed model is refused: {refusal(gate)}; nothing was written to {out}")
+    return finish(work, out, original, recipe, start, gate)
+
+
+def make_smaller(
+    work: Path, original: Original, recipe: CompressionRecipe, progress: Progress
+) -> tuple[Start, nn.Module]:
+    """The model after all steps and fine-tuning, its weights in `work`; goes on with what is there already."""
     start, model = _started(work, original, recipe)
     _fine_tune(work, original, recipe, Subject(start.choice, original.dataset.schema, model), progress)
     load_weights(model, work / "best.safetensors")
     share_unseen_items(model, original.dataset)
-    gate = judge(original.model, model, original.dataset, recipe.gate, events, progress)
-    if not gate.passed:
-        raise GateRefused(f"the compressed model is refused: {refusal(gate)}; nothing was written to {out}")
-    return _finish(work, out, original, recipe, start, gate)
+    return start, model.eval()
 
 
 def read_compression(folder: Path) -> Compression | None:
@@ -139,7 +147,7 @@ def read_compression(folder: Path) -> Compression | None:
     """
     if not (folder / RECORD).exists():
         return None
-    made = _read(folder / RECORD, Compression)
+    made = read_record(folder / RECORD, Compression)
     if not made.gate.passed:
         raise ConfigError(f"{folder / RECORD}: {refusal(made.gate)}; a model that did not pass is not built")
     if made.weights_sha256 != file_sha256(folder / "best.safetensors"):
@@ -162,20 +170,20 @@ def refusal(gate: GateRecord) -> str:
 def _begin(work: Path, begun: Begun) -> None:
     """Make the work folder, or see that it is of the same compression."""
     if (work / "begun.json").exists():
-        if _read(work / "begun.json", Begun) != begun:
+        if read_record(work / "begun.json", Begun) != begun:
             raise ConfigError(
                 f"{work} holds an unfinished compression with another recipe, model or log; remove it, or name "
                 "another folder with --out"
             )
         return
     work.mkdir(parents=True, exist_ok=True)
-    _write(work / "begun.json", begun)
+    write_record(work / "begun.json", begun)
 
 
 def _started(work: Path, original: Original, recipe: CompressionRecipe) -> tuple[Start, nn.Module]:
     """The model after the steps, taken or read again. start.json is written last: with it there, all is."""
     if (work / "start.json").exists():
-        start = _read(work / "start.json", Start)
+        start = read_record(work / "start.json", Start)
         model = create_model(start.choice.kind, original.dataset.schema, start.choice.options)
         load_weights(model, work / "start.safetensors")
         return start, model.eval()
@@ -205,8 +213,8 @@ def _started(work: Path, original: Original, recipe: CompressionRecipe) -> tuple
     flops = stick.flops(subject.anatomy()) / stick.flops(first.anatomy())
     error = 0.0 if prices is None else prices.worst_error
     start = Start(subject.choice, flops, _size(subject) / _size(first), ms, error)
-    save_file(subject.model.state_dict(), work / "start.safetensors")
-    _write(work / "start.json", start)
+    save_file(subject.model.state_dict(), work / "start.safetensors", seen_days(original.dataset))
+    write_record(work / "start.json", start)
     return start, subject.model
 
 
@@ -248,10 +256,16 @@ def _fine_tune(work: Path, original: Original, recipe: CompressionRecipe, subjec
     subject.model.eval()
 
 
-def _finish(
-    work: Path, out: Path, original: Original, recipe: CompressionRecipe, start: Start, gate: GateRecord
+def finish(
+    work: Path,
+    out: Path,
+    original: Original,
+    recipe: CompressionRecipe,
+    start: Start,
+    gate: GateRecord,
+    search: Searched | msgspec.UnsetType = msgspec.UNSET,
 ) -> Compression:
-    """Write the run and its record, and move the folder to its place."""
+    """Write the run of a gate that passed and its record, and move the folder to its place."""
     made = Compression(
         recipe=_without_nothing(recipe),
         original_sha256=file_sha256(original.folder / "best.safetensors"),
@@ -261,16 +275,22 @@ def _finish(
         gate=gate,
         ms=start.ms,
         price_error=start.price_error,
+        search=search,
     )
     run = original.run
-    _write(
+    write_record(
         work / "run.json", msgspec.structs.replace(run, recipe=msgspec.structs.replace(run.recipe, model=start.choice))
     )
-    _write(work / RECORD, made)
-    for name in ("checkpoint.pt", "start.json", "start.safetensors", "begun.json"):
-        (work / name).unlink(missing_ok=True)
+    write_record(work / RECORD, made)
+    tidy(work)
     work.rename(out)
     return made
+
+
+def tidy(work: Path) -> None:
+    """Remove what only an unfinished compression needs."""
+    for name in ("checkpoint.pt", "start.json", "start.safetensors", "begun.json"):
+        (work / name).unlink(missing_ok=True)
 
 
 def _without_nothing(recipe: CompressionRecipe) -> dict[str, Any]:
@@ -284,13 +304,15 @@ def _size(subject: Subject) -> int:
     return sum(parameter.numel() for parameter in subject.model.parameters())
 
 
-def _write(path: Path, value: msgspec.Struct) -> None:
+def write_record(path: Path, value: msgspec.Struct) -> None:
+    """Replace a JSON file as a whole."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(msgspec.json.format(msgspec.json.encode(value)))
     os.replace(part, path)
 
 
-def _read(path: Path, kind: type[S]) -> S:
+def read_record(path: Path, kind: type[S]) -> S:
+    """What `write_record` wrote. Raises: ConfigError, it is not there or damaged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:

@@ -19,13 +19,13 @@ import msgspec
 import numpy as np
 from scipy.optimize import nnls
 
-from rankd.artifact import Artifact, EngineRecord
+from rankd.artifact import Artifact, EngineRecord, Manifest
 from rankd.build.pack import BuildOptions, Contents, draft
 from rankd.compress.anatomy import Anatomy
 from rankd.compress.compression_recipe import ReferenceRequest
 from rankd.compress.model_work import Work, encode_work, score_work
 from rankd.compress.surgery import Indices, Kept, KeptLayer, Subject, pruned
-from rankd.engine.backend import EngineConfig
+from rankd.engine.backend import Backend, EngineConfig
 from rankd.engine.targets import check_target, load_backend, why_not, why_not_model
 from rankd.engine.warming import Shapes, encode_ms, score_ms
 from rankd.errors import BuildError
@@ -93,6 +93,21 @@ def measure_ms(subject: Subject, catalogue: Catalogue, request: ReferenceRequest
     Raises:
         ConfigError: no such target. BuildError: it does not run here, or not such a model.
     """
+    backend, manifest = compiled(subject, catalogue, request, executors=1)
+    executor, shapes = backend.executor(), Shapes(manifest, backend.state_type)
+    encoding_ms = encode_ms(executor, shapes, shapes.rooms[-1])
+    return stick.encodes * encoding_ms + score_ms(executor, shapes, stick.candidates, 1)
+
+
+def compiled(
+    subject: Subject, catalogue: Catalogue, request: ReferenceRequest, executors: int
+) -> tuple[Backend, Manifest]:
+    """A model on the target and in the precision of a request, without the checks of a build. 0 executors: the
+    machine's number.
+
+    Raises:
+        ConfigError: no such target. BuildError: it does not run here, or not such a model.
+    """
     check_target(request.target)
     choice = subject.choice
     reason = why_not(request.target, request.precision) or why_not_model(
@@ -106,12 +121,8 @@ def measure_ms(subject: Subject, catalogue: Catalogue, request: ReferenceRequest
         folder = Path(name)
         record = EngineRecord(request.precision.value, {request.precision.value: 0.0})
         manifest = msgspec.structs.replace(draft(folder, contents, options), engines={request.target: record})
-        config = EngineConfig(target=request.target, precision=request.precision, executors=1)
-        backend = load_backend(Artifact(folder, manifest), config)
-        executor, shapes = backend.executor(), Shapes(manifest, backend.state_type)
-        return stick.encodes * encode_ms(executor, shapes, shapes.rooms[-1]) + score_ms(
-            executor, shapes, stick.candidates, 1
-        )
+        config = EngineConfig(target=request.target, precision=request.precision, executors=executors)
+        return load_backend(Artifact(folder, manifest), config), manifest
 
 
 def probes(subject: Subject) -> Iterator[Subject]:

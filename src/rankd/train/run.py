@@ -32,7 +32,7 @@ from rankd.train.evaluation import EvaluationReport, Progress, Scorer, compare, 
 from rankd.train.interactions import InteractionLog, read_log
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset, Sample, prepare
-from rankd.train.trainer import load_weights, seen_rows, torch_scorer
+from rankd.train.trainer import check_unseen, load_weights, seen_rows, torch_scorer
 from rankd.types import Float32Array, Int32Array, UserState
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -112,7 +112,8 @@ def open_run(folder: Path, data: Path | None = None) -> tuple[Run, Dataset, nn.M
     `data` says where the log is now, if it was moved; its content must be the same.
 
     Raises:
-        ConfigError, DataError: something is missing or has changed since training.
+        ConfigError, DataError: something is missing or has changed since training, or the weights have seen days of
+            the test time.
     """
     run = read_run(folder)
     path = data or Path(run.data)
@@ -124,6 +125,7 @@ def open_run(folder: Path, data: Path | None = None) -> tuple[Run, Dataset, nn.M
     torch.manual_seed(run.recipe.training.seed)
     model = create_model(run.recipe.model.kind, dataset.schema, run.recipe.model.options)
     load_weights(model, folder / "best.safetensors")
+    check_unseen(folder / "best.safetensors", dataset)
     share_unseen_items(model, dataset)
     return run, dataset, model.eval()
 

@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rankd.errors import ConfigError
+from rankd.errors import ConfigError, DataError
 from rankd.features.schema import FIRST_ITEM_ROW
 from rankd.models.protocol import create_model, logits_of
 from rankd.train.batches import Batch, fixed_shapes, make_batch, training_batches
@@ -78,7 +79,8 @@ class Trainer:
         while len(self.epochs) < self.recipe.training.epochs and self._stale_epochs() < self.recipe.training.patience:
             self.epochs.append(self._epoch(len(self.epochs), progress))
             if self._stale_epochs() == 0:
-                save_file(_plain(self.average.module), _part(self.folder / "best.safetensors"))
+                weights = _plain(self.average.module)
+                save_file(weights, _part(self.folder / "best.safetensors"), seen_days(self.dataset))
                 _finish(self.folder / "best.safetensors")
             self._checkpoint()
         load_weights(self.model, self.folder / "best.safetensors")
@@ -195,6 +197,28 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{path} does not hold this model's weights: {error}") from error
+
+
+def seen_days(dataset: Dataset) -> dict[str, str]:
+    """What a weights file says of itself: until when its model was trained and chosen, in seconds since 1970."""
+    return {"train_until": str(dataset.train_until), "validate_until": str(dataset.validate_until)}
+
+
+def check_unseen(path: Path, dataset: Dataset) -> None:
+    """Refuse weights that have seen days which a dataset takes for its test time.
+
+    Raises:
+        DataError: they were trained or chosen on later days than the dataset's description says.
+    """
+    with safe_open(path, "pt") as file:
+        seen = int((file.metadata() or {}).get("validate_until", 0))
+    if seen > dataset.validate_until:
+        until, said = (datetime.fromtimestamp(one, UTC).date() for one in (seen, dataset.validate_until))
+        raise DataError(
+            f"{path} was trained and chosen on days until {until}, but its description takes all days from {said} on "
+            "for days that it has not seen; a model is not judged on its own training days: restore the split, or "
+            "train again"
+        )
 
 
 def seen_rows(dataset: Dataset) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from rankd.compress.compression_recipe import Gate
 from rankd.errors import DataError
 from rankd.gate_record import GatedMetric, GateRecord
-from rankd.train.evaluation import Progress, TestEvent, make_test_events, score_events
+from rankd.train.evaluation import Progress, Scorer, TestEvent, make_test_events, score_events
 from rankd.train.ranking_metrics import ScoredEvents, evaluate, kept_quality
 from rankd.train.samples import Dataset, seconds_of
 from rankd.train.trainer import torch_scorer
@@ -27,7 +27,7 @@ def gate_events(dataset: Dataset, gate: Gate) -> list[TestEvent]:
     Raises:
         DataError: the days overlap those of training or validation, hold no time, or too few users.
     """
-    start, end = _days(dataset, gate)
+    start, end = gate_days(dataset, gate)
     if start < dataset.validate_until:
         raise DataError(
             f"the gate's days begin on {_date(start)}, but the weights were trained until {_date(dataset.train_until)} "
@@ -51,18 +51,20 @@ def gate_events(dataset: Dataset, gate: Gate) -> list[TestEvent]:
 
 def judge(
     original: nn.Module,
-    compressed: nn.Module,
+    compressed: nn.Module | Scorer,
     dataset: Dataset,
     gate: Gate,
     events: Sequence[TestEvent],
     progress: Progress = lambda done, total, line: None,
 ) -> GateRecord:
-    """Score the gate's requests with both models and compare, user by user."""
-    theirs, mine = (
-        score_events(events, torch_scorer(model.eval(), dataset), dataset.schema, True, progress, known_alone=True)
-        for model in (original, compressed)
+    """Score the gate's requests with both models and compare, user by user. `compressed` may be engines' graphs."""
+    scorers = (
+        one if not isinstance(one, nn.Module) else torch_scorer(one.eval(), dataset) for one in (original, compressed)
     )
-    start, end = _days(dataset, gate)
+    theirs, mine = (
+        score_events(events, scorer, dataset.schema, True, progress, known_alone=True) for scorer in scorers
+    )
+    start, end = gate_days(dataset, gate)
     return GateRecord(
         since=_date(start),
         until=_date(end),
@@ -81,7 +83,10 @@ def gated_metrics(original: ScoredEvents, compressed: ScoredEvents, gate: Gate) 
         DataError: a score of the compressed model is no number, or the original's value is 0.
     """
     if not all(np.isfinite(scores).all() for scores in compressed.scores):
-        raise DataError("the compressed model gives scores that are no numbers; lower finetune.learning_rate")
+        raise DataError(
+            "the compressed model gives scores that are no numbers; lower finetune.learning_rate, or calibrate int8 on "
+            "other requests"
+        )
     before, after = evaluate(original, gate.seed), evaluate(compressed, gate.seed)
     kept = kept_quality(compressed, original, gate.bounds, gate.seed)
     return {
@@ -97,7 +102,8 @@ def gated_metrics(original: ScoredEvents, compressed: ScoredEvents, gate: Gate) 
     }
 
 
-def _days(dataset: Dataset, gate: Gate) -> tuple[int, int]:
+def gate_days(dataset: Dataset, gate: Gate) -> tuple[int, int]:
+    """The gate's time, in seconds since 1970; the second is excluded."""
     start = seconds_of(gate.since) if gate.since else dataset.validate_until
     end = dataset.schema.log_end + 1
     return start, min(seconds_of(gate.until), end) if gate.until else end

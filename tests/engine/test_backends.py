@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rankd import Event, Ranker, RankRequest
+from rankd.build.export import export
 from rankd.build.pack import BuildOptions, build_artifact, parity_requests
-from rankd.compress.calibration import Calibration
 from rankd.compress.compression_recipe import Quantize
-from rankd.compress.quantization import find_int8
-from rankd.compress.surgery import Subject
+from rankd.compress.int8_search import search_int8
 from rankd.engine.backend import EngineConfig, Precision
 from rankd.engine.state_arrays import SideBySide
 from rankd.engine.targets import PRECISIONS, TARGETS, runs_here, why_not
@@ -63,11 +62,12 @@ def artifact(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
 def int8_artifact(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
     """It in int8."""
     choice = ModelChoice("climber", SIZES)
-    calibration = Calibration(parity_requests(DATASET, 48), "a test")
-    found = find_int8(Subject(choice, DATASET.schema, model), calibration, Quantize(max_error=1.0))
+    root = tmp_path_factory.mktemp("models")
+    export(model, DATASET.schema, "openvino", root / "graphs")
+    found = search_int8(root / "graphs", parity_requests(DATASET, 48), Quantize(max_error=1.0))
     recipe = msgspec.structs.replace(RECIPE, model=choice)
     options = BuildOptions("films", "1", Precision.INT8, int8=found.plan)
-    return str(build_artifact(tmp_path_factory.mktemp("models"), model, DATASET, recipe, options))
+    return str(build_artifact(root, model, DATASET, recipe, options))
 
 
 def opened(artifact: str, target: str, precision: Precision, states: StateConfig | None = None) -> Ranker:

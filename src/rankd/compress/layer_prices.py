@@ -20,7 +20,6 @@ import numpy as np
 from scipy.optimize import nnls
 
 from rankd.artifact import Artifact, EngineRecord
-from rankd.build.int8_graphs import Int8Plan
 from rankd.build.pack import BuildOptions, Contents, draft
 from rankd.compress.anatomy import Anatomy
 from rankd.compress.compression_recipe import ReferenceRequest
@@ -88,14 +87,8 @@ def measure_prices(subject: Subject, catalogue: Catalogue, request: ReferenceReq
     return fit_prices(samples)
 
 
-def measure_ms(
-    subject: Subject,
-    catalogue: Catalogue,
-    request: ReferenceRequest,
-    stick: Yardstick,
-    int8: Int8Plan | None = None,
-) -> float:
-    """Milliseconds of the reference request on the target, one thread, the best of a few; `int8` for that precision.
+def measure_ms(subject: Subject, catalogue: Catalogue, request: ReferenceRequest, stick: Yardstick) -> float:
+    """Milliseconds of the reference request on the target, one thread, the best of a few.
 
     Raises:
         ConfigError: no such target. BuildError: it does not run here, or not such a model.
@@ -108,7 +101,7 @@ def measure_ms(
     if reason:
         raise BuildError(f"cannot measure {request.target} in {request.precision.value}: {reason}")
     contents = Contents(subject.model, choice.kind, subject.schema, catalogue, (), choice.options)
-    options = BuildOptions("probe", "1", request.precision, (request.target,), int8=int8)
+    options = BuildOptions("probe", "1", request.precision, (request.target,))
     with tempfile.TemporaryDirectory(prefix="rankd-probe-") as name:
         folder = Path(name)
         record = EngineRecord(request.precision.value, {request.precision.value: 0.0})

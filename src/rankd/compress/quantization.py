@@ -7,30 +7,30 @@ record of how it was found and judged. `int8_search.py` finds it; nothing here t
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from torch import nn
 
-from rankd.artifact import Artifact, EngineRecord
-from rankd.build.export import export
-from rankd.build.int8_graphs import Int8Plan
+from rankd.artifact import Artifact, EngineRecord, Manifest
+from rankd.build.int8_graphs import Int8Plan, write_int8
 from rankd.build.pack import BuildOptions, Contents, catalogue_of, draft
 from rankd.compress.accuracy_gate import judge
 from rankd.compress.calibration import Calibration
 from rankd.compress.compression_recipe import CompressionRecipe, Quantize
 from rankd.compress.int8_search import Found, search_int8
-from rankd.compress.layer_prices import measure_ms, yardstick
+from rankd.compress.layer_prices import yardstick
 from rankd.compress.surgery import Subject
-from rankd.engine.backend import Precision
-from rankd.engine.targets import why_not
+from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.targets import load_backend, why_not
+from rankd.engine.warming import Shapes, encode_ms, score_ms
 from rankd.errors import BuildError, ConfigError
 from rankd.gate_record import GateRecord, Int8Record
-from rankd.train.evaluation import Progress, Scorer, TestEvent
+from rankd.train.evaluation import Progress, TestEvent
 from rankd.train.run import executor_scorer
 from rankd.train.samples import Dataset
 
@@ -65,44 +65,44 @@ def quantize_and_judge(
     Raises:
         DataError, BuildError: see `search_int8`.
     """
-    found = find_int8(subject, calibration, recipe.quantize or Quantize(), progress)
-    with int8_scorer(subject, dataset, found.plan) as scorer:
+    with tempfile.TemporaryDirectory(prefix="rankd-int8-") as name:
+        plain = _drafted(Path(name) / "plain", subject, dataset)
+        graphs = Path("engines") / TARGET
+        found = search_int8(plain.path / graphs, calibration.requests, recipe.quantize or Quantize(), progress)
+        shutil.copytree(plain.path, Path(name) / "int8")
+        write_int8(Path(name) / "int8" / graphs, found.plan)
+        narrow = Artifact(Path(name) / "int8", _served_in(plain.manifest, Precision.INT8))
+        scorer = executor_scorer(narrow, Precision.INT8, dataset)
         gate = judge(original, scorer, dataset, recipe.gate, events, progress)
-    ms = measured_ms(subject, dataset, recipe, found.plan) if gate.passed else {}
+        ms = {one: _ms(artifact, recipe) for one, artifact in _both(plain, narrow)} if gate.passed else {}
     return Judged(found.plan, _record(found, calibration, gate, ms))
 
 
-def find_int8(
-    subject: Subject, calibration: Calibration, plan: Quantize, progress: Progress = lambda done, total, line: None
-) -> Found:
-    """Scales, and what stays in float; Raises: see `search_int8`."""
-    with tempfile.TemporaryDirectory(prefix="rankd-int8-") as name:
-        export(subject.model, subject.schema, TARGET, Path(name))
-        return search_int8(Path(name), calibration.requests, plan, progress)
-
-
-@contextmanager
-def int8_scorer(subject: Subject, dataset: Dataset, plan: Int8Plan) -> Iterator[Scorer]:
-    """The quantized graphs as a contestant: the artifact that `rankd build` would make of them."""
+def _drafted(folder: Path, subject: Subject, dataset: Dataset) -> Artifact:
+    """What `rankd build` would make of the model in floats, without its tables."""
+    folder.mkdir()
     choice = subject.choice
     contents = Contents(subject.model, choice.kind, subject.schema, catalogue_of(dataset), (), choice.options)
-    options = BuildOptions("judged", "1", Precision.INT8, (TARGET,), int8=plan)
-    with tempfile.TemporaryDirectory(prefix="rankd-int8-") as name:
-        record = EngineRecord(Precision.INT8.value, {Precision.INT8.value: 0.0})
-        manifest = msgspec.structs.replace(draft(Path(name), contents, options), engines={TARGET: record})
-        yield executor_scorer(Artifact(Path(name), manifest), Precision.INT8, dataset)
+    manifest = draft(folder, contents, BuildOptions("judged", "1", targets=(TARGET,)))
+    return Artifact(folder, _served_in(manifest, Precision.FP32 if why_not(TARGET, Precision.BF16) else Precision.BF16))
 
 
-def measured_ms(subject: Subject, dataset: Dataset, recipe: CompressionRecipe, plan: Int8Plan) -> dict[str, float]:
-    """Milliseconds of the recipe's request on this machine, in int8 and in its floats: {"int8": 2.1, "fp32": 4.0}."""
-    catalogue, stick = catalogue_of(dataset), yardstick(recipe.request, subject.schema)
-    plain = Precision.FP32 if why_not(TARGET, Precision.BF16) else Precision.BF16
-    return {
-        one.value: measure_ms(
-            subject, catalogue, msgspec.structs.replace(recipe.request, target=TARGET, precision=one), stick, plan
-        )
-        for one in (plain, Precision.INT8)
-    }
+def _served_in(manifest: Manifest, precision: Precision) -> Manifest:
+    record = EngineRecord(precision.value, {precision.value: 0.0})
+    return msgspec.structs.replace(manifest, engines={TARGET: record})
+
+
+def _both(*artifacts: Artifact) -> list[tuple[str, Artifact]]:
+    """Artifacts by their precision."""
+    return [(one.manifest.engines[TARGET].precision, one) for one in artifacts]
+
+
+def _ms(artifact: Artifact, recipe: CompressionRecipe) -> float:
+    """Milliseconds of the recipe's request on this machine, one thread, the best of a few."""
+    stick = yardstick(recipe.request, artifact.schema)
+    backend = load_backend(artifact, EngineConfig(target=TARGET, executors=1))
+    executor, shapes = backend.executor(), Shapes(artifact.manifest, backend.state_type)
+    return stick.encodes * encode_ms(executor, shapes) + score_ms(executor, shapes, stick.candidates, 1)
 
 
 def plan_sha256(plan: Int8Plan) -> str:

@@ -54,13 +54,32 @@ class Searched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     judged: int
 
 
+class Int8Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A version in int8: on which requests its scales were found (`calibration`, of a file also its checksum), which of
+    its layers stay in float, what int8 changes of a logit there as a share of the spread of a request's logits
+    (`error`), the checksum of the scales, and how the gate judged the quantized graphs.
+
+    `ms` are milliseconds of the recipe's request in floats and in int8 where it was made.
+    """
+
+    calibration: str
+    calibration_sha256: str
+    num_requests: int
+    layers: int
+    kept: tuple[str, ...]
+    error: float
+    plan_sha256: str
+    gate: GateRecord
+    ms: dict[str, float] = {}
+
+
 class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A compressed version: its recipe, checksums of what was compressed and of what came out, its size, the gate.
 
     `flops` and `parameters` are shares of the original's; `ms` are milliseconds of the recipe's request, measured on
     the recipe's target for original and compressed, and predicted, where a budget was given in them; `price_error` is
-    the largest relative error of the prediction over the models that it was fitted to. `search` is there if a search
-    chose the recipe.
+    the largest relative error of the prediction over the models that it was fitted to. `gate` judges the model in
+    float32, `int8.gate` its quantized graphs, if it has them. `search` is there if a search chose the recipe.
     """
 
     recipe: dict[str, Any]
@@ -72,3 +91,4 @@ class Compression(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ms: dict[str, float] = {}
     price_error: float = 0.0
     search: Searched | msgspec.UnsetType = msgspec.UNSET
+    int8: Int8Record | msgspec.UnsetType = msgspec.UNSET

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from rankd.compress.compression_recipe import CompressionRecipe, Criterion, Prune, ShareLayers, Structure, check_recipe
+from rankd.compress.compression_recipe import (
+    CompressionRecipe,
+    Criterion,
+    Prune,
+    Quantize,
+    ShareLayers,
+    Structure,
+    check_recipe,
+)
 from rankd.compress.search_plan import SearchPlan, space_of
 from rankd.config import read_struct
 from rankd.errors import ConfigError
@@ -35,9 +43,11 @@ def test_steps_keep_their_order_and_what_is_left_out_has_defaults(tmp_path: Path
 def test_the_recipes_of_the_docs_are_recipes(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
     texts = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    half, quick = (read(tmp_path, text) for text in texts if "vary" not in text)
+    half, quick, int8 = (read(tmp_path, text) for text in texts if "vary" not in text)
     assert [type(step) for step in (*half.steps, *quick.steps)] == [Prune, Prune]
     assert quick.request.encodes == 0.3
+    assert int8.steps == ()
+    assert int8.quantize == Quantize()
 
 
 def test_the_plans_of_the_docs_are_plans(tmp_path: Path) -> None:
@@ -52,8 +62,8 @@ def test_the_plans_of_the_docs_are_plans(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "steps"),
-        ("steps = []", "length >= 1"),
+        ("", "the recipe does nothing"),
+        ("steps = []", "the recipe does nothing"),
         (PRUNE, "one of flops = SHARE and predicted_ms"),
         (PRUNE + "flops = 0.5\npredicted_ms = 2.0", "one of flops = SHARE and predicted_ms"),
         (PRUNE + "flops = 0.0", r"> 0.0.*steps\[0\].flops"),
@@ -70,6 +80,10 @@ def test_the_plans_of_the_docs_are_plans(tmp_path: Path) -> None:
         ('[[steps]]\nkind = "share"\n[gate.bounds]\nndcg = 0.9', "no metric 'ndcg'.*Did you mean 'ndcg@10'"),
         ('[[steps]]\nkind = "share"\n[finetune]\nlabels = 0.0\nlogits = 0.0\nranks = 0.0', "all 0"),
         ('[[steps]]\nkind = "share"\n[request]\nprecision = "auto"', "say fp32 or bf16"),
+        ('[[steps]]\nkind = "share"\n[request]\nprecision = "int8"', "say fp32 or bf16"),
+        ("[quantize]\nrequests = 32", "fewer than min_requests = 64 are refused"),
+        ("[quantize]\nmax_error = 0.0", "quantize.max_error"),
+        ("[quantize]\nrequest = 100", "Did you mean 'requests'"),
     ],
 )
 def test_a_wrong_recipe_says_where_and_what(tmp_path: Path, text: str, message: str) -> None:

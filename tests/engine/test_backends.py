@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rankd import Event, Ranker, RankRequest
-from rankd.build.pack import BuildOptions, build_artifact
+from rankd.build.export import export
+from rankd.build.pack import BuildOptions, build_artifact, parity_requests
+from rankd.compress.compression_recipe import Quantize
+from rankd.compress.int8_search import search_int8
 from rankd.engine.backend import EngineConfig, Precision
 from rankd.engine.state_arrays import SideBySide
 from rankd.engine.targets import PRECISIONS, TARGETS, runs_here, why_not
@@ -30,23 +33,41 @@ from tests.train.small_log import RECIPE, small_dataset
 DATASET = small_dataset(window_step=8)
 USERS, ITEMS = DATASET.log.user_ids, DATASET.log.item_ids
 SIZES = {"width": 64, "heads": 2, "layers": 2, "hidden": 32}  # what the native engine takes: multiples of 32
-BOUNDS = {Precision.FP32: 1e-4, Precision.BF16: 0.1}
+BOUNDS = {Precision.FP32: 1e-4, Precision.BF16: 0.1, Precision.INT8: 0.3}
 """Largest difference of a logit between two ways to the same score, for weights of standard deviation 0.2."""
 STORAGE_BOUNDS = {Storage.FP32: 1e-4, Storage.BF16: 0.05, Storage.INT8: 0.1}
 WAYS = [(target, precision) for target in TARGETS for precision in PRECISIONS[target]]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Climber built for all targets."""
+def model() -> nn.Module:
+    """A Climber of random weights."""
     torch.manual_seed(1)
     model = create_model("climber", DATASET.schema, SIZES).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def artifact(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """It, built for all targets."""
     recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("climber", SIZES))
     targets = tuple(target for target in TARGETS if runs_here(target))
     options = BuildOptions("films", "1", targets=targets, fall_back=True)
     return str(build_artifact(tmp_path_factory.mktemp("models"), model, DATASET, recipe, options))
+
+
+@pytest.fixture(scope="module")
+def int8_artifact(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """It in int8."""
+    choice = ModelChoice("climber", SIZES)
+    root = tmp_path_factory.mktemp("models")
+    export(model, DATASET.schema, "openvino", root / "graphs")
+    found = search_int8(root / "graphs", parity_requests(DATASET, 48), Quantize(max_error=1.0))
+    recipe = msgspec.structs.replace(RECIPE, model=choice)
+    options = BuildOptions("films", "1", Precision.INT8, int8=found.plan)
+    return str(build_artifact(root, model, DATASET, recipe, options))
 
 
 def opened(artifact: str, target: str, precision: Precision, states: StateConfig | None = None) -> Ranker:
@@ -63,9 +84,10 @@ def way(request: pytest.FixtureRequest) -> tuple[str, Precision]:
 
 
 @pytest.fixture(scope="module")
-def pair(artifact: str, way: tuple[str, Precision]) -> Iterator[tuple[Ranker, Ranker, float]]:
+def pair(artifact: str, int8_artifact: str, way: tuple[str, Precision]) -> Iterator[tuple[Ranker, Ranker, float]]:
     """One ranker that keeps states and one that does not, and the bound of their precision."""
-    with opened(artifact, *way) as kept, opened(artifact, *way, StateConfig(budget_mib=0)) as fresh:
+    place = int8_artifact if way[1] is Precision.INT8 else artifact
+    with opened(place, *way) as kept, opened(place, *way, StateConfig(budget_mib=0)) as fresh:
         yield kept, fresh, BOUNDS[way[1]]
 
 

@@ -6,9 +6,7 @@ import time
 
 import numpy as np
 
-from rankd.engine.backend import Precision
-from rankd.engine.openvino_graphs import HINTS
-
+HINTS = {"fp32": "f32", "bf16": "bf16"}
 SIZE = 1024
 TRIALS = 20
 
@@ -22,7 +20,7 @@ def peak_gflops(precision: str, threads: int = 1) -> float:
     weight = opset13.constant(np.random.default_rng(0).standard_normal((SIZE, SIZE)).astype(np.float32))
     graph = ov.Model([opset13.matmul(left, weight, False, False)], [left])
     options = {
-        "INFERENCE_PRECISION_HINT": HINTS[Precision(precision)],
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
         "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": str(threads),
     }

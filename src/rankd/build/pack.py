@@ -20,10 +20,11 @@ from torch import nn
 from rankd.artifact import FORMAT, Artifact, EngineRecord, Manifest, list_versions, write_artifact
 from rankd.build.checks import check_split, measure_parity
 from rankd.build.export import export
+from rankd.build.int8_graphs import Int8Plan, write_int8
 from rankd.build.outside_tables import embedded_requests, write_tables
 from rankd.embeddings.table_spec import TableStorage
 from rankd.engine.backend import Precision
-from rankd.engine.targets import PRECISIONS, check_target, runs_here, why_not, why_not_model
+from rankd.engine.targets import PRECISIONS, built_together, check_target, runs_here, why_not, why_not_model
 from rankd.errors import BuildError
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
@@ -42,7 +43,7 @@ class BuildOptions:
     """What the artifact is called, the targets it is built for, and the precision it is served in by default.
 
     `tables` says how the embedding tables of a model that can do without them in its graph are kept beside it; None:
-    they stay in the graph.
+    they stay in the graph. `int8` are the scales that int8 needs; what is built in int8 is served in nothing else.
 
     A target that cannot compute in that precision is refused, or with `fall_back` served in one that it can; whatever
     else it can is checked and recorded too. No targets: OpenVINO, and the native engine if it computes in that
@@ -55,6 +56,7 @@ class BuildOptions:
     targets: tuple[str, ...] = ()
     fall_back: bool = False
     tables: TableStorage | None = None
+    int8: Int8Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,11 @@ def pack(root: Path, contents: Contents, options: BuildOptions) -> Path:
     if not options.targets:
         native = options.precision in PRECISIONS["native"] and not _unsuitable("native", contents)
         options = replace(options, targets=("openvino", "native") if native else ("openvino",))
+    if options.precision is Precision.INT8 and options.int8 is None:
+        raise BuildError(
+            "int8 needs the scales of activations, which this run has none of; run `rankd compress` with a recipe that "
+            "has [quantize], and build what comes out"
+        )
     for target in options.targets:
         check_target(target)
         if (reason := why_not(target, options.precision)) and not (options.fall_back and runs_here(target)):
@@ -134,7 +141,8 @@ def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
     requests = embedded_requests(folder, contents.schema, contents.requests)
     engines = {}
     for target in options.targets:
-        usable = [precision for precision in PRECISIONS[target] if not why_not(target, precision)]
+        together = built_together(target, options.precision)
+        usable = [precision for precision in together if not why_not(target, precision)]
         served = options.precision if options.precision in usable else usable[0]
         record = EngineRecord(served.value, {precision.value: 0.0 for precision in usable})
         drafted = Artifact(folder, msgspec.structs.replace(unchecked, engines={target: record}))
@@ -148,6 +156,8 @@ def draft(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
     model, schema = contents.model, contents.schema
     for target in options.targets:
         state = export(model, schema, target, folder / "engines" / target)
+        if options.precision is Precision.INT8 and options.int8 is not None:
+            write_int8(folder / "engines" / target, options.int8)
     outside = write_tables(folder, model, options.tables) if options.tables is not None else frozenset()
     weights = {name: t.detach().contiguous() for name, t in model.state_dict().items() if t.data_ptr() not in outside}
     save_file(weights, folder / "weights.safetensors")
@@ -166,8 +176,16 @@ def draft(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
         engines={},
         options=dict(contents.options),
         metrics=dict(contents.metrics),
-        compression=msgspec.UNSET if contents.compression is None else contents.compression,
+        compression=_compression(contents, options),
     )
+
+
+def _compression(contents: Contents, options: BuildOptions) -> Compression | msgspec.UnsetType:
+    """How the model was compressed; of int8 nothing, if it is built in floats."""
+    made = contents.compression
+    if made is None or options.precision is Precision.INT8:
+        return made or msgspec.UNSET
+    return msgspec.structs.replace(made, int8=msgspec.UNSET)
 
 
 def next_version(model_folder: Path) -> str:

@@ -12,7 +12,7 @@ from rankd.cli.offline import need_torch
 from rankd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rankd.gate_record import Compression
+    from rankd.gate_record import Compression, GateRecord
 
 
 @click.command()
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 @click.option("--to", "target", help="What to reach, like 'p99<=5ms, ndcg@10>=99%'; chosen from a search.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The new folder; what was begun goes on.")
 @click.option("--data", type=click.Path(path_type=Path), help="Where the log is now, if it was moved.")
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    help="Requests to find the scales of int8 on, a JSON object a line; left out: the log's.",
+)
 @click.option(
     "--minutes", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Of a search."
 )
@@ -37,6 +42,7 @@ def compress(
     target: str | None,
     out: Path,
     data: Path | None,
+    calibrate: Path | None,
     minutes: float,
     plan: Path | None,
     source: Path | None,
@@ -55,7 +61,7 @@ def compress(
             f"give one of --recipe FILE, --search and --to TARGET, not {' and '.join(given) or 'none of them'}"
         )
     if recipe is not None:
-        _with_recipe(run, recipe, out, data, as_json)
+        _with_recipe(run, recipe, out, data, calibrate, as_json)
         return
     import msgspec
 
@@ -70,7 +76,7 @@ def compress(
         show_search(found)
 
 
-def _with_recipe(run: Path, recipe: Path, out: Path, data: Path | None, as_json: bool) -> None:
+def _with_recipe(run: Path, recipe: Path, out: Path, data: Path | None, calibrate: Path | None, as_json: bool) -> None:
     import msgspec
 
     from rankd.cli.progress import progress_bar
@@ -80,7 +86,7 @@ def _with_recipe(run: Path, recipe: Path, out: Path, data: Path | None, as_json:
 
     plan = read_struct(CompressionRecipe, recipe)
     with progress_bar("compressing") as advance:
-        made = make_smaller(run, plan, out, data, advance)
+        made = make_smaller(run, plan, out, data, advance, calibrate)
     if as_json:
         click.echo(json.dumps({"run": str(out), **msgspec.to_builtins(made)}))
     else:
@@ -89,17 +95,30 @@ def _with_recipe(run: Path, recipe: Path, out: Path, data: Path | None, as_json:
 
 
 def _print(made: Compression) -> None:
+    import msgspec
+
+    if made.recipe.get("steps"):
+        _print_gate(made.gate, "")
+        click.echo(f"FLOPs {made.flops:.3f} of the original's, parameters {made.parameters:.3f}")
+    if made.ms:
+        figures = ", ".join(f"{name} {ms:.3f} ms" for name, ms in made.ms.items())
+        click.echo(f"{figures}; prices are off by at most {made.price_error:.0%} on the models they were fitted to")
+    if not isinstance(made.int8, msgspec.UnsetType):
+        int8 = made.int8
+        _print_gate(int8.gate, "in int8: ")
+        kept = f"; in float stay {', '.join(int8.kept)}" if int8.kept else ""
+        click.echo(f"{int8.layers - len(int8.kept)} of {int8.layers} layers in int8{kept}")
+        click.echo(f"a logit changes by {int8.error:.3f} of their spread ({int8.calibration})")
+        click.echo(", ".join(f"{ms:.3f} ms in {name}" for name, ms in int8.ms.items()) + " on this machine")
+
+
+def _print_gate(gate: GateRecord, what: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    gate = made.gate
-    title = f"{gate.num_requests} requests of {gate.num_users} users, {gate.since} to {gate.until}"
+    title = f"{what}{gate.num_requests} requests of {gate.num_users} users, {gate.since} to {gate.until}"
     table = Table("metric", "original", "compressed", "kept (95%)", "bound", title=title)
     for name, one in gate.metrics.items():
         kept = f"{one.kept:.4f} ({one.low:.4f} to {one.high:.4f})"
         table.add_row(name, f"{one.original:.4f}", f"{one.compressed:.4f}", kept, f"{one.bound:g}")
     Console(width=120).print(table)
-    click.echo(f"FLOPs {made.flops:.3f} of the original's, parameters {made.parameters:.3f}")
-    if made.ms:
-        figures = ", ".join(f"{name} {ms:.3f} ms" for name, ms in made.ms.items())
-        click.echo(f"{figures}; prices are off by at most {made.price_error:.0%} on the models they were fitted to")

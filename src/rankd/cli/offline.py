@@ -78,7 +78,7 @@ def train(
 @click.option("--data", type=click.Path(path_type=Path), help="Where the log is now, if it was moved.")
 @click.option("--artifact", type=click.Path(path_type=Path), help="Score with this built artifact instead of torch.")
 @click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of the artifact's engine."
+    "--precision", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", help="Of the artifact's engine."
 )
 @click.option("--sampled", type=click.IntRange(1), default=100, help="Other items beside the true ones of a basket.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the sampling and of the intervals.")
@@ -115,7 +115,11 @@ def evaluate(
     multiple=True,
     help="openvino, native, onnxruntime, reference; several times for several. Left out: openvino; in bf16 native too.",
 )
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Served so by default.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "int8"]),
+    help="Served so by default. Left out: int8 for a run that was quantized, else fp32.",
+)
 @click.option(
     "--tables",
     type=click.Choice(["fp32", "fp16", "int8", "int4"]),
@@ -129,7 +133,7 @@ def build(
     name: str | None,
     version: str | None,
     targets: tuple[str, ...],
-    precision: str,
+    precision: str | None,
     tables: str | None,
     data: Path | None,
     as_json: bool,
@@ -141,7 +145,7 @@ def build(
     need_torch("rankd build")
     from rankd.artifact import Artifact
     from rankd.build.pack import BuildOptions, build_artifact, next_version
-    from rankd.compress.compress_run import read_compression
+    from rankd.compress.compress_run import read_compression, read_int8
     from rankd.embeddings.table_spec import TableStorage
     from rankd.engine.backend import Precision
     from rankd.train.run import open_run, read_metrics
@@ -149,12 +153,14 @@ def build(
     about, dataset, model = open_run(run, data)
     name = name or about.description.name
     storage = None if tables is None else TableStorage(tables)
-    options = BuildOptions(name, version or next_version(out / name), Precision(precision), targets, tables=storage)
     compression = read_compression(run)
+    int8 = read_int8(run, compression)
+    served = Precision(precision) if precision else Precision.FP32 if int8 is None else Precision.INT8
+    options = BuildOptions(name, version or next_version(out / name), served, targets, tables=storage, int8=int8)
     place = build_artifact(out, model, dataset, about.recipe, options, read_metrics(run), compression)
     parities = {target: record.parity for target, record in Artifact.open(place).manifest.engines.items()}
     if as_json:
-        click.echo(json.dumps({"artifact": str(place), "precision": precision, "parity": parities}))
+        click.echo(json.dumps({"artifact": str(place), "precision": served.value, "parity": parities}))
     else:
         parity = ", ".join(
             f"{worst:.2g} on {target} in {which}" for target, one in parities.items() for which, worst in one.items()

@@ -17,7 +17,7 @@ from rankd.errors import InvalidRequest
 if TYPE_CHECKING:
     from rankd.types import RankRequest, Scores
 
-PRECISIONS = click.Choice(["auto", "fp32", "bf16"])
+PRECISIONS = click.Choice(["auto", "fp32", "bf16", "int8"])
 
 
 @click.command()

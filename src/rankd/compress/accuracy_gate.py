@@ -16,7 +16,7 @@ from torch import nn
 from rankd.compress.compression_recipe import Gate
 from rankd.errors import DataError
 from rankd.gate_record import GatedMetric, GateRecord
-from rankd.train.evaluation import Progress, TestEvent, make_test_events, score_events
+from rankd.train.evaluation import Progress, Scorer, TestEvent, make_test_events, score_events
 from rankd.train.ranking_metrics import ScoredEvents, evaluate, kept_quality
 from rankd.train.samples import Dataset, seconds_of
 from rankd.train.trainer import torch_scorer
@@ -54,20 +54,23 @@ def gate_events(dataset: Dataset, gate: Gate) -> list[TestEvent]:
 
 def judge(
     original: nn.Module,
-    compressed: nn.Module,
+    compressed: nn.Module | Scorer,
     dataset: Dataset,
     gate: Gate,
     events: Sequence[TestEvent],
     progress: Progress = lambda done, total, line: None,
 ) -> GateRecord:
-    """Score the gate's requests with both models and compare, user by user."""
+    """Score the gate's requests with both models and compare, user by user. `compressed` may be engines' graphs."""
     theirs, mine = (scored(model, dataset, events, progress) for model in (original, compressed))
     return verdict(theirs, mine, dataset, gate)
 
 
-def scored(model: nn.Module, dataset: Dataset, events: Sequence[TestEvent], progress: Progress) -> ScoredEvents:
-    """The gate's requests as torch scores them in float32."""
-    return score_events(events, torch_scorer(model.eval(), dataset), dataset.schema, True, progress, known_alone=True)
+def scored(
+    model: nn.Module | Scorer, dataset: Dataset, events: Sequence[TestEvent], progress: Progress
+) -> ScoredEvents:
+    """The gate's requests as torch scores them in float32, or as a scorer does."""
+    scorer = torch_scorer(model.eval(), dataset) if isinstance(model, nn.Module) else model
+    return score_events(events, scorer, dataset.schema, True, progress, known_alone=True)
 
 
 def verdict(theirs: ScoredEvents, mine: ScoredEvents, dataset: Dataset, gate: Gate) -> GateRecord:
@@ -91,7 +94,10 @@ def gated_metrics(original: ScoredEvents, compressed: ScoredEvents, gate: Gate) 
         DataError: a score of the compressed model is no number, or the original's value is 0.
     """
     if not all(np.isfinite(scores).all() for scores in compressed.scores):
-        raise DataError("the compressed model gives scores that are no numbers; lower finetune.learning_rate")
+        raise DataError(
+            "the compressed model gives scores that are no numbers; lower finetune.learning_rate, or calibrate int8 on "
+            "other requests"
+        )
     before, after = evaluate(original, gate.seed), evaluate(compressed, gate.seed)
     kept = kept_quality(compressed, original, gate.bounds, gate.seed)
     return {
@@ -108,7 +114,7 @@ def gated_metrics(original: ScoredEvents, compressed: ScoredEvents, gate: Gate) 
 
 
 def gate_days(dataset: Dataset, gate: Gate) -> tuple[int, int]:
-    """The first second of the gate's days and the first after them."""
+    """The gate's time, in seconds since 1970; the second is excluded."""
     start = seconds_of(gate.since) if gate.since else dataset.validate_until
     end = dataset.schema.log_end + 1
     return start, min(seconds_of(gate.until), end) if gate.until else end

@@ -1,6 +1,7 @@
 """Compression from end to end: a training run and a recipe become another run, if the gate lets it pass.
 
-    <out>                    run.json, best.safetensors, compression.json: a run like any other, for `rankd build`
+    <out>                    run.json, best.safetensors, compression.json: a run like any other, for `rankd build`;
+                             int8.json with the scales of int8, if the recipe quantizes
     .<out>.compressing       while it is made: begun.json, start.json, start.safetensors, the trainer's checkpoint
 
 An interrupted compression goes on when the same command is run again. <out> appears whole, and only if the gate passed;
@@ -23,12 +24,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from rankd.build.int8_graphs import Int8Plan
 from rankd.build.pack import catalogue_of
-from rankd.compress.accuracy_gate import gate_events, judge
+from rankd.compress.accuracy_gate import gate_days, gate_events, judge
 from rankd.compress.anatomy import Anatomy
+from rankd.compress.calibration import Calibration, calibration_of
 from rankd.compress.compression_recipe import CompressionRecipe, Factorise, Prune, ShareLayers, Student, check_recipe
 from rankd.compress.distillation import DistillationLoss
 from rankd.compress.layer_prices import PriceList, Yardstick, measure_ms, measure_prices, yardstick
+from rankd.compress.quantization import Judged, check_int8, check_plan, quantize_and_judge
 from rankd.compress.steps import factorise, prune, share_layers, student
 from rankd.compress.surgery import Subject
 from rankd.errors import ConfigError, GateRefused, RankdError
@@ -42,6 +46,7 @@ from rankd.train.samples import Dataset, baskets_between
 from rankd.train.trainer import Trainer, load_weights, loss_of, seen_days
 
 RECORD = "compression.json"
+INT8 = "int8.json"
 CALIBRATION_BATCH = 8
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -52,6 +57,7 @@ class Begun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recipe: CompressionRecipe
     original_sha256: str
     data_sha256: str
+    calibration_sha256: str = ""
 
 
 class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,6 +68,19 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: float
     ms: dict[str, float]
     price_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """Requests that are no part of any training: the gate's, and those that int8 is calibrated on."""
+
+    events: Sequence[TestEvent]
+    calibration: Calibration | None
+
+    @property
+    def calibration_sha256(self) -> str:
+        """Of the file of the latter; empty if there is none."""
+        return "" if self.calibration is None else self.calibration.sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +103,17 @@ def compress(
     out: Path,
     data: Path | None = None,
     progress: Progress = lambda done, total, line: None,
+    calibrate: Path | None = None,
 ) -> Compression:
     """Make a smaller version of a trained run in the folder `out`, or go on with it.
+
+    `calibrate` is a file of requests for int8 (`calibration.py`); without it they are the log's.
 
     Raises:
         ConfigError: `out` exists, or a compression of something else was begun for it; a bad recipe; a run that is a
             compression itself.
-        DataError: the log is not the one that the run was trained on, or no days or users to judge by.
+        DataError: the log is not the one that the run was trained on, no days or users to judge by, or requests that
+            nothing can be calibrated on.
         BuildError: a step that cannot be done, or a budget that cannot be met.
         GateRefused: the model keeps less than the recipe's bounds; nothing is left in `out` or beside it.
     """
@@ -103,11 +126,12 @@ def compress(
             "run that it was made from, with the steps of both"
         )
     original = Original(run, *open_run(run, data))
-    events = gate_events(original.dataset, recipe.gate)  # before any work: the days may be refused
+    judging = Judging(gate_events(original.dataset, recipe.gate), _calibration(original.dataset, recipe, calibrate))
     work = out.with_name(f".{out.name}.compressing")
-    _begin(work, Begun(recipe, file_sha256(run / "best.safetensors"), original.run.data_sha256))
+    begun = Begun(recipe, file_sha256(run / "best.safetensors"), original.run.data_sha256, judging.calibration_sha256)
+    _begin(work, begun)
     try:
-        return _carry_out(work, out, original, recipe, events, progress)
+        return _carry_out(work, out, original, recipe, judging, progress)
     except RankdError:  # it would end so again; what was only interrupted stays
         shutil.rmtree(work)
         raise
@@ -118,14 +142,25 @@ def _carry_out(
     out: Path,
     original: Original,
     recipe: CompressionRecipe,
-    events: Sequence[TestEvent],
+    judging: Judging,
     progress: Progress,
 ) -> Compression:
     start, model = make_smaller(work, original, recipe, progress)
-    gate = judge(original.model, model, original.dataset, recipe.gate, events, progress)
+    dataset, events = original.dataset, judging.events
+    gate = judge(original.model, model, dataset, recipe.gate, events, progress)
     if not gate.passed:
         raise GateRefused(f"the compressed model is refused: {refusal(gate)}; nothing was written to {out}")
-    return finish(work, out, original, recipe, start, gate)
+    if judging.calibration is None:
+        return finish(work, out, original, recipe, start, gate)
+    subject = Subject(start.choice, dataset.schema, model)
+    int8 = quantize_and_judge(original.model, subject, dataset, recipe, judging.calibration, events, progress)
+    if not int8.record.gate.passed:
+        raise GateRefused(
+            f"the model is refused in int8: {refusal(int8.record.gate)}; scales were found on "
+            f"{int8.record.num_requests} requests ({int8.record.calibration}), on which int8 changes a logit by "
+            f"{int8.record.error:.3g} of their spread; nothing was written to {out}"
+        )
+    return finish(work, out, original, recipe, start, gate, int8=int8)
 
 
 def make_smaller(
@@ -133,7 +168,8 @@ def make_smaller(
 ) -> tuple[Start, nn.Module]:
     """The model after all steps and fine-tuning, its weights in `work`; goes on with what is there already."""
     start, model = _started(work, original, recipe)
-    _fine_tune(work, original, recipe, Subject(start.choice, original.dataset.schema, model), progress)
+    subject = Subject(start.choice, original.dataset.schema, model)
+    _fine_tune(work, original, recipe, subject, progress)
     load_weights(model, work / "best.safetensors")
     share_unseen_items(model, original.dataset)
     return start, model.eval()
@@ -155,6 +191,27 @@ def read_compression(folder: Path) -> Compression | None:
             f"{folder / 'best.safetensors'} is not what the gate has judged (its checksum differs); compress again"
         )
     return made
+
+
+def read_int8(folder: Path, made: Compression | None) -> Int8Plan | None:
+    """The scales of a run folder that was quantized; None for one that was not.
+
+    Raises:
+        ConfigError: they cannot be read, or are not what the gate has judged. BuildError: it refused them.
+    """
+    if made is None or isinstance(made.int8, msgspec.UnsetType):
+        return None
+    return check_plan(read_record(folder / INT8, Int8Plan), made.int8)
+
+
+def _calibration(dataset: Dataset, recipe: CompressionRecipe, file: Path | None) -> Calibration | None:
+    """The requests for int8, if the recipe quantizes."""
+    if recipe.quantize is None:
+        if file is not None:
+            raise ConfigError(f"{file} is for int8, and the recipe has no [quantize]; add it, or leave the file out")
+        return None
+    check_int8()
+    return calibration_of(dataset, recipe.quantize, gate_days(dataset, recipe.gate)[0], recipe.gate.sampled, file)
 
 
 def refusal(gate: GateRecord) -> str:
@@ -241,9 +298,10 @@ def calibration_batches(dataset: Dataset, training: Training, step: Prune) -> It
 
 
 def _fine_tune(work: Path, original: Original, recipe: CompressionRecipe, subject: Subject, progress: Progress) -> None:
-    """Train what is left, from the last whole epoch if there is one; best.safetensors after."""
+    """Train what is left, from the last whole epoch if there is one; best.safetensors after. Without a step there is
+    nothing to make up for."""
     plan, run = recipe.finetune, original.run.recipe
-    if plan.epochs == 0:
+    if plan.epochs == 0 or not recipe.steps:
         shutil.copyfile(work / "start.safetensors", work / "best.safetensors")
         return
     training = msgspec.structs.replace(
@@ -263,7 +321,9 @@ def finish(
     recipe: CompressionRecipe,
     start: Start,
     gate: GateRecord,
+    *,
     search: Searched | msgspec.UnsetType = msgspec.UNSET,
+    int8: Judged | None = None,
 ) -> Compression:
     """Write the run of a gate that passed and its record, and move the folder to its place."""
     made = Compression(
@@ -276,11 +336,14 @@ def finish(
         ms=start.ms,
         price_error=start.price_error,
         search=search,
+        int8=msgspec.UNSET if int8 is None else int8.record,
     )
     run = original.run
     write_record(
         work / "run.json", msgspec.structs.replace(run, recipe=msgspec.structs.replace(run.recipe, model=start.choice))
     )
+    if int8 is not None:
+        write_record(work / INT8, int8.plan)
     write_record(work / RECORD, made)
     tidy(work)
     work.rename(out)
@@ -297,7 +360,7 @@ def _without_nothing(recipe: CompressionRecipe) -> dict[str, Any]:
     """The recipe as a document without nulls, which TOML does not have."""
     document: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(recipe))
     document["steps"] = [{k: v for k, v in step.items() if v is not None} for step in document["steps"]]
-    return document
+    return {name: value for name, value in document.items() if value is not None}
 
 
 def _size(subject: Subject) -> int:

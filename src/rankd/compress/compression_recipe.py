@@ -1,6 +1,7 @@
 """The recipe of a compression, a TOML file: steps that make a model smaller, fine-tuning, and the gate's bounds.
 
-Steps are done in their order. A new kind of step is a Struct here, a place in `Step`, and its doing in `steps.py`.
+Steps are done in their order; quantization, if any, is the last thing. A new kind of step is a Struct here, a place in
+`Step`, and its doing in `steps.py`.
 """
 
 from __future__ import annotations
@@ -109,6 +110,20 @@ class FineTuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: Positive = 1.0
 
 
+class Quantize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Products with weights in int8, after all else. Scales are found on the newest `requests` requests before the
+    gate's days, or on those of a file; fewer than `min_requests` different ones are refused.
+
+    `max_error` is how much int8 may change a logit on these, as a share of the spread of a request's logits (both root
+    mean squares): beyond it the layers that change them most stay in float.
+    """
+
+    requests: Count = 256
+    min_requests: Annotated[int, Meta(ge=8)] = 64
+    max_error: Positive = 0.1
+    seed: Seed = 0
+
+
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What has to be kept of each metric, as a share of the original's, on days that nobody trained on.
 
@@ -136,9 +151,10 @@ class ReferenceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class CompressionRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
-    steps: Annotated[tuple[Step, ...], Meta(min_length=1)]
+    steps: tuple[Step, ...] = ()
     request: ReferenceRequest = ReferenceRequest()
     finetune: FineTuning = FineTuning()
+    quantize: Quantize | None = None
     gate: Gate = Gate()
 
 
@@ -146,15 +162,26 @@ def check_recipe(recipe: CompressionRecipe) -> None:
     """What types do not say.
 
     Raises:
-        ConfigError: a pruning with no budget or with two, fine-tuning without a loss, an unknown metric, no precision.
+        ConfigError: nothing to do, fewer requests for calibration than are needed, a pruning with no budget or with
+            two, fine-tuning without a loss, an unknown metric, no precision.
     """
+    plan = recipe.quantize
+    if not recipe.steps and plan is None:
+        raise ConfigError("the recipe does nothing; give it [[steps]], or [quantize], or both")
+    if plan is not None and plan.requests < plan.min_requests:
+        raise ConfigError(
+            f"quantize: requests is {plan.requests}, and fewer than min_requests = {plan.min_requests} are refused"
+        )
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Prune) and (step.flops is None) == (step.predicted_ms is None):
             raise ConfigError(f"steps[{number}]: a pruning needs one of flops = SHARE and predicted_ms = MILLISECONDS")
     if recipe.finetune.epochs and not recipe.finetune.labels + recipe.finetune.logits + recipe.finetune.ranks:
         raise ConfigError("finetune: labels, logits and ranks are all 0; give one of them a weight, or set epochs = 0")
-    if recipe.request.precision is Precision.AUTO:
-        raise ConfigError("request.precision is 'auto'; say fp32 or bf16, so that the cost is of one engine")
+    if recipe.request.precision in (Precision.AUTO, Precision.INT8):
+        raise ConfigError(
+            f"request.precision is '{recipe.request.precision.value}'; say fp32 or bf16, so that the cost is of one "
+            "engine that needs no calibration"
+        )
     for name in recipe.gate.bounds:
         if name not in GATED:
             raise ConfigError(f"gate.bounds: no metric '{name}'; there is: {', '.join(GATED)}.{nearest(name, GATED)}")

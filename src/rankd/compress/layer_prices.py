@@ -93,7 +93,11 @@ def measure_ms(subject: Subject, catalogue: Catalogue, request: ReferenceRequest
     Raises:
         ConfigError: no such target. BuildError: it does not run here, or not such a model.
     """
-    backend, manifest = compiled(subject, catalogue, request, executors=1)
+    return request_ms(*compiled(subject, catalogue, request, executors=1), stick)
+
+
+def request_ms(backend: Backend, manifest: Manifest, stick: Yardstick) -> float:
+    """Milliseconds of the reference request on one executor, the best of a few."""
     executor, shapes = backend.executor(), Shapes(manifest, backend.state_type)
     encoding_ms = encode_ms(executor, shapes, shapes.rooms[-1])
     return stick.encodes * encoding_ms + score_ms(executor, shapes, stick.candidates, 1)

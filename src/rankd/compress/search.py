@@ -148,7 +148,7 @@ class Search:
             shutil.copyfile(file, work / file.name)
         if out.exists():
             out.rename(old)
-        compression = finish(work, out, self.original, recipe, made.start, gate, searched)
+        compression = finish(work, out, self.original, recipe, made.start, gate, search=searched)
         shutil.rmtree(old, ignore_errors=True)
         return compression
 

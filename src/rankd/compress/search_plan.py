@@ -41,8 +41,8 @@ from rankd.config import convert, read_struct
 from rankd.errors import ConfigError, nearest
 
 MOST_RECIPES = 100_000
-PARTS = tuple(name for name in CompressionRecipe.__struct_fields__ if name not in ("steps", "gate"))
-OPTIONAL = tuple(one.name for one in msgspec.structs.fields(CompressionRecipe) if one.default is None)
+PARTS = tuple(name for name in CompressionRecipe.__struct_fields__ if name not in ("steps", "gate", "quantize"))
+"""Of a recipe, which may vary. Trials are judged and timed in floats: int8 goes to a recipe that was chosen."""
 Values = Annotated[tuple[Any, ...], Meta(min_length=1)]
 Gene = tuple[int, ...]
 """A recipe: for each dimension of the space the number of its value."""
@@ -104,10 +104,6 @@ class Dimension:
     setting: str
     values: tuple[Any, ...]
 
-    def adds(self, number: int) -> bool:
-        """Whether that value makes a recipe do something, beside its steps: an optional part that is there."""
-        return self.step is None and self.setting in OPTIONAL and self.values[number] is not False
-
 
 @dataclass(frozen=True, slots=True)
 class RecipeSpace:
@@ -119,7 +115,7 @@ class RecipeSpace:
     def genes(self) -> list[Gene]:
         """Every recipe with a step once; settings of a step that is left out are those of its first value."""
         every = itertools.product(*(range(len(one.values)) for one in self.dimensions))
-        return sorted({gene for gene in map(self.plain, every) if self._does(gene)})
+        return sorted({gene for gene in map(self.plain, every) if self._taken(gene)})
 
     def plain(self, gene: Gene) -> Gene:
         """The same recipe, with the first value wherever the value does not matter."""
@@ -142,7 +138,7 @@ class RecipeSpace:
             for place, one in enumerate(self.dimensions)
             for value in range(len(one.values))
         )
-        return sorted({other for other in changed if self._does(other)} - {gene})
+        return sorted({other for other in changed if self._taken(other)} - {gene})
 
     def recipe(self, gene: Gene, epochs: int) -> CompressionRecipe:
         """The recipe as `rankd compress --recipe` takes it."""
@@ -182,12 +178,6 @@ class RecipeSpace:
                 parts[one.step].append(_short(one.values[number]))
         return " + ".join([" ".join(parts[number]) for number in sorted(parts)] + rest)
 
-    def _does(self, gene: Gene) -> bool:
-        """Whether a recipe does anything."""
-        return bool(self._taken(gene)) or any(
-            one.adds(number) for one, number in zip(self.dimensions, gene, strict=True)
-        )
-
     def _taken(self, gene: Gene) -> set[int]:
         """The steps that are taken."""
         optional = {one.step: value for one, value in zip(self.dimensions, gene, strict=True) if not one.setting}
@@ -209,7 +199,8 @@ def space_of(plan: SearchPlan) -> RecipeSpace:
         if setting.partition(".")[0] not in PARTS or setting in ("finetune", "finetune.epochs"):
             raise ConfigError(
                 f"vary.'{setting}': give a part of a recipe or a setting of one, PART or PART.NAME, with PART of "
-                f"{', '.join(PARTS)}; epochs are the search's own, and what belongs to a step varies there"
+                f"{', '.join(PARTS)}; epochs are the search's own, what belongs to a step varies there, and [quantize] goes "
+                "to the recipe that was chosen"
             )
         dimensions.append(Dimension(None, setting, tuple(values)))
     space = RecipeSpace(plan, tuple(dimensions))

@@ -23,11 +23,13 @@ log = logging.getLogger("rankd")
 
 
 class Precision(Enum):
-    """Arithmetic of the compiled graphs. AUTO is what the artifact was built for, if this processor has it."""
+    """Arithmetic of the compiled graphs. AUTO is what the artifact was built for, if this processor has it. INT8 is of
+    products with weights; the rest is in bfloat16 where the processor has it, else in float32."""
 
     AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
+    INT8 = "int8"
 
 
 class StateType(Enum):

@@ -91,6 +91,6 @@ class NativeExecutor(InThisProcess):
 
 def why_not(precision: Precision) -> str:
     """Why the native engine cannot be used in a precision here; empty if it can."""
-    if precision is Precision.FP32:
+    if precision is not Precision.BF16:
         return "the native engine computes in bf16 alone"
     return support.machine_lacks() or ""

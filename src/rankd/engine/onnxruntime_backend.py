@@ -103,7 +103,7 @@ class OnnxRuntimeExecutor(InThisProcess):
 
 def why_not(precision: Precision) -> str:
     """Why ONNX Runtime cannot be used in a precision; empty if it can."""
-    if precision is Precision.BF16:
+    if precision is not Precision.FP32:
         return "ONNX Runtime has no bfloat16 products on CPUs; use fp32"
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; install rankd[onnxruntime]"

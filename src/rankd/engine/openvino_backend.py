@@ -201,8 +201,11 @@ def why_not(precision: Precision) -> str:
     """Why this processor or library cannot compute in a precision; empty if it can."""
     import openvino as ov
 
-    if precision is Precision.BF16 and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    has = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision is Precision.BF16 and "BF16" not in has:
         return "this processor has no bfloat16 arithmetic; use fp32"
+    if precision is Precision.INT8 and "INT8" not in has:
+        return "OpenVINO has no int8 arithmetic for this processor; use fp32"
     return ""
 
 

@@ -27,7 +27,6 @@ from rankd.types import Array
 
 log = logging.getLogger("rankd")
 MIB = 1 << 20
-HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
 COMPILERS = 2
 """Graphs that are compiled at a time."""
 Key = tuple[tuple[int, ...], ...]
@@ -138,7 +137,7 @@ def compile_graph(
 
     core = ov.Core()
     settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[options.precision],
+        "INFERENCE_PRECISION_HINT": _hint(core, options.precision),
         "NUM_STREAMS": str(options.streams),
         "INFERENCE_NUM_THREADS": str(options.streams * options.threads),
         "ENABLE_CPU_PINNING": "NO",
@@ -174,8 +173,16 @@ def packed_bytes(path: Path, precision: Precision) -> int:
     for node in ov.Core().read_model(path).get_ops():
         if node.get_type_name() == "Constant":
             readers = {one.get_node().get_type_name() for one in node.output(0).get_target_inputs()}
-            size += 0 if "Gather" in readers else int(np.prod(node.get_output_shape(0))) * 4
-    return size // (2 if precision is Precision.BF16 else 1)
+            each = 1 if node.get_element_type() == ov.Type.i8 else 2 if precision is Precision.BF16 else 4
+            size += 0 if "Gather" in readers else int(np.prod(node.get_output_shape(0))) * each
+    return size
+
+
+def _hint(core: Any, precision: Precision) -> str:
+    """OpenVINO's word for the arithmetic of floats; products of int8 are in the graph."""
+    has = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    narrow = precision is Precision.BF16 or (precision is Precision.INT8 and "BF16" in has)
+    return "bf16" if narrow else "f32"
 
 
 def output_name(port: Any) -> str:

@@ -100,7 +100,7 @@ class ReferenceExecutor(InThisProcess):
 
 def why_not(precision: Precision) -> str:
     """Why the reference cannot be used in a precision; empty if it can."""
-    if precision is Precision.BF16:
+    if precision is not Precision.FP32:
         return "the reference computes in fp32 alone"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed; install rankd[train]"

@@ -23,11 +23,13 @@ TARGETS = {
 }
 PRECISIONS = {
     "native": (Precision.BF16,),
-    "openvino": (Precision.FP32, Precision.BF16),
+    "openvino": (Precision.FP32, Precision.BF16, Precision.INT8),
     "onnxruntime": (Precision.FP32,),
     "reference": (Precision.FP32,),
 }
 """What each target computes in, where the processor has it."""
+OWN_GRAPHS = (Precision.INT8,)
+"""Precisions whose graphs are others: what is built for one of them is served in it alone."""
 
 AUTO = "auto"
 
@@ -58,6 +60,13 @@ def why_not_model(target: str, model: str, options: Mapping[str, Any], schema: F
     return native.why_not(options, schema, model) or "" if target == "native" else ""
 
 
+def built_together(target: str, precision: Precision) -> tuple[Precision, ...]:
+    """The precisions in which a target computes the graphs that are built for one of them."""
+    if precision in OWN_GRAPHS:
+        return (precision,)
+    return tuple(one for one in PRECISIONS[target] if one not in OWN_GRAPHS)
+
+
 def runs_here(target: str) -> bool:
     """Whether a target computes in any precision on this machine."""
     return any(not why_not(target, precision) for precision in PRECISIONS[target])
@@ -85,11 +94,16 @@ def load_backend(artifact: Artifact, config: EngineConfig, state_type: StateType
 
         chosen = msgspec.structs.replace(config, target=target, precision=precision)
         return ProcessBackend(artifact, chosen, state_type)
-    narrow = precision is Precision.BF16 if state_type is None else state_type is StateType.BF16
     module, name = TARGETS[target]
     kind = getattr(importlib.import_module(module), name)
-    backend: Backend = kind.load(artifact, config, precision, StateType.BF16 if narrow else StateType.FP32)
+    backend: Backend = kind.load(artifact, config, precision, state_type or _own_state_type(target, precision))
     return backend
+
+
+def _own_state_type(target: str, precision: Precision) -> StateType:
+    """Bfloat16 where a target computes in it what it does not compute in integers."""
+    narrow = precision is Precision.BF16 or (precision is Precision.INT8 and not why_not(target, Precision.BF16))
+    return StateType.BF16 if narrow else StateType.FP32
 
 
 def choose_target(artifact: Artifact, config: EngineConfig) -> str:
@@ -122,8 +136,9 @@ def _precision(artifact: Artifact, target: str, config: EngineConfig) -> Precisi
     """The configured precision; else the one that the artifact is served in, or float32 where that does not run."""
     if config.precision is not Precision.AUTO:
         return config.precision
-    own = Precision(artifact.manifest.engines[target].precision)
-    return Precision.FP32 if why_not(target, own) and Precision.FP32 in PRECISIONS[target] else own
+    record = artifact.manifest.engines[target]
+    own = Precision(record.precision)
+    return Precision.FP32 if why_not(target, own) and Precision.FP32.value in record.parity else own
 
 
 def _module(target: str) -> Any:

@@ -41,6 +41,11 @@ def make_test_events(
 ) -> tuple[list[TestEvent], dict[str, int]]:
     """The test events of [start, end), the same for the same seed, and counts of the baskets left out."""
     samples, counts = baskets_between(dataset, start, end, keep_unseen=True)
+    return with_candidates(dataset, samples, num_sampled, seed), counts
+
+
+def with_candidates(dataset: Dataset, samples: Sequence[Sample], num_sampled: int, seed: int) -> list[TestEvent]:
+    """Samples with `num_sampled` other items each, the same for the same seed."""
     random = np.random.default_rng(seed)
     events = []
     for sample in samples:
@@ -51,7 +56,7 @@ def make_test_events(
         labels[: len(sample.items)] = sample.labels
         order = random.permutation(len(rows))
         events.append(TestEvent(sample, rows[order], labels[order]))
-    return events, counts
+    return events
 
 
 def score_events(

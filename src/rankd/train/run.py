@@ -165,6 +165,11 @@ def engine_scorer(artifact: Path, precision: Precision, dataset: Dataset) -> Sco
     opened = Artifact.open(artifact)
     if msgspec.structs.replace(opened.schema, embedded=()) != dataset.schema:
         raise ConfigError(f"{artifact} was built from another log or recipe than this run")
+    return executor_scorer(opened, precision, dataset)
+
+
+def executor_scorer(opened: Artifact, precision: Precision, dataset: Dataset) -> Scorer:
+    """As `engine_scorer`, of an artifact that is open, whose schema is the dataset's."""
     executor = load_backend(opened, EngineConfig(precision=precision, executors=1)).executor()
     widest, widths = dataset.schema.max_candidates, opened.schema.embedded_widths
     embedded = EmbeddedInputs(opened.schema, open_model_tables(opened.path, widths)) if widths else None

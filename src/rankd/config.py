@@ -104,6 +104,9 @@ def _check_keys(document: Mapping[str, Any], kind: Any, source: str, path: str) 
             known = ", ".join(fields)
             raise ConfigError(f"{source}: unknown key '{path}{key}'; known here are {known}.{nearest(key, fields)}")
         inner = msgspec.inspect.type_info(fields[key])
+        if isinstance(inner, msgspec.inspect.UnionType):  # a part that may be left out
+            structs = [one for one in inner.types if isinstance(one, msgspec.inspect.StructType)]
+            inner = structs[0] if len(structs) == 1 else inner
         if isinstance(inner, msgspec.inspect.StructType) and isinstance(value, Mapping):
             _check_keys(value, inner.cls, source, f"{path}{key}.")
         elif isinstance(inner, msgspec.inspect.VarTupleType) and isinstance(value, list):

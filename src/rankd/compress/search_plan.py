@@ -199,8 +199,8 @@ def space_of(plan: SearchPlan) -> RecipeSpace:
         if setting.partition(".")[0] not in PARTS or setting in ("finetune", "finetune.epochs"):
             raise ConfigError(
                 f"vary.'{setting}': give a part of a recipe or a setting of one, PART or PART.NAME, with PART of "
-                f"{', '.join(PARTS)}; epochs are the search's own, what belongs to a step varies there, and [quantize] goes "
-                "to the recipe that was chosen"
+                f"{', '.join(PARTS)}; epochs are the search's own, what belongs to a step varies there, and "
+                "[quantize] goes to the recipe that was chosen"
             )
         dimensions.append(Dimension(None, setting, tuple(values)))
     space = RecipeSpace(plan, tuple(dimensions))

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton: kernels run on the CPU, with a GPU or without
+if os.environ.get("RANKD_TEST_GPU") != "1":  # benchmarks/gpu.py runs tests of kernels on a GPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton: kernels run on the CPU
 
 import pytest
 

@@ -1,6 +1,6 @@
 """Compiles every kernel for an H200 (sm_90) without one, as a script: Triton brings the assembler.
 
-python tests/engine/cuda/compile_kernels.py [all]      a line of JSON for each; `all`: every configuration of each
+python tests/engine/cuda/compile_kernels.py [all]      a line of JSON for each; `all`: all uses and configurations
 
 In a process of its own, for in the tests' process kernels are interpreted. The sizes are those of workload `base`.
 """
@@ -93,10 +93,13 @@ def registers(ptx: str) -> dict[str, int]:
 
 def main() -> None:
     """Compile and say."""
-    every = sys.argv[1:] == ["all"]
+    every, seen = sys.argv[1:] == ["all"], []
     for kernel, constants in KERNELS:
+        if kernel in seen and not every:
+            continue
+        seen.append(kernel)
         configs = getattr(kernel, "configs", [None])
-        for chosen in configs if every else configs[-1:]:
+        for chosen in configs if every else configs[1:2] or configs:
             print(json.dumps(compiled(kernel, constants, chosen)), flush=True)
 
 

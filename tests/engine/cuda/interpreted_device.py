@@ -16,9 +16,9 @@ from rankd.errors import EngineFailure
 class InterpretedDevice:
     """`counts` are how often memory was taken, something sent or fetched, recorded, launched, waited for."""
 
-    def __init__(self, memory_bytes: int = 1 << 40) -> None:
+    def __init__(self, memory_bytes: int = 1 << 40, measures: bool = False) -> None:
         self.counts = dict.fromkeys(("taken", "transfers", "recorded", "launched", "waits"), 0)
-        self.memory_bytes = memory_bytes
+        self.memory_bytes, self.measures = memory_bytes, measures
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory that is garbage until it is written."""

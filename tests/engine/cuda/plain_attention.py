@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from rankd.engine.cuda.kernels.triton_pieces import LOG2_E
 from rankd.engine.cuda.paged_states import FP8_LARGEST, PagedStates, PageType, pages_of
 from rankd.models.climber import time_bucket
 
-PAGE = 16
+ON_GPU = os.environ.get("RANKD_TEST_GPU") == "1"
+PAGE = 64 if ON_GPU else 16
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,11 @@ def write_candidates(host: Mapping[str, Array], candidates: Mapping[str, Array],
     host["ids"][0, :rows, 0] = items.reshape(-1)
     if "candidate_categories" in candidates:
         host["ids"][0, :rows, 1:] = candidates["candidate_categories"].reshape(rows, -1)
-    if "candidate_numeric" in candidates:
+    if "numbers" in host:
         host["numbers"][0, :rows] = candidates["candidate_numeric"].reshape(rows, -1)
     if "context_categories" in candidates:
         host["user_ids"][0, :users] = candidates["context_categories"]
-    if "context_numeric" in candidates:
+    if "user_numbers" in host:
         host["user_numbers"][0, :users] = candidates["context_numeric"]
 
 
@@ -160,7 +160,7 @@ def write_events(
             host["ids"][number, part, 1] = history["history_event"][taken]
             if "history_categories" in history:
                 host["ids"][number, part, 2:] = history["history_categories"][taken]
-            if "history_values" in history:
+            if "numbers" in host:
                 host["numbers"][number, part] = history["history_values"][taken]
             moments = history["history_time"][taken]
             host["row_times"][number, part] = moments
@@ -168,6 +168,26 @@ def write_events(
             pages = host["table"][user, number, place // shape.page]
             host["page_times"][pages, place % shape.page] = moments
             first += count
+
+
+def write_whole(host: Mapping[str, Array], shape: StateShape, bucket: Bucket, block: Block) -> int:
+    """Fill a bucket with nobody's rows: as many as it holds, over histories as long as there may be.
+
+    What is measured on it is what a full call takes. Returns how many pages hold something, which is all of them.
+    """
+    longest = shape.most_pages * shape.page
+    each = min(bucket.rows // bucket.users, longest)
+    host["counts"][:] = each * bucket.users
+    host["table"][...] = np.arange(host["table"].size).reshape(host["table"].shape)
+    if "now" in host:
+        fill_tiles(host["tiles"], [each] * bucket.users, block.tile)
+        host["user_count"][:], host["known"][:] = bucket.users, longest
+        host["user_of"][: each * bucket.users] = np.repeat(np.arange(bucket.users), each)
+    else:
+        for tiles in host["tiles"]:
+            fill_tiles(tiles, [each] * bucket.users, block.tile)
+        host["known"][:] = 0
+    return len(host["pages"])
 
 
 def no_states(shape: StateShape, users: int) -> list[dict[str, Array]]:

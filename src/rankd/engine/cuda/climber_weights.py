@@ -156,9 +156,9 @@ class WeightLoader:
                 ]
             )
 
-        positions, times = (of_layers(f"bias.{name}").transpose(-1, -2) * LOG2_E for name in ("position", "time"))
+        position, time = (of_layers(f"bias.{name}").transpose(-1, -2) * LOG2_E for name in ("position", "time"))
         temperature = of_layers("log_temperature").neg().exp() * LOG2_E
-        return AttentionTables(*(self._put(part.contiguous()) for part in (temperature, positions, times)))
+        return AttentionTables(self._put(temperature), self._put(position.contiguous()), self._put(time.contiguous()))
 
     def _fusion(self, heads: int) -> FusionWeights:
         out = self.linear("fusion.out")

@@ -16,6 +16,7 @@ from rankd.engine.cuda import gpu_presence
 from rankd.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
+    from rankd.engine.cuda.climber_weights import Put
     from rankd.engine.cuda.cuda_device import Device
     from rankd.engine.cuda.cuda_executor import CudaExecutor, CudaModel
 
@@ -67,7 +68,7 @@ class CudaBackend:
         return self._model.weights.num_bytes()
 
 
-def model_of(artifact: Artifact, precision: Precision, put: Callable[..., object], **block: int) -> CudaModel:
+def model_of(artifact: Artifact, precision: Precision, put: Put, **block: int) -> CudaModel:
     """An artifact's model with its weights where `put` puts them. `block` are sizes of `climber_steps.Block`.
 
     Raises:
@@ -101,7 +102,7 @@ def check_memory(needed: int, free: int, whole: int) -> None:
     if needed > free:
         raise ConfigError(
             f"the model needs {needed >> 20} MiB of GPU memory to start, and {free >> 20} of {whole >> 20} MiB are "
-            "free; end what else runs on this GPU, choose another one with CUDA_VISIBLE_DEVICES, or serve with another target"
+            "free; end what else runs on this GPU, choose another with CUDA_VISIBLE_DEVICES, or take another target"
         )
 
 

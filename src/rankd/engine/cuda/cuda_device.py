@@ -12,12 +12,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from rankd.errors import EngineFailure
 
 
 class Device(Protocol):
-    """One stream of a GPU and the memory that is taken through it."""
+    """One stream of a GPU and the memory that is taken through it.
+
+    `measures`: whether kernels choose their block sizes by measuring, so that a first run has to be a full one.
+    """
+
+    measures: bool
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the GPU."""
@@ -50,6 +56,8 @@ class Device(Protocol):
 
 class CudaStream:
     """A stream of one GPU, as a `Device`."""
+
+    measures = True
 
     def __init__(self, index: int = 0) -> None:
         self._device = torch.device("cuda", index)
@@ -86,7 +94,7 @@ class CudaStream:
                 yield
         except torch.cuda.OutOfMemoryError as error:
             raise out_of_memory(error) from error
-        except RuntimeError as error:
+        except (RuntimeError, TritonError) as error:
             raise EngineFailure(f"the GPU failed: {error}") from error
 
     def wait(self) -> None:

@@ -24,6 +24,7 @@ from rankd.engine.cuda.call_shapes import (
     write_candidates,
     write_events,
     write_pages,
+    write_whole,
 )
 from rankd.engine.cuda.call_staging import NOBODY, CallStaging, rung
 from rankd.engine.cuda.climber_steps import Block, HistorySteps, ScoreSteps
@@ -162,17 +163,20 @@ class CudaExecutor:
         sections = score_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block)
         staging = CallStaging(device, sections)
         steps = ScoreSteps(device, model.weights, model.dtype, staging.there, model.block)
-        return self._prepared(staging, steps, steps.logits)
+        return self._prepared(bucket, staging, steps, steps.logits)
 
     def _prepare_history(self, bucket: Bucket) -> _Prepared:
         model, device = self._model, self._device
         sections = history_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block)
         staging = CallStaging(device, sections)
         steps = HistorySteps(device, model.weights, model.dtype, staging.there, model.block)
-        return self._prepared(staging, steps, steps.fresh)
+        return self._prepared(bucket, staging, steps, steps.fresh)
 
-    def _prepared(self, staging: CallStaging, launch: Callable[[], None], made: Tensor) -> _Prepared:
+    def _prepared(self, bucket: Bucket, staging: CallStaging, launch: Callable[[], None], made: Tensor) -> _Prepared:
         result = self._device.pinned(made.nbytes).view(made.dtype).view(made.shape)
-        staging.host["tiles"][..., 0] = NOBODY  # while it is recorded no row is anybody's
-        staging.send(0)
+        staging.host["tiles"][..., 0] = NOBODY
+        filled = 0
+        if self._device.measures:
+            filled = write_whole(staging.host, self._shape, bucket, self._model.block)
+        staging.send(filled)
         return _Prepared(staging, self._device.captured(launch), made, result)

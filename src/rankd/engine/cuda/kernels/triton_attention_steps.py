@@ -6,8 +6,10 @@ values summed with these weights. Pointwise (HSTU, arXiv 2402.17152) has weights
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -53,7 +55,12 @@ TILE_COLUMNS = 4
 """Of a tile: the user (-1: the tile is empty), its first row, how many of the user's rows come before it, its rows."""
 
 CONFIGS = (config(4, 2, block_keys=16), *(config(w, s, block_keys=k) for k in (32, 64) for w in (4, 8) for s in (2, 3)))
-"""Key blocks divide a page. The first is the interpreter's."""
+"""The first is the interpreter's."""
+
+
+def in_a_page(blocks: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+    """A block of keys lies in one page."""
+    return bool(blocks["block_keys"] <= arguments["PAGE"])
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from rankd.engine.cuda.kernels.triton_attention_steps import (
     CONFIGS,
     AttentionTables,
     Weighting,
+    in_a_page,
     relative_bias,
     rows_at,
     weighed,
@@ -37,7 +38,7 @@ class CandidateRows:
     block: int
 
 
-@tuned(CONFIGS, key=("HEAD", "PAGE", "block_queries", "FP8"))
+@tuned(CONFIGS, key=("HEAD", "PAGE", "block_queries", "FP8"), suits=in_a_page)
 @triton.jit
 def _attend(
     out, qkv, tiles, lengths, now, pool, scales,

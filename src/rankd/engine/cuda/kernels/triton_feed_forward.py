@@ -19,10 +19,10 @@ from rankd.engine.cuda.kernels.triton_projection import EPSILON
 
 WIDEST = 512
 CONFIGS = (
+    config(8, 2, block_rows=32, block_hidden=64),
     config(4, 2, block_rows=16, block_hidden=16),
     config(4, 2, block_rows=16, block_hidden=32),
     config(4, 2, block_rows=32, block_hidden=32),
-    config(8, 2, block_rows=32, block_hidden=64),
     config(8, 2, block_rows=64, block_hidden=32),
     config(8, 1, block_rows=64, block_hidden=64),
 )

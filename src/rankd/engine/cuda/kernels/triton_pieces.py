@@ -5,7 +5,8 @@ Triton's interpreter keeps bfloat16 as bits and multiplies those, so there every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import triton
@@ -33,15 +34,36 @@ def tiles_of(rows: int, block: int) -> int:
     return max(-(-rows // block), 1)
 
 
-def tuned(configs: Sequence[triton.Config], key: Sequence[str], restored: Sequence[str] = ()) -> Callable[[Any], Any]:
+TUNE = "RANKD_CUDA_TUNE"
+"""An environment variable: "off" takes the first configuration of every kernel, for starts that may not take long."""
+
+Suits = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+"""Whether block sizes suit a kernel's arguments."""
+
+
+def tuned(
+    configs: Sequence[triton.Config],
+    key: Sequence[str],
+    restored: Sequence[str] = (),
+    suits: Suits = lambda blocks, arguments: True,
+) -> Callable[[Any], Any]:
     """The fastest of `configs` for each value of `key`, measured at the first call; in the interpreter the first one.
 
-    `restored` names arguments that the kernel changes in place: they are put back between measurements.
+    `restored` names arguments that the kernel changes in place: they are put back between measurements. Only
+    configurations that `suits` lets through are tried; the first one has to suit whatever the arguments are.
     """
-    chosen = list(configs[:1]) if INTERPRETED else list(configs)
+    chosen = list(configs[:1]) if INTERPRETED or os.environ.get(TUNE) == "off" else list(configs)
+
+    def suitable(configs: Sequence[triton.Config], given: Mapping[str, Any], **more: Any) -> list[triton.Config]:
+        return [one for one in configs if suits(one.kwargs, {**given, **more})]
 
     def decorate(kernel: Any) -> Any:
-        return triton.autotune(configs=chosen, key=list(key), restore_value=list(restored) or None)(kernel)
+        return triton.autotune(
+            configs=chosen,
+            key=list(key),
+            restore_value=list(restored) or None,
+            prune_configs_by={"early_config_prune": suitable},
+        )(kernel)
 
     return decorate
 

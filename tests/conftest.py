@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+if os.environ.get("RANKD_TEST_GPU") != "1":  # benchmarks/gpu.py runs tests of kernels on a GPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton: kernels run on the CPU
 
 import pytest
 from hypothesis import settings

@@ -2,8 +2,8 @@
 
 In: an nn.Module of one of the shapes of `models.protocol`. Out: files in `engines/<target>/`. T, A and C are dynamic; B
 is dynamic in `score` alone, since histories are encoded one at a time. A JointModel becomes a single `score` that reads
-history and candidates together. `openvino` writes .xml, `onnxruntime` .onnx; `reference` and `native` need the weights
-alone.
+history and candidates together. `openvino` writes .xml, `onnxruntime` .onnx; `reference`, `native` and `cuda` need the
+weights alone.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class _quiet:  # noqa: N801 - reads as the statement it is
 
 
 def _write_nothing(module: nn.Module, graph: Graph, folder: Path) -> None:
-    """The reference computes with the torch module itself, the native engine with its weights."""
+    """The reference computes with the torch module itself, the native engine and a GPU with its weights."""
 
 
 def _check_outputs(graph: Graph, count: int) -> None:
@@ -212,6 +212,7 @@ WRITERS: dict[str, Callable[[nn.Module, Graph, Path], None]] = {
     "openvino": _write_openvino,
     "onnxruntime": _write_onnx,
     "reference": _write_nothing,
+    "cuda": _write_nothing,
     "native": _write_nothing,
 }
 _OV_TYPES = {"int32": "i32", "int64": "i64", "float32": "f32"}

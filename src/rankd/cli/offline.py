@@ -113,7 +113,8 @@ def evaluate(
     "--target",
     "targets",
     multiple=True,
-    help="openvino, native, onnxruntime, reference; several times for several. Left out: openvino; in bf16 native too.",
+    help="openvino, native, cuda, onnxruntime, reference; several times for several. "
+    "Left out: openvino; in bf16 native too.",
 )
 @click.option(
     "--precision",

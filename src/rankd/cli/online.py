@@ -27,7 +27,9 @@ PRECISIONS = click.Choice(["auto", "fp32", "bf16", "int8"])
 @click.option("--grpc-port", type=int, help="The port of gRPC; the one above --port by default, 0 takes a free one.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file; flags and RANKD_* variables go over it.")
 @click.option("--model", "names", multiple=True, help="Load only this model; may be given several times.")
-@click.option("--target", help="openvino, native, onnxruntime or reference; auto takes the fastest one measured here.")
+@click.option(
+    "--target", help="openvino, native, cuda, onnxruntime or reference; auto takes the fastest one measured here."
+)
 @click.option("--precision", type=PRECISIONS, help="Over what the artifacts were built for.")
 @click.option("--executors", type=click.IntRange(0), help="Requests computed at once; one for each core by default.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of one request; 1 by default.")

@@ -60,7 +60,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     as long as the copies take no more than `weight_copies_mib`; with `static_shapes` then also for the shapes of calls,
     which takes .3 s a shape at the start and makes calls quicker by a tenth to a half.
 
-    `target` "auto" is the one that `rankd bench engine` found the fastest on this machine.
+    `target` "auto" is the one that `rankd bench engine` found the fastest on this machine. `fall_back` is the target to
+    take where `target` cannot be had, for want of a GPU or of its memory; "" for none: then the start is refused.
     """
 
     target: str = "auto"
@@ -71,6 +72,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     isolation: Isolation = Isolation.THREADS
     weight_copies_mib: Annotated[int, Meta(ge=0)] = 1024
     static_shapes: bool = False
+    fall_back: str = ""
 
 
 def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,18 +11,22 @@ import msgspec
 
 from rankd.artifact import Artifact
 from rankd.engine.backend import Backend, EngineConfig, Isolation, Precision, StateType
+from rankd.engine.cuda import gpu_presence
 from rankd.engine.machine_choice import fastest_target
 from rankd.engine.native import support as native
-from rankd.errors import ArtifactError, ConfigError, nearest
+from rankd.errors import ArtifactError, ConfigError, EngineFailure, nearest
 from rankd.features.schema import FeatureSchema
 
+log = logging.getLogger("rankd")
 TARGETS = {
+    "cuda": ("rankd.engine.cuda.cuda_backend", "CudaBackend"),
     "native": ("rankd.engine.native_backend", "NativeBackend"),
     "openvino": ("rankd.engine.openvino_backend", "OpenVinoBackend"),
     "onnxruntime": ("rankd.engine.onnxruntime_backend", "OnnxRuntimeBackend"),
     "reference": ("rankd.engine.reference_backend", "ReferenceBackend"),
 }
 PRECISIONS = {
+    "cuda": (Precision.FP32, Precision.BF16),
     "native": (Precision.BF16,),
     "openvino": (Precision.FP32, Precision.BF16, Precision.INT8),
     "onnxruntime": (Precision.FP32,),
@@ -57,6 +62,8 @@ def why_not_model(target: str, model: str, options: Mapping[str, Any], schema: F
     """
     if target == "reference" and schema.embedded:
         return "the reference computes with the tables in the graph; build it without --tables"
+    if target == "cuda":
+        return gpu_presence.why_not_model(model, options, schema)
     return native.why_not(options, schema, model) or "" if target == "native" else ""
 
 
@@ -75,10 +82,23 @@ def runs_here(target: str) -> bool:
 def load_backend(artifact: Artifact, config: EngineConfig, state_type: StateType | None = None) -> Backend:
     """Compile an opened artifact for the configured target. `state_type` None: that of the precision.
 
+    Where that cannot be done here and `config.fall_back` names a target, that one is taken, and the reason is logged.
+
     Raises:
-        ConfigError: no such target.
+        ConfigError: no such target, or a GPU with too little memory.
         ArtifactError: the artifact was not built for that target or precision, or its graphs do not compile here.
     """
+    if not config.fall_back:
+        return _load(artifact, config, state_type)
+    check_target(config.fall_back)
+    try:
+        return _load(artifact, config, state_type)
+    except (ArtifactError, ConfigError, EngineFailure) as error:
+        log.warning("engine.fall_back: %s takes the place of %s: %s", config.fall_back, config.target, error)
+    return _load(artifact, msgspec.structs.replace(config, target=config.fall_back, fall_back=""), state_type)
+
+
+def _load(artifact: Artifact, config: EngineConfig, state_type: StateType | None) -> Backend:
     target = choose_target(artifact, config)
     record, path = artifact.manifest.engines[target], artifact.path
     precision = _precision(artifact, target, config)

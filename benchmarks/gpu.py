@@ -1,0 +1,298 @@
+"""All checks and benchmarks of the target `cuda` on the GPU of this machine, in one command; ends with one JSON file.
+
+    python benchmarks/gpu.py [--out gpu.json] [--skip-tests]
+
+From the root of a checkout with the extras `dev` and `cuda`. Parity first: the tests of the kernels run on the GPU, and
+models are built for it, which checks the whole executor against torch. Then the GPU's own limits, kernels alone, and
+whole requests beside torch in one run. A part that fails is named in the file and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankd.artifact import Artifact
+from rankd.bench.report import commit, machine
+from rankd.bench.workload import Workload, load_workload
+from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.cuda import gpu_presence
+from rankd.engine.targets import load_backend
+from rankd.features.schema import TensorSpec
+from rankd.types import Array, UserState
+
+ROOT = Path(__file__).resolve().parents[1]
+USERS = (1, 8, 32)
+WORKLOADS = ("base", "long")
+CALLS = 30
+TEST_SECONDS = 240
+OWED = (
+    "executors in parallel (dso_gain), the share of hidden transfers (h2d_share), states in tiers, HSTU as a model, "
+    "FlexAttention, TensorRT and ONNX Runtime as contestants are not measured by this script yet"
+)
+Parts = dict[str, Any]
+
+
+def main() -> int:
+    """0: everything ran; 1: a part failed, and the file says which; 2: there is no GPU to run on."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="Where the JSON goes.")
+    parser.add_argument("--skip-tests", action="store_true", help="Leave the tests of the kernels out.")
+    options = parser.parse_args()
+    if reason := gpu_presence.why_not():
+        print(
+            f"Nothing was measured: {reason}. This script needs an NVIDIA GPU; the tests run without one (make test)."
+        )
+        return 2
+    parts: Parts = {"suite": "gpu", "commit": commit(), "machine": machine() | gpu(), "owed": OWED, "failed": {}}
+    if not options.skip_tests:
+        attempt(parts, "kernel_tests", run_tests)
+    attempt(parts, "limits", limits)
+    for name in WORKLOADS:
+        attempt(parts, name, partial(whole_requests, load_workload(name), parts))
+    options.out.write_text(json.dumps(parts, indent=1) + "\n")
+    print(json.dumps(parts))
+    return 1 if parts["failed"] else 0
+
+
+def attempt(parts: Parts, name: str, part: Callable[[], Any]) -> None:
+    """Run a part; one that fails must not cost the others their figures."""
+    started = time.perf_counter()
+    try:
+        parts[name] = part()
+    except Exception as error:  # noqa: BLE001 - the script's edge: the reason goes into the file
+        parts["failed"][name] = f"{type(error).__name__}: {error}"
+    print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def gpu() -> dict[str, str]:
+    """What computes."""
+    import torch
+    import triton
+
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "compute_capability": capability,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def run_tests() -> dict[str, Any]:
+    """The tests of the kernels, on the GPU, each in its first configuration.
+
+    Raises:
+        AssertionError: one of them failed; the end of what they said.
+    """
+    environment = os.environ | {"RANKD_TEST_GPU": "1", "RANKD_CUDA_TUNE": "off"}
+    files = [f"tests/engine/cuda/test_{name}_kernels.py" for name in ("attention", "row")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(  # noqa: S603 - our own interpreter
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TEST_SECONDS
+    )
+    if done.returncode != 0:
+        raise AssertionError(done.stdout[-3000:] + done.stderr[-1000:])
+    return {"passed": int(re.findall(r"(\d+) passed", done.stdout)[-1])}
+
+
+def limits() -> dict[str, float]:
+    """What the GPU can: a bfloat16 matrix product, a copy within its memory, a copy from pinned memory."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target, pinned = torch.empty_like(source), torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    return {
+        "bf16_tflops": 2 * 8192**3 / device_ms(lambda: torch.mm(a, b)) / 1e9,
+        "copy_gbps": 2 * source.nbytes / device_ms(lambda: target.copy_(source)) / 1e6,
+        "h2d_gbps": pinned.nbytes / device_ms(lambda: target[: pinned.nbytes].copy_(pinned, non_blocking=True)) / 1e6,
+    }
+
+
+def device_ms(call: Callable[[], object], calls: int = CALLS) -> float:
+    """Median milliseconds between events around a call, after three that do not count."""
+    import torch
+
+    for _ in range(3):
+        call()
+    spent: list[float] = []
+    for _ in range(calls):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        spent.append(begin.elapsed_time(end))
+    return statistics.median(spent)
+
+
+def whole_ms(calls: dict[str, Callable[[], object]], rounds: int = CALLS) -> dict[str, float]:
+    """Median milliseconds of whole calls, what the host does included, the contestants in turn."""
+    import torch
+
+    for call in calls.values():
+        call()
+        call()
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            spent[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def whole_requests(workload: Workload, parts: Parts) -> dict[str, Any]:
+    """A workload's model built for the GPU (which checks it against torch), then requests of 1, 8 and 32 users."""
+    with tempfile.TemporaryDirectory(prefix="rankd-gpu-") as folder:
+        artifact = Artifact.open(built(workload, Path(folder)))
+        made: dict[str, Any] = {"parity": artifact.manifest.engines["cuda"].parity, "users": {}}
+        peak = parts.get("limits", {}).get("bf16_tflops")
+        for users in USERS:
+            took = whole_ms(contestants(artifact, workload, users))
+            useful = workload.flops().useful * users
+            made["users"][users] = {
+                "ms": took,
+                "speedup_cold": took["eager bf16, dense mask"] / took["rankd cold"],
+                "speedup_warm": took["eager bf16, dense mask"] / took["rankd warm"],
+                "over_compile": took["torch.compile bf16, dense mask"] / took["rankd cold"],
+                "peak_share": useful / took["rankd cold"] / 1e9 / peak if peak else None,
+            }
+        made["attention"] = attention_alone(workload, peak)
+    return made
+
+
+def built(workload: Workload, folder: Path) -> Path:
+    """The version folder of the workload's model. Made in a process whose kernels are not tuned: nothing is timed."""
+    code = (
+        "import sys; from pathlib import Path; from rankd.bench.synthetic_model import build_model; "
+        "from rankd.bench.workload import load_workload; from rankd.engine.backend import Precision; "
+        "print(build_model(load_workload(sys.argv[1]), Path(sys.argv[2]), ('cuda',), Precision.BF16))"
+    )
+    command = [sys.executable, "-c", code, workload.name, str(folder)]
+    environment = os.environ | {"RANKD_CUDA_TUNE": "off"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)  # noqa: S603 - our own interpreter
+    if done.returncode != 0:
+        raise AssertionError(done.stderr[-3000:])
+    return Path(done.stdout.splitlines()[-1])
+
+
+def contestants(artifact: Artifact, workload: Workload, users: int) -> dict[str, Callable[[], object]]:
+    """Calls on the same inputs: torch under one dense mask, and ours with and without the users' states."""
+    import torch
+
+    from rankd.bench.engine_suite.dense_model import dense_form
+    from rankd.bench.parity import torch_model
+
+    histories, candidates = inputs_of(artifact, workload, users)
+    executor: Any = load_backend(artifact, EngineConfig("cuda", Precision.BF16, executors=1)).executor()
+    lengths = [tuple(history["history_length"][0].tolist()) for history in histories]
+    nothing = [None] * users
+
+    def states() -> list[UserState]:
+        made = executor.encode_all(histories, nothing)
+        return [UserState(arrays, length) for arrays, length in zip(made, lengths, strict=True)]
+
+    kept = states()
+    model = dense_form(torch_model(artifact)).eval().cuda()
+    together = {name: np.concatenate([history[name] for history in histories]) for name in histories[0]}
+    sides = [{n: torch.from_numpy(a).cuda() for n, a in side.items()} for side in (together, candidates)]
+
+    def eager(run: Any) -> Callable[[], object]:
+        def call() -> object:
+            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+                return run(*sides).float().cpu()
+
+        return call
+
+    return {
+        "eager bf16, dense mask": eager(model),
+        "torch.compile bf16, dense mask": eager(torch.compile(model)),
+        "rankd cold": lambda: executor.score(states(), candidates),
+        "rankd warm": lambda: executor.score(kept, candidates),
+    }
+
+
+def inputs_of(artifact: Artifact, workload: Workload, users: int) -> tuple[list[dict[str, Array]], dict[str, Array]]:
+    """Random full histories of `users` users, each B = 1, and their candidates together."""
+    random, manifest = np.random.default_rng(workload.seed), artifact.manifest
+    tokens, count = manifest.schema.history_buckets[-1], manifest.schema.candidate_buckets[-1]
+    histories = []
+    for _ in range(users):
+        history = {spec.name: drawn(spec, random, {"B": 1, "T": tokens}) for spec in manifest.history_inputs}
+        history["history_time"] = np.sort(random.integers(0, 10**7, history["history_time"].shape, np.int32))
+        history["history_event"] %= len(manifest.schema.event_types)
+        history["history_length"][...] = tokens
+        histories.append(history)
+    candidates = {spec.name: drawn(spec, random, {"B": users, "C": count}) for spec in manifest.candidate_inputs}
+    candidates["context_time"][...] = 2 * 10**7
+    return histories, candidates
+
+
+def drawn(spec: TensorSpec, random: np.random.Generator, sizes: dict[str, int]) -> Array:
+    """Random numbers for one input; ids are small, for tables of every size."""
+    shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+    if spec.dtype == "float32":
+        return random.standard_normal(shape).astype(np.float32)
+    return random.integers(0, 3, shape).astype(spec.dtype)
+
+
+def attention_alone(workload: Workload, peak: float | None) -> dict[str, Any]:
+    """The attention kernels by themselves, 32 users of the workload, by device events, for each storage of pages."""
+    import torch
+
+    from rankd.engine.cuda.kernels.triton_candidate_attention import CandidateRows, attend_candidates
+    from rankd.engine.cuda.kernels.triton_history_attention import HistoryRows, attend_history
+    from rankd.engine.cuda.paged_states import PageType
+
+    sys.path.insert(0, str(ROOT))
+    os.environ["RANKD_TEST_GPU"] = "1"
+    from tests.engine.cuda.plain_attention import Sizes, states_of, tables_of
+    from tests.engine.cuda.test_attention_kernels import padded, tiles_over
+
+    users, tokens, count = USERS[-1], workload.block_tokens, workload.buckets.candidates[-1]
+    model, made = workload.model, {}
+    sizes = Sizes(model.blocks, 1, model.heads, model.width // model.heads, tokens + 1)
+    with torch.device("cuda"):
+        lengths, now = torch.full((users, model.blocks), tokens, dtype=torch.int32), torch.full((users,), 10**7)
+        for kind in PageType:
+            dtype = torch.float32 if kind is PageType.FP32 else torch.bfloat16
+            states, tables = states_of(sizes, lengths, kind), tables_of(sizes)
+            cells: Sequence[tuple[str, int, float]] = (
+                ("history", tokens, users * model.blocks * tokens * (tokens + 1) / 2 * 4 * model.width),
+                ("candidates", count, users * model.blocks * count * (tokens + 1) * 4 * model.width),
+            )
+            for name, rows, flops in cells:
+                qkv = torch.randn(model.blocks, users * rows, 3 * model.width, dtype=dtype)
+                out = torch.empty(model.blocks, users * rows, model.width, dtype=dtype)
+                tiles = padded([tiles_over([rows] * users)] * model.blocks)
+                if name == "history":
+                    times = torch.zeros(model.blocks, users * rows, dtype=torch.int32)
+                    told = HistoryRows(tiles, torch.zeros_like(lengths), times, 64)
+                    spent = device_ms(partial(attend_history, out, qkv, told, states, tables, 0))
+                else:
+                    who = CandidateRows(tiles[0].contiguous(), lengths, now.int(), 64)
+                    spent = device_ms(partial(attend_candidates, out, qkv, who, states, tables, 0))
+                share = flops / spent / 1e9 / peak if peak else None
+                made[f"{name} {kind.value}"] = {"ms": spent, "peak_share": share}
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

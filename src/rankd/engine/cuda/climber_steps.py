@@ -1,0 +1,164 @@
+"""The launches that a Climber's calls are made of, on memory that was taken before: what a CUDA graph records.
+
+`ScoreSteps`: candidates and pages -> logits. `HistorySteps`: new events and pages -> their keys and values. Shapes are
+those of a bucket; which of the rows are real stands in memory. Next: `cuda_executor.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankd.engine.cuda.climber_weights import ClimberWeights, LayerWeights
+from rankd.engine.cuda.cuda_device import Device
+from rankd.engine.cuda.kernels.triton_block_fusion import attend_blocks
+from rankd.engine.cuda.kernels.triton_candidate_attention import CandidateRows, attend_candidates
+from rankd.engine.cuda.kernels.triton_feed_forward import FeedForward, feed_forward
+from rankd.engine.cuda.kernels.triton_history_attention import HistoryRows, attend_history
+from rankd.engine.cuda.kernels.triton_pooled_gather import PoolingRows, pool
+from rankd.engine.cuda.kernels.triton_projection import Linear, project
+from rankd.engine.cuda.kernels.triton_state_rows import store_rows
+from rankd.engine.cuda.paged_states import PagedStates
+
+Tensors = Mapping[str, Tensor]
+"""What a call has sent, by the names of `call_shapes.py`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """How many rows a tile of attention has, and tokens a page: powers of two, at least 16."""
+
+    tile: int = 64
+    page: int = 64
+
+
+class LayerRooms:
+    """Memory that the layers of a call pass through: tokens (N, R, D) float32 and what products make of them."""
+
+    def __init__(self, device: Device, weights: ClimberWeights, dtype: torch.dtype, rows: int) -> None:
+        blocks, wide = weights.blocks, weights.attention_width
+        self.tokens = device.empty((blocks, rows, weights.width), torch.float32)
+        self.qkv = device.empty((blocks, rows, 3 * wide), dtype)
+        self.attended = device.empty((blocks, rows, wide), dtype)
+        hidden = [one.feed_forward[0].weight.shape[1] for one in weights.layers if isinstance(one.feed_forward, tuple)]
+        self._hidden = device.empty((blocks, rows, max(hidden)), dtype) if hidden else None
+
+    def finish(self, layer: LayerWeights, counts: Tensor) -> None:
+        """What follows attention: projection, residual, feed-forward."""
+        project(self.tokens, self.attended, layer.out, counts, residual=self.tokens)
+        if isinstance(layer.feed_forward, FeedForward):
+            feed_forward(self.tokens, layer.feed_forward, counts)
+        elif self._hidden is not None:
+            up, down = layer.feed_forward
+            project(self._hidden, self.tokens, up, counts)
+            project(self.tokens, self._hidden, down, counts, residual=self.tokens)
+
+
+class HistorySteps:
+    """New events of U users, R rows a block at most. `fresh` (N, L, 2, R, A) is what leaves."""
+
+    def __init__(
+        self, device: Device, weights: ClimberWeights, dtype: torch.dtype, sent: Tensors, block: Block
+    ) -> None:
+        self._weights, rows = weights, sent["ids"].shape[1]
+        self._rooms = LayerRooms(device, weights, dtype, rows)
+        self._states = pages_in(device, sent, weights.tables.heads)
+        self._rows = HistoryRows(sent["tiles"], sent["known"], sent["row_times"], block.tile)
+        self._counts = sent["counts"]
+        self._pooled = PoolingRows(sent["ids"], sent["counts"], sent.get("numbers"))
+        shape = weights.blocks, len(weights.layers), 2, rows, weights.attention_width
+        self.fresh = device.empty(shape, dtype)
+
+    def __call__(self) -> None:
+        """Everything; of the last layer keys and values alone are needed."""
+        rooms, weights = self._rooms, self._weights
+        pool(rooms.tokens, weights.events, self._pooled)
+        for depth, layer in enumerate(weights.layers):
+            project(rooms.qkv, rooms.tokens, layer.qkv, self._counts)
+            store_rows(self._states, self.fresh, rooms.qkv, self._rows, depth)
+            if depth < len(weights.layers) - 1:
+                attend_history(rooms.attended, rooms.qkv, self._rows, self._states, weights.tables, depth)
+                rooms.finish(layer, self._counts)
+
+
+class ScoreSteps:
+    """R candidate rows of U users. `logits` (1, R, K) float32 is what leaves."""
+
+    def __init__(
+        self, device: Device, weights: ClimberWeights, dtype: torch.dtype, sent: Tensors, block: Block
+    ) -> None:
+        self._weights, self._sent, self._counts = weights, sent, sent["counts"]
+        rows, users = sent["ids"].shape[1], sent["now"].shape[0]
+        blocks, width, fusion = weights.blocks, weights.width, weights.fusion
+        self._rooms = LayerRooms(device, weights, dtype, rows)
+        self._states = pages_in(device, sent, weights.tables.heads)
+        self._rows = CandidateRows(sent["tiles"], sent["known"], sent["now"], block.tile)
+        self._added = device.empty((1, rows, width), torch.float32) if weights.numeric else None
+        self._users = device.empty((1, users, width), torch.float32) if weights.users else None
+        fusion_width = fusion.out.weight.shape[2]
+        self._fusion_qkv = device.empty((blocks, rows, 3 * fusion_width), dtype)
+        self._fused = device.empty((blocks, rows, fusion_width), dtype)
+        self._channels = device.empty((1, rows, blocks * width), torch.float32)
+        self._gated = device.empty((1, rows, blocks * width), torch.float32)
+        inner = max(weights.hidden, width, fusion.gate[0].weight.shape[1])
+        self._inner = [device.empty((1, rows, inner), dtype) for _ in range(2)]
+        self.logits = device.empty((1, rows, weights.num_tasks), torch.float32)
+
+    def __call__(self) -> None:
+        """Everything."""
+        rooms, weights = self._rooms, self._weights
+        self._embed()
+        for depth, layer in enumerate(weights.layers):
+            project(rooms.qkv, rooms.tokens, layer.qkv, self._counts)
+            attend_candidates(rooms.attended, rooms.qkv, self._rows, self._states, weights.tables, depth)
+            rooms.finish(layer, self._counts)
+        self._fuse()
+        self._through(weights.head, self._gated, self.logits)
+        if weights.direct is not None:
+            self._through(weights.direct, self._sent["numbers"], self.logits, self.logits)
+
+    def _embed(self) -> None:
+        weights, sent = self._weights, self._sent
+        if weights.users is not None and self._users is not None:
+            rows = PoolingRows(sent["user_ids"], sent["user_count"], sent.get("user_numbers"))
+            pool(self._users, weights.users, rows)
+        if weights.numeric is not None and self._added is not None:
+            self._through(weights.numeric, sent["numbers"], self._added)
+        rows = PoolingRows(
+            sent["ids"],
+            self._counts,
+            added=self._added,
+            users=None if self._users is None else self._users[0],
+            user_of=sent["user_of"],
+        )
+        pool(self._rooms.tokens, weights.candidates, rows)
+
+    def _fuse(self) -> None:
+        fusion, tokens = self._weights.fusion, self._rooms.tokens
+        blocks, width = self._weights.blocks, self._weights.width
+        project(self._fusion_qkv, tokens, fusion.qkv, self._counts)
+        attend_blocks(self._fused, self._fusion_qkv, self._counts, fusion.heads, fusion.scale)
+        side_by_side = self._channels[0].unflatten(-1, (blocks, width)).transpose(0, 1)
+        project(side_by_side, self._fused, fusion.out, self._counts, residual=tokens)
+        squeezed = self._inner[0][..., : fusion.gate[0].weight.shape[1]]
+        project(squeezed, self._channels, fusion.gate[0], self._counts)
+        project(self._gated, squeezed, fusion.gate[1], self._counts, gated=self._channels)
+
+    def _through(self, layers: Sequence[Linear], x: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        """A network of a few layers; the last one writes `out`."""
+        for number, layer in enumerate(layers[:-1]):
+            made = self._inner[number % 2][..., : layer.weight.shape[1]]
+            project(made, x, layer, self._counts)
+            x = made
+        project(out, x, layers[-1], self._counts, residual=residual)
+
+
+def pages_in(device: Device, sent: Tensors, heads: int) -> PagedStates:
+    """The pages that a call has brought along."""
+    pages = sent["pages"]
+    none, layers, both, page = 0, pages.shape[1], pages.shape[2], pages.shape[3]
+    scales = device.empty((none, layers, both, page, heads), torch.float32)
+    return PagedStates(pages, scales, sent["page_times"], sent["table"])

@@ -1,0 +1,75 @@
+"""Whether this machine has a GPU that the target `cuda` runs on. Asks the driver itself: no torch, nothing heavy.
+
+In: nothing. Out: a reason against it, or none. `targets.py` asks before anything of CUDA is imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rankd.features.schema import FeatureSchema
+
+DRIVER = "libcuda.so.1"
+LEAST = (8, 0)  # bfloat16 in the matrix units; e4m3 pages need 8.9
+MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+WIDEST_HEAD = 256
+
+
+def why_not(open_driver: Callable[[str], Any] = ctypes.CDLL) -> str:
+    """What this machine lacks for the target, in words; empty if nothing."""
+    for package in ("torch", "triton"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed; install rankd[cuda]"
+    try:
+        driver = open_driver(DRIVER)
+    except OSError:
+        return f"there is no NVIDIA driver ({DRIVER} is not found)"
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the NVIDIA driver shows no GPU to this process; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    capability = tuple(_attribute(driver, which) for which in (MAJOR, MINOR))
+    if capability < LEAST:
+        return f"the GPU has compute capability {_dotted(capability)}; {_dotted(LEAST)} or newer is needed"
+    return ""
+
+
+def why_not_model(model: str, options: Mapping[str, Any], schema: FeatureSchema) -> str:
+    """What of a model the target does not compute; empty if it computes all of it."""
+    if model != "climber":
+        return f"the model is {model!r}; only climber runs on the target cuda"
+    if schema.embedded:
+        return "its embedding tables are outside of the model"
+    shape = options.get("shape")
+    if shape is not None:
+        layers = [layer for block in shape["blocks"] for layer in block]
+        if shape.get("repeats", 1) != 1:
+            return f"its layers are shared {shape['repeats']} times; every layer needs weights of its own"
+        if len({len(block) for block in shape["blocks"]}) > 1 or any(layer != layers[0] for layer in layers):
+            return "its layers are of unequal sizes; prune with uniform = true"
+        if any(size for name, size in layers[0].items() if name.endswith("_rank")):
+            return "its projections are of low rank"
+    head = shape["blocks"][0][0]["head_width"] if shape else _even_head(options)
+    return f"a head is {head} wide; at most {WIDEST_HEAD}" if head > WIDEST_HEAD else ""
+
+
+def fusion_heads(options: Mapping[str, Any]) -> int:
+    """Attention heads of a Climber's fusion."""
+    shape = options.get("shape")
+    return int(shape["fusion"]["heads"] if shape else options.get("heads", 4))
+
+
+def _even_head(options: Mapping[str, Any]) -> int:
+    return int(options.get("width", 64)) // int(options.get("heads", 4))
+
+
+def _attribute(driver: Any, which: int) -> int:
+    value = ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(value), which, 0)
+    return value.value
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

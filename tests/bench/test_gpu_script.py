@@ -1,0 +1,60 @@
+"""benchmarks/gpu.py refuses kindly where there is no GPU, and its inputs are what a model takes."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rankd.artifact import Artifact
+from rankd.bench.workload import load_workload
+from rankd.demo import MODELS
+from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.cuda import gpu_presence
+from rankd.engine.reference_backend import ReferenceBackend
+from rankd.types import UserState
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmarks_gpu", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_refuses_kindly_without_a_gpu(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_presence, "why_not", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
+    assert script.main() == 2
+    said = capsys.readouterr().out
+    assert "Nothing was measured: there is no NVIDIA driver" in said
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_a_part_that_fails_is_named_and_the_others_go_on(script: Any) -> None:
+    parts: dict[str, Any] = {"failed": {}}
+    script.attempt(parts, "first", lambda: 1 // 0)
+    script.attempt(parts, "second", lambda: {"ms": 1.0})
+    assert parts["second"] == {"ms": 1.0}
+    assert parts["failed"]["first"].startswith("ZeroDivisionError")
+
+
+def test_its_inputs_are_scored(script: Any) -> None:
+    artifact = Artifact.open(MODELS / "demo" / "1")
+    executor = ReferenceBackend.load(artifact, EngineConfig(), Precision.FP32, StateType.FP32).executor()
+    histories, candidates = script.inputs_of(artifact, load_workload("small"), 2)
+    lengths = [tuple(history["history_length"][0].tolist()) for history in histories]
+    states = [UserState(executor.encode(one), length) for one, length in zip(histories, lengths, strict=True)]
+    logits = executor.score(states, candidates)
+    assert logits.shape == (2, 200, 2)
+    assert np.isfinite(logits).all()

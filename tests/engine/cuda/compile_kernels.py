@@ -1,0 +1,107 @@
+"""Compiles every kernel for an H200 (sm_90) without one, as a script: Triton brings the assembler.
+
+python tests/engine/cuda/compile_kernels.py [all]      a line of JSON for each; `all`: all uses and configurations
+
+In a process of its own, for in the tests' process kernels are interpreted. The sizes are those of workload `base`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from rankd.engine.cuda.kernels import (
+    triton_block_fusion,
+    triton_candidate_attention,
+    triton_feed_forward,
+    triton_history_attention,
+    triton_pooled_gather,
+    triton_projection,
+    triton_state_rows,
+)
+
+H200 = GPUTarget("cuda", 90, 32)
+INT32 = ("tiles", "known", "row_times", "page_times", "table", "lengths", "now", "counts", "count", "ids", "starts",
+         "sizes", "user_of")  # fmt: skip
+FLOAT32 = ("scales", "temperature", "positions", "times", "x", "bias", "other", "up_bias", "down_bias", "numbers",
+           "added", "users", "norm")  # fmt: skip
+NARROW = ("out", "qkv", "pool", "fresh", "weight", "up", "down", "tables")
+HEADS = {"HEADS": 4, "HEAD": 64, "ROOM": 64}
+ATTENTION = {**HEADS, "PAGE": 64, "DISTANCES": 257, "BIASED": True, "block_queries": 64}
+KERNELS: list[tuple[Any, dict[str, Any]]] = [
+    (triton_history_attention._attend, {**ATTENTION, "POINTWISE": False, "FP8": False}),
+    (triton_candidate_attention._attend, {**ATTENTION, "POINTWISE": False, "FP8": False}),
+    (triton_candidate_attention._attend, {**ATTENTION, "POINTWISE": True, "FP8": True}),
+    (triton_state_rows._store, {**HEADS, "PAGE": 64, "FP8": True, "block_rows": 64}),
+    (triton_projection._project,
+     {"INPUTS": 256, "OUTPUTS": 768, "NORMED": True, "ACTIVATION": "", "RESIDUAL": False, "GATED": False}),
+    (triton_projection._project,
+     {"INPUTS": 128, "OUTPUTS": 512, "NORMED": False, "ACTIVATION": "", "RESIDUAL": False, "GATED": True}),
+    (triton_feed_forward._feed_forward,
+     {"WIDTH": 256, "ROOM": 256, "HIDDEN": 1024, "ACTIVATION": "gelu", "GATED": False}),
+    (triton_feed_forward._feed_forward,
+     {"WIDTH": 512, "ROOM": 512, "HIDDEN": 2048, "ACTIVATION": "silu", "GATED": True}),
+    (triton_block_fusion._attend, {**HEADS, "BLOCKS": 2}),
+    (triton_pooled_gather._pool, {"WIDTH": 256, "ROOM": 256, "COLUMNS": 3, "NUMBERS": 1, "ADDED": True, "USERS": True,
+                                  "NORMED": True, "COPIES": 2}),
+]  # fmt: skip
+
+
+def compiled(kernel: Any, constants: dict[str, Any], chosen: triton.Config | None) -> dict[str, Any]:
+    """What the assembler says of one kernel in one configuration."""
+    function = kernel if chosen is None else kernel.fn
+    names = function.arg_names
+    constants = constants | (chosen.kwargs if chosen else {})
+    kinds = dict.fromkeys(names, "i32") | dict.fromkeys(INT32, "*i32") | dict.fromkeys(FLOAT32, "*fp32")
+    kinds |= dict.fromkeys(NARROW, "*bf16") | dict.fromkeys(("inverse_length", "epsilon", "scale"), "fp32")
+    kinds |= {"pool": "*fp8e4nv"} if constants.get("FP8") else {}
+    kinds |= {"weight": "*fp32", "out": "*fp32"} if "COPIES" in constants else {}
+    kinds |= {"x": "*bf16"} if constants.get("NORMED") is False else {}
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
+    source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()})
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages} if chosen else {"num_warps": 8}
+    made = triton.compile(source, target=H200, options=options)
+    return {
+        "kernel": f"{Path(sys.modules[function.__module__].__file__ or '').stem}.{function.__name__}",
+        "config": {**(chosen.kwargs if chosen else {}), **options},
+        "shared_bytes": made.metadata.shared,
+        **registers(made.asm["ptx"]),
+    }
+
+
+def registers(ptx: str) -> dict[str, int]:
+    """Registers and spilled bytes of a thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(file), "-o", str(file.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    used = re.search(r"Used (\d+) registers", said)
+    return {"registers": int(used[1]) if used else 0, "spilled_bytes": int(spilled[1]) if spilled else 0}
+
+
+def main() -> None:
+    """Compile and say."""
+    every, seen = sys.argv[1:] == ["all"], []
+    for kernel, constants in KERNELS:
+        if kernel in seen and not every:
+            continue
+        seen.append(kernel)
+        configs = getattr(kernel, "configs", [None])
+        for chosen in configs if every else configs[1:2] or configs:
+            print(json.dumps(compiled(kernel, constants, chosen)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

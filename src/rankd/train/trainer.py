@@ -200,8 +200,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def seen_days(dataset: Dataset) -> dict[str, str]:
-    """What a weights file says of itself: until when its model was trained and chosen, in seconds since 1970."""
-    return {"train_until": str(dataset.train_until), "validate_until": str(dataset.validate_until)}
+    """What a weights file says of itself: until when its model was trained and chosen, in seconds since 1970.
+
+    One entry alone: safetensors writes several in any order, and equal weights would have different checksums.
+    """
+    return {"seen_until": str(dataset.validate_until)}
 
 
 def check_unseen(path: Path, dataset: Dataset) -> None:
@@ -211,7 +214,7 @@ def check_unseen(path: Path, dataset: Dataset) -> None:
         DataError: they were trained or chosen on later days than the dataset's description says.
     """
     with safe_open(path, "pt") as file:
-        seen = int((file.metadata() or {}).get("validate_until", 0))
+        seen = int((file.metadata() or {}).get("seen_until", 0))
     if seen > dataset.validate_until:
         until, said = (datetime.fromtimestamp(one, UTC).date() for one in (seen, dataset.validate_until))
         raise DataError(

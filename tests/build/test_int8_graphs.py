@@ -46,7 +46,8 @@ def by_hand(x: Float32Array, weight: Float32Array, limit: float) -> Float32Array
     step = limit / 127
     narrow = np.clip(np.rint(x.astype(np.float64) / step), -128, 127) * step
     integers, scales = weight_integers(weight)
-    return (narrow @ (integers * scales.astype(np.float64)).T).astype(np.float32)
+    made: Float32Array = (narrow @ (integers * scales.astype(np.float64)).T).astype(np.float32)
+    return made
 
 
 @settings(max_examples=30, deadline=None)

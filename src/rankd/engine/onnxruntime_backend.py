@@ -104,7 +104,7 @@ class OnnxRuntimeExecutor(InThisProcess):
 def why_not(precision: Precision) -> str:
     """Why ONNX Runtime cannot be used in a precision; empty if it can."""
     if precision is not Precision.FP32:
-        return "ONNX Runtime has no bfloat16 products on CPUs; use fp32"
+        return "ONNX Runtime is used in fp32 alone: it has no bfloat16 products on CPUs, and int8 is OpenVINO's here"
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; install rankd[onnxruntime]"
     return ""

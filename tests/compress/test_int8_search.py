@@ -26,7 +26,7 @@ SIZES = {"width": 32, "heads": 2, "layers": 2, "hidden": 16}
 
 def model_of(seed: int = 0, kind: str = "climber") -> nn.Module:
     torch.manual_seed(seed)
-    model = create_model(kind, DATASET.schema, SIZES if kind == "climber" else {"width": 32})
+    model = create_model(kind, DATASET.schema, SIZES if kind == "climber" else {"dim": 32})
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15 if "tokens" not in name else 1.0)

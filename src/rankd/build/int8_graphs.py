@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 
 from rankd.engine.openvino_graphs import output_name
+from rankd.engine.signal_stack import kept_signal_stack
 from rankd.errors import BuildError, EngineFailure
 from rankd.types import Array, Float32Array
 
@@ -180,7 +181,8 @@ class GraphRun:
         import openvino as ov
 
         settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": "1"}
-        self._compiled = ov.Core().compile_model(graph, "CPU", settings)
+        with kept_signal_stack():
+            self._compiled = ov.Core().compile_model(graph, "CPU", settings)
         self._request = self._compiled.create_infer_request()
         self._inputs = [port.get_node().get_friendly_name() for port in self._compiled.inputs]
         self._outputs = [output_name(port) for port in self._compiled.outputs]

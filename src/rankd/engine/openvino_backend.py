@@ -33,6 +33,7 @@ from rankd.engine.openvino_graphs import (
     CompiledGraph,
     CompileOptions,
     ShapedGraph,
+    computes_in,
     load_graphs,
     output_name,
     packed_bytes,
@@ -201,10 +202,9 @@ def why_not(precision: Precision) -> str:
     """Why this processor or library cannot compute in a precision; empty if it can."""
     import openvino as ov
 
-    has = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if precision is Precision.BF16 and "BF16" not in has:
+    if precision is Precision.BF16 and not computes_in(ov.Core(), "BF16"):
         return "this processor has no bfloat16 arithmetic; use fp32"
-    if precision is Precision.INT8 and "INT8" not in has:
+    if precision is Precision.INT8 and not computes_in(ov.Core(), "INT8"):
         return "OpenVINO has no int8 arithmetic for this processor; use fp32"
     return ""
 

@@ -180,9 +180,15 @@ def packed_bytes(path: Path, precision: Precision) -> int:
 
 def _hint(core: Any, precision: Precision) -> str:
     """OpenVINO's word for the arithmetic of floats; products of int8 are in the graph."""
-    has = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    narrow = precision is Precision.BF16 or (precision is Precision.INT8 and "BF16" in has)
+    narrow = precision is Precision.BF16 or (precision is Precision.INT8 and computes_in(core, "BF16"))
     return "bf16" if narrow else "f32"
+
+
+def computes_in(core: Any, capability: str) -> bool:
+    """Whether this processor has "BF16" or another of OpenVINO's capabilities."""
+    with kept_signal_stack():  # who is asked first loads what compiles
+        found: list[str] = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return capability in found
 
 
 def output_name(port: Any) -> str:

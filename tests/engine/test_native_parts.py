@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rankd.engine.native import support
-from rankd.models.climber import time_bucket
+from rankd.models.blocks import time_bucket
 from rankd.types import Array
 from tests.engine.test_native_climber import OPTIONS, floats, schema_of
 

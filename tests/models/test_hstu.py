@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rankd.errors import ConfigError
-from rankd.models.climber import Block
+from rankd.models.blocks import Block
 from rankd.models.hstu import HstuLayer
 from rankd.models.layer_shapes import HstuForm
 from rankd.models.protocol import create_model

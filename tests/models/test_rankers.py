@@ -14,7 +14,8 @@ from rankd.bench.engine_suite.dense_model import DenseRanker
 from rankd.errors import ConfigError
 from rankd.features.assembly import appended_tokens, candidate_arrays, history_arrays
 from rankd.features.schema import FeatureSchema, Strategy, SubSequence
-from rankd.models.climber import BlockRanker, Climber, Layer, time_bucket
+from rankd.models.blocks import BlockRanker, time_bucket
+from rankd.models.climber import Climber, Layer
 from rankd.models.hstu import Hstu, HstuLayer
 from rankd.models.protocol import create_model, is_split, logits_of
 from tests.features.sample_schema import DAY, make_history, make_items, make_schema, make_user

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from rankd.features.schema import FeatureSchema
-from rankd.models.climber import Block, BlockRanker, RelativeBias, direct_network, ranking_head
+from rankd.models.blocks import Block, BlockRanker, RelativeBias, direct_network, ranking_head
 from rankd.models.layer_shapes import HstuForm
 from rankd.models.projection import Projection
 from rankd.models.tokens import TokenEmbedding

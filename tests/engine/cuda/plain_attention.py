@@ -11,7 +11,7 @@ from torch import Tensor
 from rankd.engine.cuda.kernels.triton_attention_steps import AttentionTables, Weighting
 from rankd.engine.cuda.kernels.triton_pieces import LOG2_E
 from rankd.engine.cuda.paged_states import FP8_LARGEST, PagedStates, PageType, pages_of
-from rankd.models.climber import time_bucket
+from rankd.models.blocks import time_bucket
 
 ON_GPU = os.environ.get("RANKD_TEST_GPU") == "1"
 PAGE = 64 if ON_GPU else 16

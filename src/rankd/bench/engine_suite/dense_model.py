@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankd.errors import EngineFailure
-from rankd.models.climber import Block, BlockRanker, pairs
+from rankd.models.blocks import Block, BlockRanker, pairs
 from rankd.models.protocol import Tensors
 
 

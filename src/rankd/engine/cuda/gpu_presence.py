@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rankd.engine.even_layers import why_uneven
 from rankd.features.schema import FeatureSchema
 
 DRIVER = "libcuda.so.1"
@@ -43,14 +44,8 @@ def why_not_model(model: str, options: Mapping[str, Any], schema: FeatureSchema)
     if schema.embedded:
         return "its embedding tables are outside of the model"
     shape = options.get("shape")
-    if shape is not None:
-        layers = [layer for block in shape["blocks"] for layer in block]
-        if shape.get("repeats", 1) != 1:
-            return f"its layers are shared {shape['repeats']} times; every layer needs weights of its own"
-        if len({len(block) for block in shape["blocks"]}) > 1 or any(layer != layers[0] for layer in layers):
-            return "its layers are of unequal sizes; prune with uniform = true"
-        if any(size for name, size in layers[0].items() if name.endswith("_rank")):
-            return "its projections are of low rank"
+    if shape is not None and (reason := why_uneven(shape)):
+        return reason
     head = shape["blocks"][0][0]["head_width"] if shape else _even_head(options)
     return f"a head is {head} wide; at most {WIDEST_HEAD}" if head > WIDEST_HEAD else ""
 

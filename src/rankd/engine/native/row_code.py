@@ -41,7 +41,7 @@ from rankd.engine.native.vector_code import (
     vectors_of,
 )
 
-TIME_BUCKETS = 48  # models.climber.TIME_BUCKETS: three vectors of 16
+TIME_BUCKETS = 48  # models.blocks.TIME_BUCKETS: three vectors of 16
 FAR_BELOW = -1e30  # 2^ of it is 0, and less anything else it stays finite
 EPSILON = 1e-5  # torch's LayerNorm
 MIDDLE = struct.unpack("I", struct.pack("f", math.sqrt(2.0)))[0] & 0x7FFFFF  # mantissa bits of sqrt(2)
@@ -156,7 +156,7 @@ def _set(code: Code, out: Value, row: Value, vectors: Value) -> None:
 
 
 def _buckets(code: Code, now: Value, times: Value, vectors: Value, out: Value) -> None:
-    """models.climber.time_bucket: floor(2 log2(1 + minutes)), half a second added.
+    """models.blocks.time_bucket: floor(2 log2(1 + minutes)), half a second added.
 
     Read off the float's exponent, and off whether its mantissa reaches sqrt(2).
     """

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankd.engine.even_layers import why_uneven
 from rankd.features.schema import FeatureSchema
 
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
@@ -55,15 +56,10 @@ def _sizes(options: Mapping[str, Any], schema: FeatureSchema) -> str | None:
 
 def _uneven(shape: Mapping[str, Any], width: int, heads: int, blocks: int) -> str | None:
     """What of a shape (see `models.layer_shapes.ClimberShape`) is not as in a plain model; ffn may have any size."""
-    layers = [layer for block in shape["blocks"] for layer in block]
-    if shape.get("repeats", 1) != 1:
-        return f"its layers are shared {shape['repeats']} times; every layer needs weights of its own"
-    if len({len(block) for block in shape["blocks"]}) > 1 or any(layer != layers[0] for layer in layers):
-        return "its layers are of unequal sizes; prune with uniform = true"
-    if any(size for name, size in layers[0].items() if name.endswith("_rank")):
-        return "its projections are of low rank"
-    attention = {"heads": heads, "head_width": width // heads}
-    if any(layers[0][name] != size or shape["fusion"][name] != size for name, size in attention.items()):
+    if reason := why_uneven(shape):
+        return reason
+    layer, attention = shape["blocks"][0][0], {"heads": heads, "head_width": width // heads}
+    if any(layer[name] != size or shape["fusion"][name] != size for name, size in attention.items()):
         return f"its attention is not {heads} heads of {width // heads} in every layer and in the fusion"
     if shape["fusion"]["gate"] != width * blocks // 4:
         return f"the gate of its fusion has {shape['fusion']['gate']} neurons, not {width * blocks // 4}"

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-TIME_BUCKETS = tl.constexpr(48)  # of models.climber
+TIME_BUCKETS = tl.constexpr(48)  # of models.blocks
 MASKED = tl.constexpr(-1e30)  # finite: a row whose keys are all masked stays a number
 LOG2_E = 1.4426950408889634  # softmax takes powers of 2: the factor goes into temperatures and biases
 SMALLEST = 16
@@ -83,7 +83,7 @@ def product(a, b, total):
 
 @triton.jit
 def time_bucket(seconds):
-    """The half-octave bucket of a time difference, as `models.climber.time_bucket` has it."""
+    """The half-octave bucket of a time difference, as `models.blocks.time_bucket` has it."""
     minutes = (tl.maximum(seconds, 0).to(tl.float32) + 0.5) / 60.0
     return tl.minimum((2.0 * tl.log2(1.0 + minutes)).to(tl.int32), TIME_BUCKETS - 1)
 

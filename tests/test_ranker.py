@@ -206,9 +206,10 @@ def test_few_new_events_are_extended_only_where_that_was_measured_to_pay(ranker:
 
 
 def test_what_pays_is_measured_for_every_room(ranker: Ranker) -> None:
-    from rankd.engine.warming import Shapes, most_new_tokens
+    from rankd.engine.warming import Shapes, encode_ms, most_new_tokens
 
-    most = most_new_tokens(ranker.backend.executor(), Shapes(ranker.manifest, ranker.backend.state_type))
+    executor, shapes = ranker.backend.executor(), Shapes(ranker.manifest, ranker.backend.state_type)
+    most = most_new_tokens(executor, shapes, {room: encode_ms(executor, shapes, room) for room in shapes.rooms})
     assert set(most) == set(ranker.schema.history_buckets)
     assert set(most.values()) <= {0, 8, 32}
 

@@ -139,7 +139,7 @@ class Ranker:
         self.use_packing(packing)
         for executor in self._executors:
             self._warm(executor)
-        self.states.extend_up_to(most_new_tokens(first, shapes))
+        self.states.extend_up_to(most_new_tokens(first, shapes, warmed.encode_ms))
         self.open(warmed)
 
     def use_packing(self, packing: Packing) -> None:

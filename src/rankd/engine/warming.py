@@ -81,14 +81,15 @@ def encode_ms(executor: Executor, shapes: Shapes, room: int) -> float:
     return best_ms(lambda: executor.encode(whole, into))
 
 
-def most_new_tokens(executor: Executor, shapes: Shapes) -> dict[int, int]:
-    """For each room, how many new tokens a block are cheaper to append than the whole is to encode; 0: none."""
+def most_new_tokens(executor: Executor, shapes: Shapes, whole_ms: Mapping[int, float]) -> dict[int, int]:
+    """For each room, how many new tokens a block are cheaper to append than the whole is to encode, which takes
+    `whole_ms`; 0: none."""
     most = dict.fromkeys(shapes.rooms, 0)
     for room in shapes.rooms if shapes.manifest.extends else ():
-        state, whole_ms = _full(executor, shapes, room), encode_ms(executor, shapes, room)
+        state = _full(executor, shapes, room)
         for new in APPEND_BUCKETS:
             some = _full_history(shapes, new)
-            if best_ms(lambda some=some, state=state: executor.extend(state, some)) < whole_ms:  # type: ignore[misc]
+            if best_ms(lambda some=some, state=state: executor.extend(state, some)) < whole_ms[room]:  # type: ignore[misc]
                 most[room] = new
     return most
 

@@ -134,7 +134,8 @@ class Ranker:
         shapes, buckets, first = self._shapes, self.schema.candidate_buckets, self._executors[0]
         packing = measure(lambda bucket, users: score_ms(first, shapes, bucket, users), buckets)
         rooms = shapes.rooms if self.manifest.split else ()
-        warmed = Warmed(packing.call_ms, {room: encode_ms(first, shapes, room) for room in rooms})
+        narrow_ms = {room: encode_ms(first, shapes, room) for room in rooms}
+        warmed = Warmed(packing.call_ms, narrow_ms, encode_ms(first, shapes, shapes.rooms[-1], wide=True))
         assembly.warm(self.schema, self.features.items)
         self.use_packing(packing)
         for executor in self._executors:

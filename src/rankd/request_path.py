@@ -110,7 +110,7 @@ class RequestPath:
         most = {bucket: self.packing.most(bucket) for bucket in self.schema.candidate_buckets}
         self._staging[executor] = InputBuffers(self.schema, most, self._memory)
 
-    def prepare(self, item: RankItem, executor: Executor, alone: bool) -> When | None:
+    def prepare(self, item: RankItem, executor: Executor, alone: bool, wide: bool = False) -> When | None:
         """Find a request's history, state, rows and user features; a When if one of them is not there yet.
 
         Raises:
@@ -124,6 +124,7 @@ class RequestPath:
             item.history = self._history(item)
             item.clock.lap("features")
         _check_deadline(item)
+        executor.encode_wide = wide and not alone
         if item.held is None or (alone and not item.alone):
             item.clock.lap("queue")
             states = NoStates() if alone else self.states

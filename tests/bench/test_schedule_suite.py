@@ -41,13 +41,18 @@ def test_a_simulated_schedule_ends_with_the_contract(tmp_path: Path) -> None:
 
 @pytest.mark.real_run
 def test_a_live_schedule_ends_with_the_contract(tmp_path: Path) -> None:
-    """Beside a general server that is there in every development environment."""
+    """Beside a general server that is there in every development environment, and one that does not start."""
     picture, names = tmp_path / "curves.svg", {"rankd", "one queue", "one queue, padded", "mosec", "mosec+states"}
     arguments = ["schedule", "--seconds", "0.2", "--overload-seconds", "1", "--picture", str(picture)]
-    document = run(tmp_path, [*arguments, "--peer", "mosec", "--peer", "mosec+states"])
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\n[ $1 = -c ] || { echo it is broken >&2; exit 3; }\n")
+    broken.chmod(0o755)
+    document = run(tmp_path, [*arguments, "--peer", "mosec", "--peer", f"litserve={broken}", "--peer", "mosec+states"])
     ratios, rows = document["ratios"], document["results"]
     tables = {row["table"] for row in rows}
-    assert {row["contestant"] for row in rows} == names | {"load generator"}
+    (left_out,) = (row for row in rows if row["table"] == "left out")
+    assert (left_out["contestant"], "it is broken" in left_out["why"]) == ("litserve", True)
+    assert {row["contestant"] for row in rows} == names | {"load generator", "litserve"}
     assert set(document["parity"]) == {"in-process", *names}
     assert max(document["parity"].values()) <= 0.05  # bfloat16, and each cuts lists elsewhere
     assert {f"capacity, batches of {batch}" for batch in ("1", "4, 10 ms")} <= tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import nn
 
 from rankd.artifact import Artifact
 from rankd.build.pack import BuildOptions, build_artifact
-from rankd.engine.backend import Precision, StateType
-from rankd.engine.openvino_backend import OpenVinoExecutor
+from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.openvino_backend import OpenVinoBackend, OpenVinoExecutor
 from rankd.engine.openvino_graphs import CompileOptions, ShapedGraph, load_graphs, packed_bytes, static_inputs
 from rankd.engine.state_arrays import APPEND_BUCKETS
 from rankd.engine.warming import Shapes
@@ -67,6 +68,52 @@ def test_every_call_of_one_user_has_a_graph_and_the_same_result(artifact: Artifa
         assert set(given) == set(expected) != set()
         for output in expected:
             np.testing.assert_allclose(given[output], expected[output], atol=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_history_is_encoded_on_more_threads_when_that_is_said(artifact: Artifact, static: bool) -> None:
+    config = EngineConfig(executors=2, encode_threads=3, static_shapes=static)
+    backend = OpenVinoBackend.load(artifact, config, Precision.FP32, StateType.FP32)
+    first, second = backend.executor(), backend.executor()
+    shapes = Shapes(artifact.manifest, StateType.FP32)
+    called = calls_of_the_wide_graph(first)
+    for number, room in enumerate(shapes.rooms):
+        history = random_like(shapes.history(room), room)
+        history["history_length"][...] = room
+        plain = {name: array.copy() for name, array in first.encode(history).items()}
+        for executor in (first, second):
+            executor.encode_wide = True
+            for name, array in executor.encode(history).items():
+                np.testing.assert_allclose(array, plain[name], atol=1e-5)
+            executor.encode_wide = False
+            executor.encode(history)
+        assert len(called) == 2 * (number + 1)
+    first.close()  # lost, and perhaps still in that graph
+    second.encode_wide = True
+    for name, array in second.encode(history).items():
+        np.testing.assert_array_equal(array, plain[name])
+    assert len(called) == 2 * len(shapes.rooms)
+
+
+def calls_of_the_wide_graph(executor: OpenVinoExecutor) -> list[Array]:
+    """Where its calls are noted from now on, whoever makes them."""
+    called, wide = list[Array](), executor._wide
+    inner = wide.call
+    assert inner is not None
+
+    def note(history: Mapping[str, Array], into: Mapping[str, Array] | None) -> Mapping[str, Array]:
+        called.append(history["history_item"])
+        return inner(history, into)
+
+    wide.call = note
+    return called
+
+
+@pytest.mark.parametrize("settings", [{"encode_threads": 1}, {"weight_copies_mib": 0}])
+def test_there_is_no_graph_of_more_threads_where_it_is_not_wanted(artifact: Artifact, settings: dict[str, int]) -> None:
+    config = EngineConfig(executors=2, **settings)  # type: ignore[arg-type]
+    backend = OpenVinoBackend.load(artifact, config, Precision.FP32, StateType.FP32)
+    assert backend.executor()._wide.call is None
 
 
 @pytest.mark.parametrize("static_bytes", [0, PLENTY])

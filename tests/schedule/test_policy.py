@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +90,16 @@ def test_a_history_to_encode_is_a_call_by_itself_where_others_could_use_it() -> 
     assert decide(waiting, 2, 0.0, rules) == Call((slot,), 16)
     long = put(waiting, rules, 300, at=-1.0, prepared=False)
     assert decide(waiting, 1, 0.0, rules) == Call((long,), 0)
+
+
+def test_a_history_is_encoded_on_all_threads_while_nobody_else_needs_them() -> None:
+    rules, waiting = replace(rules_of(num_executors=2), encode_wide=True), Waiting()
+    slot = put(waiting, rules, 10, prepared=False)
+    assert decide(waiting, 2, 0.0, rules) == Call((slot,), 0, wide=True)
+    assert decide(waiting, 2, 0.0, replace(rules, num_executors=3)) == Call((slot,), 0)  # the third one is at work
+    assert decide(waiting, 1, 0.0, rules) == Call((slot,), 16)
+    put(waiting, rules, 10, at=1.0)
+    assert decide(waiting, 2, 0.0, rules) == Call((slot,), 0)  # somebody else waits
 
 
 def test_a_call_is_no_longer_than_the_others_deadlines_allow() -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy as np
@@ -39,6 +39,7 @@ class Item:
     logits: Float32Array = field(init=False)
     prepared: int = 0
     alone: int = 0
+    wide: int = 0
     dropped: int = 0
     abandoned: int = 0
 
@@ -53,8 +54,9 @@ class Work:
         self.calls: list[tuple[int, list[tuple[int, int, int]]]] = []
         self.gone: list[int] = []
 
-    def prepare(self, item: Item, executor: int, alone: bool) -> When | None:
+    def prepare(self, item: Item, executor: int, alone: bool, wide: bool) -> When | None:
         item.prepared += 1
+        item.wide += wide
         item.alone += alone
         item.on_prepare()
         when, item.when = item.when, None
@@ -89,10 +91,13 @@ Started = tuple[Scheduler[Item, list[float], int], Work]
 
 
 @contextmanager
-def started(executors: int = 2, limits: Limits = ROOMY, hang_seconds: float = 60.0) -> Iterator[Started]:
+def started(
+    executors: int = 2, limits: Limits = ROOMY, hang_seconds: float = 60.0, encode_wide: bool = False
+) -> Iterator[Started]:
     work, numbers = Work(), count(100)
+    rules = replace(rules_of(num_executors=executors), encode_wide=encode_wide)
     schedule = Scheduler[Item, list[float], int](
-        range(executors), work, rules_of(num_executors=executors), limits, lambda: next(numbers), hang_seconds
+        range(executors), work, rules, limits, lambda: next(numbers), hang_seconds
     )
     schedule.start()
     try:
@@ -120,6 +125,25 @@ def test_scores_come_in_the_order_of_the_candidates_however_they_were_cut() -> N
     assert (counts.accepted, counts.finished) == (9, 9)
     assert counts.rows == sum(item.rows for item in items)
     assert schedule.unfinished == 0
+
+
+def test_a_history_gets_all_threads_while_all_executors_are_idle() -> None:
+    gate, begun = threading.Event(), threading.Event()
+    alone, beside = Item(0, 5), Item(100, 5)
+    block = Item(200, 5, on_score=lambda: _wait(gate, begun))
+    with started(encode_wide=True) as (schedule, _):
+        before = schedule.rules.costs.prepare(resident=False)
+        eventually(lambda: schedule._idle == 2)
+        assert right(alone, schedule.submit(alone, asked(alone)))
+        assert schedule.rules.costs.prepare(resident=False) == before  # predictions are of one thread
+        eventually(lambda: schedule._idle == 2)
+        blocked = schedule.submit(block, asked(block, resident=True))
+        assert begun.wait(PATIENCE)
+        assert right(beside, schedule.submit(beside, asked(beside)))
+        assert schedule.rules.costs.prepare(resident=False) != before
+        gate.set()
+        assert right(block, blocked)
+    assert (alone.wide, beside.wide, block.wide) == (1, 0, 0)
 
 
 def test_an_error_of_a_request_is_its_own() -> None:

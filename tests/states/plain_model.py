@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rankd.engine.backend import StateType
+from rankd.engine.backend import InThisProcess, StateType
 from rankd.engine.state_arrays import empty_state
 from rankd.features.assembly import history_arrays
 from rankd.features.schema import FeatureSchema, Strategy, SubSequence, TensorSpec
@@ -34,7 +34,7 @@ def tokens_of(history: UserHistory, schema: FeatureSchema) -> dict[str, Array]:
     return history_arrays(schema, ITEMS, history)
 
 
-class PlainExecutor:
+class PlainExecutor(InThisProcess):
     """Counts its calls; `fail` makes the next one raise."""
 
     def __init__(self) -> None:
@@ -63,9 +63,6 @@ class PlainExecutor:
     def score(self, states: Sequence[UserState], candidates: Mapping[str, Array]) -> Float32Array:
         """Not asked for here: `score_of` reads a state."""
         raise AssertionError
-
-    def close(self) -> None:
-        """It holds nothing."""
 
     def _maybe_fail(self) -> None:
         if self.fail is not None:

@@ -58,7 +58,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is computed. 0 executors: one for each physical core that this process may use and has the time for
     (`thread_plan.default_executors`); threads are those of one call. OpenVINO packs weights for each executor by itself
     as long as the copies take no more than `weight_copies_mib`; with `static_shapes` then also for the shapes of calls,
-    which takes .3 s a shape at the start and makes calls quicker by a tenth to a half.
+    which takes .3 s a shape at the start and makes calls quicker by a tenth to a half. A history is encoded on
+    `encode_threads` threads (0: one for each executor) while nothing else is computed, if that was measured to pay.
 
     `target` "auto" is the one that `rankd bench engine` found the fastest on this machine. `fall_back` is the target to
     take where `target` cannot be had, for want of a GPU or of its memory; "" for none: then the start is refused.
@@ -68,6 +69,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: Precision = Precision.AUTO
     executors: int = 0
     threads: int = 1
+    encode_threads: Annotated[int, Meta(ge=0)] = 0
     pinning: Pinning = Pinning.AUTO
     isolation: Isolation = Isolation.THREADS
     weight_copies_mib: Annotated[int, Meta(ge=0)] = 1024
@@ -93,13 +95,20 @@ class InThisProcess:
     """What backends and executors have in common that compute in this process."""
 
     host_memory: Allocate | None = None
+    encode_wide = False
 
     def close(self) -> None:
         """Memory goes with the last reference; a call that is under way cannot be ended."""
 
 
 class Executor(Protocol):
-    """One compiled instance with buffers of its own; it runs one call at a time, on one thread."""
+    """One compiled instance with buffers of its own; it runs one call at a time, on one thread.
+
+    `encode_wide` may be set between calls: histories are then encoded on `EngineConfig.encode_threads` threads, which
+    the caller sees to that nobody else needs. An engine that cannot takes no notice.
+    """
+
+    encode_wide: bool
 
     def encode(self, history: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
         """The state arrays of a history (B = 1): new ones, or `into` filled.

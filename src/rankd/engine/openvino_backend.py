@@ -6,7 +6,8 @@ is ready. Arrays cross the border as they lie: inputs are read in place, a state
 
 With one stream the calling thread computes. With more, OpenVINO's own threads do while ours waits, and hand-overs cost
 time. So graphs are compiled for each executor by itself as long as there is memory for the copies of their weights
-(`weight_copies_mib`); otherwise executors share them.
+(`weight_copies_mib`); otherwise executors share them. As far as that memory goes there is one more graph, of several
+threads, that encodes a history while nothing else is computed; whoever that is uses it.
 
 Pinning (OpenVINO 2026.4, watched on a simulated machine of two nodes): any stream of a shared graph may serve any call.
 So executors are bound to nodes, not to cores, and graphs are compiled for a node on a thread that runs there:
@@ -29,6 +30,7 @@ import numpy as np
 from rankd.artifact import Artifact, Manifest
 from rankd.engine.backend import EngineConfig, InThisProcess, Precision, StateType, plan_threads
 from rankd.engine.openvino_graphs import (
+    GRAPHS,
     MIB,
     CompiledGraph,
     CompileOptions,
@@ -44,6 +46,8 @@ from rankd.errors import EngineFailure
 from rankd.types import Array, Float32Array, UserState
 
 TARGET = "openvino"
+Names = Sequence[str]
+NamedCall = Callable[[Mapping[str, Array], Mapping[str, Array] | None], Mapping[str, Array]]
 
 
 class OpenVinoBackend(InThisProcess):
@@ -55,13 +59,14 @@ class OpenVinoBackend(InThisProcess):
         self,
         graphs: Sequence[Mapping[str, ShapedGraph]],
         compile_anew: Callable[[Cpus | None], Mapping[str, ShapedGraph]],
+        wide: ShapedGraph | None,
         manifest: Manifest,
         precision: Precision,
         state_type: StateType,
         plan: ThreadPlan,
     ) -> None:
         self._manifest, self._made = manifest, count()
-        self._graphs, self._compile_anew = graphs, compile_anew
+        self._graphs, self._compile_anew, self._wide = graphs, compile_anew, WideEncoding(wide)
         self.precision, self.state_type = precision, state_type
         self.plan, self.num_executors = plan, plan.num_executors
         self._size_bytes = 0
@@ -78,23 +83,31 @@ class OpenVinoBackend(InThisProcess):
         folder, manifest = artifact.path / "engines" / TARGET, artifact.manifest
         plan = plan_threads(config, by_node=True)
 
-        sizes = [packed_bytes(file, precision) for file in folder.glob("*.xml")]
-        copies = (plan.num_executors - 1) * sum(sizes)
-        left = config.weight_copies_mib * MIB
+        sizes = {file.stem: packed_bytes(file, precision) for file in folder.glob("*.xml")}
+        copies = (plan.num_executors - 1) * sum(sizes.values())
+        left, wide = config.weight_copies_mib * MIB, None
 
-        def compiled(cpus: Cpus | None, streams: int, spare_bytes: int) -> dict[str, ShapedGraph]:
+        def compiled(
+            cpus: Cpus | None, streams: int, spare_bytes: int, threads: int = config.threads, names: Names = GRAPHS
+        ) -> dict[str, ShapedGraph]:
             static_bytes = spare_bytes if config.static_shapes else 0
-            options = CompileOptions(precision, state_type, streams, config.threads, static_bytes)
-            return _on(cpus, partial(load_graphs, folder, manifest, options))
+            options = CompileOptions(precision, state_type, streams, threads, static_bytes)
+            return _on(cpus, partial(load_graphs, folder, manifest, options, names))
 
         if copies <= left:
-            each = (left - copies) // plan.num_executors
-            graphs = [compiled(cpus, 1, each) for cpus in plan.cpus]
+            left -= copies
+            threads = config.encode_threads or plan.num_executors * config.threads
+            size = sizes.get("encode", left)
+            if threads > config.threads and len(set(plan.cpus)) == 1 and size < left:
+                shapes = 1 + len(manifest.schema.history_buckets)
+                wide = compiled(plan.cpus[0], 1, min(shapes * size, left) - size, threads, ("encode",))["encode"]
+                left -= min(shapes * size, left)
+            graphs = [compiled(cpus, 1, left // plan.num_executors) for cpus in plan.cpus]
         else:
             places = dict.fromkeys(plan.cpus)
             shared = {cpus: compiled(cpus, plan.cpus.count(cpus), left // len(places)) for cpus in places}
             graphs = [shared[cpus] for cpus in plan.cpus]
-        backend = cls(graphs, lambda cpus: compiled(cpus, 1, 0), manifest, precision, state_type, plan)
+        backend = cls(graphs, lambda cpus: compiled(cpus, 1, 0), wide, manifest, precision, state_type, plan)
         backend._size_bytes = sum(file.stat().st_size for file in folder.glob("*.bin"))
         return backend
 
@@ -106,7 +119,7 @@ class OpenVinoBackend(InThisProcess):
             graphs = self._graphs[number]
         else:
             graphs = self._compile_anew(self.plan.cpus[number % self.num_executors])
-        return OpenVinoExecutor(graphs, self._manifest, self.state_type)
+        return OpenVinoExecutor(graphs, self._manifest, self.state_type, self._wide)
 
     def memory_bytes(self) -> int:
         """Bytes of the graphs' constants as stored."""
@@ -116,8 +129,15 @@ class OpenVinoBackend(InThisProcess):
 class OpenVinoExecutor(InThisProcess):
     """Inference requests of its own for each graph."""
 
-    def __init__(self, graphs: Mapping[str, ShapedGraph], manifest: Manifest, state_type: StateType) -> None:
+    def __init__(
+        self,
+        graphs: Mapping[str, ShapedGraph],
+        manifest: Manifest,
+        state_type: StateType,
+        wide: WideEncoding | None = None,
+    ) -> None:
         self._calls = {name: _Call(graph) for name, graph in graphs.items()}
+        self._wide = wide or WideEncoding(None)
         self._specs, self._state_type = manifest.state, state_type
         self._side_by_side = SideBySide(manifest.state, state_type)
 
@@ -127,7 +147,8 @@ class OpenVinoExecutor(InThisProcess):
             return history
         if into is None:
             into = empty_state(self._specs, history["history_item"].shape[2], self._state_type)
-        self._calls["encode"](history, into)
+        encode = self._wide.call if self.encode_wide else None
+        (encode or self._calls["encode"])(history, into)
         return into
 
     def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -139,6 +160,18 @@ class OpenVinoExecutor(InThisProcess):
         arrays = {**self._side_by_side.arrays(states), **candidates}
         logits: Float32Array = self._calls["score"](arrays)["logits"].copy()
         return logits
+
+    def close(self) -> None:
+        """It may still be in the graph that all share."""
+        self._wide.call = None
+
+
+class WideEncoding:
+    """The graph of several threads that executors share, one of them at a time. `call` is None if there is none, or
+    an executor was lost that may still be in it."""
+
+    def __init__(self, graph: ShapedGraph | None) -> None:
+        self.call: NamedCall | None = None if graph is None else _Call(graph)
 
 
 class _Call:

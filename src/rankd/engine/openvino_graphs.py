@@ -9,7 +9,7 @@ it costs is its weights once more, packed for that shape, and a third of a secon
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from rankd.types import Array
 
 log = logging.getLogger("rankd")
 MIB = 1 << 20
+GRAPHS = ("encode", "extend", "score")
 COMPILERS = 2
 """Graphs that are compiled at a time."""
 Key = tuple[tuple[int, ...], ...]
@@ -69,8 +70,11 @@ class ShapedGraph:
         return tuple(arrays[name].shape for name in self.varying)
 
 
-def load_graphs(folder: Path, manifest: Manifest, options: CompileOptions) -> dict[str, ShapedGraph]:
-    """Compile every graph in a folder: {"score": ..., "encode": ..., "extend": ...}, the latter two where they are.
+def load_graphs(
+    folder: Path, manifest: Manifest, options: CompileOptions, names: Collection[str] = GRAPHS
+) -> dict[str, ShapedGraph]:
+    """Compile the graphs in a folder that are named: {"score": ..., "encode": ..., "extend": ...}, the latter two
+    where they are.
 
     Static shapes are taken in the order of `static_inputs`, as far as their memory goes.
 
@@ -79,7 +83,7 @@ def load_graphs(folder: Path, manifest: Manifest, options: CompileOptions) -> di
     """
     floats = {spec.name for spec in manifest.state if spec.dtype == "float32"} if manifest.split else set()
     narrow = floats if options.state_type is StateType.BF16 else set()
-    paths = {path.stem: path for path in sorted(folder.glob("*.xml"))}
+    paths = {path.stem: path for path in sorted(folder.glob("*.xml")) if path.stem in names}
     plain = {name: compile_graph(path, options, narrow) for name, path in paths.items()}
     varying = {name: _varying(graph) for name, graph in plain.items()}
     static: dict[str, dict[Key, CompiledGraph]] = {name: {} for name in paths}

@@ -53,7 +53,8 @@ def warm(executor: Executor, shapes: Shapes, users_of: Mapping[int, Sequence[int
     for room in shapes.rooms:
         state = shapes.state(room)
         if shapes.manifest.split:
-            executor.encode(shapes.history(room), state.arrays)
+            _encode(executor, shapes.history(room), state, wide=True)
+            _encode(executor, shapes.history(room), state, wide=False)
         for new in APPEND_BUCKETS if shapes.manifest.extends else ():
             executor.extend(state, shapes.history(new))
         for bucket in shapes.candidate_buckets:
@@ -73,12 +74,13 @@ def score_ms(executor: Executor, shapes: Shapes, bucket: int, users: int) -> flo
     return best_ms(lambda: executor.score(states, candidates), lambda: executor.score(nobody, few))
 
 
-def encode_ms(executor: Executor, shapes: Shapes, room: int) -> float:
-    """Milliseconds of encoding a history that fills a room, the best of a few; 0 for a model without state."""
+def encode_ms(executor: Executor, shapes: Shapes, room: int, wide: bool = False) -> float:
+    """Milliseconds of encoding a history that fills a room, the best of a few; 0 for a model without state. `wide`:
+    with `Executor.encode_wide`."""
     if not shapes.manifest.split:
         return 0.0
-    whole, into = _full_history(shapes, room), shapes.state(room).arrays
-    return best_ms(lambda: executor.encode(whole, into))
+    whole, into = _full_history(shapes, room), shapes.state(room)
+    return best_ms(lambda: _encode(executor, whole, into, wide))
 
 
 def most_new_tokens(executor: Executor, shapes: Shapes, whole_ms: Mapping[int, float]) -> dict[int, int]:
@@ -104,6 +106,12 @@ def best_ms(call: Callable[[], object], before: Callable[[], object] = lambda: N
         call()
         best = min(best, time.perf_counter() - started)
     return best * 1e3
+
+
+def _encode(executor: Executor, history: Mapping[str, Array], into: UserState, wide: bool) -> None:
+    executor.encode_wide = wide
+    executor.encode(history, into.arrays)
+    executor.encode_wide = False
 
 
 def _full(executor: Executor, shapes: Shapes, room: int) -> UserState:

@@ -12,6 +12,7 @@ In: times of the warmed shapes (`engine.warming`). Out: predictions for admissio
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -32,10 +33,12 @@ ROW_MS = 0.001
 @dataclass(frozen=True, slots=True)
 class Warmed:
     """What was measured at warm-up: `score` by (candidate bucket, users in the call), and `encode` of a history that
-    fills a history bucket, by that (empty: there is no state)."""
+    fills a history bucket, by that (empty: there is no state); `wide_encode_ms` of the longest one, on the threads of
+    all executors."""
 
     score_ms: Mapping[tuple[int, int], float]
     encode_ms: Mapping[int, float] = field(default_factory=dict)
+    wide_encode_ms: float = math.inf
 
     @property
     def most_encode_ms(self) -> float:

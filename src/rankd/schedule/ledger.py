@@ -51,7 +51,7 @@ class Job(Generic[Item]):
 @dataclass(slots=True, eq=False)
 class Work(Generic[Item]):
     """A call that an executor was given: `jobs`, and for each the part that is scored (none: prepare alone), padded to
-    `bucket`. `unprepared` are those to prepare first."""
+    `bucket`. `unprepared` are those to prepare first, `wide`: on the threads of all executors."""
 
     jobs: list[Job[Item]]
     parts: list[Part[Item]]
@@ -59,6 +59,7 @@ class Work(Generic[Item]):
     unprepared: list[Job[Item]]
     started: float
     predicted_ms: float
+    wide: bool = False
     settled: bool = False
     """Its parts are scored, or were handed out once more."""
 
@@ -132,7 +133,7 @@ class Ledger(Generic[Item]):
                 parts.append(self._next_part(job, call.bucket))
         for job in unprepared:  # nobody else can do anything for it until it is
             waiting.hold(job.slot)
-        return Work(jobs, parts, call.bucket, unprepared, now, predicted_ms)
+        return Work(jobs, parts, call.bucket, unprepared, now, predicted_ms, call.wide)
 
     def prepared(self, job: Job[Item]) -> None:
         """The state of a request is there: the rest of its candidates may be handed out."""

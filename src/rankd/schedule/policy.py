@@ -10,7 +10,7 @@ the same functions.
 - *Deadlines.* Of the sizes that a call may have it takes the largest that makes nobody else late.
 - *Calls for several users*, where that was measured to pay: pieces of the same bucket join, in order.
 - *States first.* A history that has to be encoded is a call by itself, so that the other executors work meanwhile and
-  its candidates can then be spread.
+  its candidates can then be spread. While all are idle it gets the threads of all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rankd.schedule.waiting import NEVER, Waiting
 CALL_MS = 0.1
 """What a call takes beside the engine: deciding, handing over, booking."""
 WORTH = 0.8
-"""Pieces are spread over idle executors if that ends in this part of the time or less."""
+"""Work is spread over idle executors if that ends in this part of the time or less."""
 
 
 class Priority(Enum):
@@ -41,7 +41,7 @@ class Priority(Enum):
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What the policy goes by. `largest` is the bucket of the quantum; `most_users(bucket)` is how many users a call
-    of a bucket may serve."""
+    of a bucket may serve; with `encode_wide` a history is encoded on the threads of all executors if all are idle."""
 
     cutter: Cutter
     costs: CostModel
@@ -52,6 +52,7 @@ class Rules:
     fairness_ms: float
     batch_ms: float
     spread: bool = True
+    encode_wide: bool = False
 
     def work_ms(self, rows: int, prepare_ms: float) -> float:
         """All that a request takes, in pieces."""
@@ -67,10 +68,12 @@ class Rules:
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call of an executor. `bucket` 0: prepare the request in `slots`, no more. Else score, for each of `slots`, as
-    many candidates as are left, at most `bucket`; who is not prepared is prepared first."""
+    many candidates as are left, at most `bucket`; who is not prepared is prepared first. `wide`: on the threads of all
+    executors."""
 
     slots: tuple[int, ...]
     bucket: int
+    wide: bool = False
 
 
 def place(arrival: float, work_ms: float, priority: Priority, latest: float, rules: Rules) -> float:
@@ -94,7 +97,8 @@ def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None
     bucket = rules.cutter.first(rows, largest)
     if not (waiting.prepared[first] or waiting.resident[first]):
         alone = idle > 1 or rows > bucket or others > 0
-        return Call((first,), 0 if alone else bucket)
+        wide = rules.encode_wide and not others and idle == rules.num_executors
+        return Call((first,), 0, wide) if alone else Call((first,), bucket)
     most = rules.most_users(bucket)
     if waiting.tail[first] != bucket or most == 1 or not others:
         return Call((first,), bucket)

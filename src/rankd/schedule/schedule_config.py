@@ -11,7 +11,7 @@ from msgspec import Meta
 from rankd.schedule.admission import Limits
 from rankd.schedule.costs import CostModel, Warmed
 from rankd.schedule.cutting import Cutter
-from rankd.schedule.policy import CALL_MS, Rules
+from rankd.schedule.policy import CALL_MS, WORTH, Rules
 
 Positive = Annotated[float, Meta(gt=0)]
 
@@ -62,4 +62,5 @@ def make_rules(
         fairness_ms=config.fairness_ms,
         batch_ms=config.batch_ms,
         spread=config.spread,
+        encode_wide=config.spread and warmed.wide_encode_ms <= WORTH * warmed.most_encode_ms,
     )

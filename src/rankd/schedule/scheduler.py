@@ -264,7 +264,7 @@ class Scheduler(Generic[Item, Result, Executor]):
     def _prepare(self, job: Job[Item], work: Work[Item], seat: Seat[Item, Executor]) -> None:
         started = self._clock()
         try:
-            when = self._served.prepare(job.item, seat.executor, job.losses > 0)
+            when = self._served.prepare(job.item, seat.executor, job.losses > 0, work.wide)
         except EngineFailure:
             raise
         except Exception as error:  # noqa: BLE001 - no news of the engine: it is this request's
@@ -281,7 +281,8 @@ class Scheduler(Generic[Item, Result, Executor]):
                 free = self._ledger.leave([job])
         if when is None:
             asked, taken_ms = job.asked, (self._clock() - started) * 1e3
-            self.rules.costs.saw_prepare(asked.resident, asked.tokens, taken_ms)
+            if not work.wide:  # predictions are for a machine with more to do
+                self.rules.costs.saw_prepare(asked.resident, asked.tokens, taken_ms)
         else:
             self._answers.drop(free)
             self._call_when(when, job)

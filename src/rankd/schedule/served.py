@@ -50,9 +50,10 @@ class Served(Protocol[Item, Co, Seat]):
     one request one thread does something at a time, except `assemble` and `score`, which several executors do for
     parts of the same request."""
 
-    def prepare(self, item: Item, executor: Seat, alone: bool) -> When | None:
+    def prepare(self, item: Item, executor: Seat, alone: bool, wide: bool) -> When | None:
         """Have the history and the state of a request; a When if that has to wait for something, after which it is
-        called again. `alone`: an executor was lost over this request, so nothing may be waited for or shared.
+        called again. `alone`: an executor was lost over this request, so nothing may be waited for or shared. `wide`:
+        it may use the threads of all executors.
 
         Raises:
             RankdError: of this request.

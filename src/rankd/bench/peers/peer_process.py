@@ -36,7 +36,7 @@ class Kind(Enum):
 
 
 PATHS = {Kind.MOSEC: "/inference", Kind.LITSERVE: "/predict", Kind.RAY: "/inference"}
-PACKAGES = {Kind.MOSEC: "mosec", Kind.LITSERVE: "litserve", Kind.RAY: "ray", Kind.PYTRITON: "pytriton"}
+PACKAGES = {Kind.MOSEC: "mosec", Kind.LITSERVE: "litserve", Kind.RAY: "ray.serve", Kind.PYTRITON: "pytriton"}
 GRACE_SECONDS = 20.0
 STATES = "+states"
 
@@ -66,13 +66,12 @@ def parse_peer(text: str) -> Peer:
     if name not in names:
         raise ConfigError(f"--peer {text}: there is {', '.join(names)}.{nearest(name, names)}")
     peer = Peer(Kind(name), given.endswith(STATES), python or sys.executable)
-    if python:
-        _check_interpreter(text, peer)
-    elif importlib.util.find_spec(PACKAGES[peer.kind]) is None:
+    if not python and importlib.util.find_spec(PACKAGES[peer.kind].partition(".")[0]) is None:
         raise ConfigError(
             f"--peer {text}: {PACKAGES[peer.kind]} is not installed; pip install 'rankd[peers]', or name the "
             f"interpreter that has it beside rankd: --peer {text}=/path/to/python"
         )
+    _check_interpreter(text, peer)
     return peer
 
 

@@ -6,11 +6,13 @@ the same weights on OpenVINO; a generator in a process of its own sends all of t
     highest rates    of each, such that its p99 stays under `bound_ms`; errors count as misses
     at SHARES        of rankd's highest rate: latencies of everybody
     twice it         rankd alone, with that deadline in each request
+    left out         peers that did not start, or answered nothing: the others are measured all the same
     the generator    the same requests at the same times against a server that does nothing
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +31,11 @@ from rankd.bench.schedule_suite.simulated_schedule import build_with_buckets, fi
 from rankd.bench.served_model import ServedModel
 from rankd.bench.synthetic_model import users_for
 from rankd.bench.workload import Workload, draw_requests, largest
+from rankd.errors import EngineFailure, Unavailable
 from rankd.ranker import Ranker
 from rankd.types import Float32Array, RankRequest
 
+log = logging.getLogger("rankd")
 CHECKED = 16
 REQUESTS = 4000
 SHARES = (0.4, 0.7, 0.9)
@@ -76,7 +80,21 @@ class _Suite:
         self.tried: list[Row] = []
         self.capacities: list[Row] = []
         self.padding = 0.0
+        self.left_out: dict[str, str] = {}
         self._chosen: dict[str, int] = {}
+
+    def measure_peer(self, contestant: Contestant, number: int) -> None:
+        """As `measure`; a peer that fails is left out, from here on and of the rounds before."""
+        name = contestant.name
+        if name in self.left_out:
+            return
+        try:
+            self.measure(contestant, number)
+        except (EngineFailure, Unavailable) as error:
+            log.warning("%s is left out: %s", name, error)
+            self.left_out[name] = str(error)
+            self.highest.pop(name, None)
+            self.parity.pop(name, None)
 
     def measure(self, contestant: Contestant, number: int) -> None:
         """One contestant's part of a round."""
@@ -136,19 +154,17 @@ def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
         subject, parity, about = build_subject(workload, Path(folder), options)
         single = Path(folder) / "one"
         build_with_buckets(workload, single, (largest(workload.candidates),))
-        contestants = [*ours(subject.fine, single)]
+        own = ours(subject.fine, single)
         version = subject.fine / workload.name / "1"
-        contestants += [
-            peer_contestant(peer, version, subject.executors, subject.requests[0]) for peer in options.peers
-        ]
+        peers = [peer_contestant(peer, version, subject.executors, subject.requests[0]) for peer in options.peers]
         suite, neighbours = _Suite(workload, subject, options), Neighbours()
         for number in range(options.runs):
-            for contestant in contestants:
+            for contestant in (*own, *peers):
                 advance(done, steps, f"{contestant.name}, round {number + 1}")
-                suite.measure(contestant, number)
+                (suite.measure_peer if contestant in peers else suite.measure)(contestant, number)
                 done += 1
         advance(done, steps, "twice the highest rate")
-        overload, generator = suite.overload(contestants[0])
+        overload, generator = suite.overload(own[0])
         surroundings["others_cpu_share"] = neighbours.share()
         advance(steps, steps, "done")
     highest = {name: statistics.median(rates) for name, rates in suite.highest.items()}
@@ -197,6 +213,7 @@ def build_subject(
 def _rows(suite: _Suite, highest: Mapping[str, float]) -> list[Row]:
     rows: list[Row] = [{"contestant": name, "table": "highest rates", "rate": rate} for name, rate in highest.items()]
     rows += suite.capacities
+    rows += [{"contestant": name, "table": "left out", "why": why} for name, why in suite.left_out.items()]
     for share in SHARES:
         for name in highest:
             figures = [{key: one[key] for key in one if key != "contestant"} for one in suite.shares[name, share]]
@@ -217,7 +234,7 @@ def _ratios(workload: Workload, suite: _Suite, highest: Mapping[str, float], opt
     others = [name for name in highest if name != RANKD]
     groups = {"": others, "_padded": ["one queue, padded"], "_queue": ["one queue"]}
     for suffix, states in (("_peers", False), ("_peers_with_states", True)):
-        if names := [peer.name for peer in options.peers if peer.states is states]:
+        if names := [peer.name for peer in options.peers if peer.states is states and peer.name in highest]:
             groups[suffix] = names
     ratios = {}
     for suffix, names in groups.items():

@@ -44,6 +44,7 @@ class Encode(msgspec.Struct, frozen=True, array_like=True, tag="encode"):
 
     history: dict[str, Place]
     into: dict[str, Place]
+    wide: bool
 
 
 class PlacedState(msgspec.Struct, frozen=True, array_like=True):

@@ -68,6 +68,7 @@ class EngineProcess:
 
     def _call(self, request: Encode | Extend | messages.Score, executor: Executor) -> None:
         if isinstance(request, Encode):
+            executor.encode_wide = request.wide
             executor.encode(self._arrays(request.history), self._arrays(request.into))
         elif isinstance(request, Extend):
             made = executor.extend(self._state(request.state), self._arrays(request.new))

@@ -32,7 +32,10 @@ class ProcessBackend:
         self._closed = False
         self._memory = SharedFile()
         self.host_memory: Allocate | None = self._memory.allocate
-        own = msgspec.structs.replace(config, isolation=Isolation.THREADS, executors=1, pinning=Pinning.OFF)
+        wide = config.encode_threads or self.num_executors * config.threads
+        own = msgspec.structs.replace(
+            config, isolation=Isolation.THREADS, executors=1, pinning=Pinning.OFF, encode_threads=wide
+        )
         self._start = partial(Start, str(artifact.path.resolve()), own, state_type)
         self._connections: list[EngineConnection] = []
         try:

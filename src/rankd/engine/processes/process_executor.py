@@ -117,6 +117,8 @@ class EngineConnection:
 class ProcessExecutor:
     """See `Executor`. `connection` was started with the artifact of `manifest`."""
 
+    encode_wide = False
+
     def __init__(
         self, connection: EngineConnection, memory: SharedFile, manifest: Manifest, state_type: StateType
     ) -> None:
@@ -138,7 +140,8 @@ class ProcessExecutor:
         if into is None:
             into = empty_state(self._specs, history["history_item"].shape[2], self._state_type)
         shared = {name: self._shared(array) for name, array in into.items()}
-        self._ask(Encode(self._inputs(history), {name: self._place(array) for name, array in shared.items()}))
+        places = {name: self._place(array) for name, array in shared.items()}
+        self._ask(Encode(self._inputs(history), places, self.encode_wide))
         for name, array in into.items():
             if shared[name] is not array:
                 array[...] = shared[name]

@@ -42,7 +42,15 @@ def test_a_simulated_schedule_ends_with_the_contract(tmp_path: Path) -> None:
 @pytest.mark.real_run
 def test_a_live_schedule_ends_with_the_contract(tmp_path: Path) -> None:
     """Beside a general server that is there in every development environment, and one that does not start."""
-    picture, names = tmp_path / "curves.svg", {"rankd", "one queue", "one queue, padded", "mosec", "mosec+states"}
+    picture = tmp_path / "curves.svg"
+    names = {
+        "rankd",
+        "rankd, deadlines",
+        "one queue",
+        "one queue, padded",
+        "mosec",
+        "mosec+states",
+    }
     arguments = ["schedule", "--seconds", "0.2", "--overload-seconds", "1", "--picture", str(picture)]
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\n[ $1 = -c ] || { echo it is broken >&2; exit 3; }\n")
@@ -56,7 +64,13 @@ def test_a_live_schedule_ends_with_the_contract(tmp_path: Path) -> None:
     assert set(document["parity"]) == {"in-process", *names}
     assert max(document["parity"].values()) <= 0.05  # bfloat16, and each cuts lists elsewhere
     assert {f"capacity, batches of {batch}" for batch in ("1", "4, 10 ms")} <= tables
-    for name in ("throughput_gain", "throughput_gain_peers", "throughput_gain_padded", "latency_gain_tiny_peers"):
+    for name in (
+        "throughput_gain",
+        "throughput_gain_with_deadlines",
+        "throughput_gain_peers",
+        "throughput_gain_padded",
+        "latency_gain_tiny_peers",
+    ):
         assert ratios[name] > 0
     (overload,) = (row for row in rows if row["table"] == "twice the highest rate")
     assert (overload["lost"], overload["twice"]) == (0, 0)

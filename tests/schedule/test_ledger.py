@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rankd.errors import DeadlineExceeded, Overloaded
-from rankd.schedule.admission import Limits
+from rankd.schedule.admission import MARGIN_STEP, Limits, Margin
 from rankd.schedule.ledger import MOST_LOSSES, Job, Ledger, Work
 from rankd.schedule.policy import Priority
 from rankd.schedule.served import Asked, Part
@@ -115,6 +115,40 @@ def test_early_refusals_say_why() -> None:
     with pytest.raises(Overloaded, match=r"allowed .*10 ms") as full:
         ledger.accept("e", Asked(1, resident=True), 0.0)
     assert full.value.retry_after_s > 0
+
+
+def test_the_margin_follows_what_became_of_those_that_were_close() -> None:
+    ledger: Ledger[str] = Ledger(rules_of(num_executors=1), Limits(candidates=10**6, work_ms=1e6, margin=0.1))
+
+    def finish(deadline: float) -> float:
+        before = ledger.margin.value
+        ledger.comes(ledger.accept("a", Asked(16, resident=True, deadline=deadline), 0.0))
+        work = ledger.next(1, 0.0)
+        assert work is not None
+        assert ledger.done(work) == work.jobs
+        return ledger.margin.value - before
+
+    assert finish(deadline=1.0) == 0.0  # it would have been in time anyway
+    assert finish(deadline=0.002) < 0.0
+    ledger.comes(ledger.accept("b", Asked(16, resident=True, deadline=0.002), 0.0))
+    before = ledger.margin.value
+    assert len(ledger.late(1.0)) == 1
+    assert ledger.margin.value > before
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.45))
+@settings(max_examples=20)
+def test_the_margin_settles_where_few_are_late(seed: int, enough: float) -> None:
+    """Those are late whose time is wrong by more than the margin, which is never by more than `enough`."""
+    margin, late, random = Margin(0.25), 0, np.random.default_rng(seed)
+    for number, wrong in enumerate(random.uniform(-0.5, enough, 30_000)):
+        if wrong > margin.value:
+            margin.missed()
+            late += number >= 10_000
+        else:
+            margin.kept()
+    assert 0.002 < late / 20_000 < 0.008
+    assert enough - 0.15 < margin.value <= enough + MARGIN_STEP
 
 
 class Life(RuleBasedStateMachine):

@@ -48,13 +48,15 @@ class ScheduleCounts:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleFigures:
-    """A snapshot: counts, what waits (requests, candidates, predicted milliseconds), and how wrong predictions are."""
+    """A snapshot: counts, what waits (requests, candidates, predicted milliseconds), how wrong predictions are, and
+    what is added to them for that before they are held against a deadline."""
 
     counts: ScheduleCounts = field(default_factory=ScheduleCounts)
     unfinished: int = 0
     waiting_rows: int = 0
     waiting_ms: float = 0.0
     errors: CostErrors = field(default_factory=CostErrors)
+    margin: float = 0.0
 
 
 COUNTERS: tuple[tuple[str, str, Callable[[ScheduleFigures], float]], ...] = (
@@ -72,6 +74,7 @@ GAUGES: tuple[tuple[str, str, Callable[[ScheduleFigures], float]], ...] = (
     ("rankd_waiting_milliseconds", "Predicted work that is not done.", lambda f: f.waiting_ms),
     ("rankd_score_prediction_error", "Mean |actual - predicted| / actual of calls.", lambda f: f.errors.score),
     ("rankd_prepare_prediction_error", "The same of histories and states.", lambda f: f.errors.prepare),
+    ("rankd_admission_margin", "Part of a prediction that is added to it against a deadline.", lambda f: f.margin),
     ("rankd_engine_slowdown", "What calls take against their time at warm-up.", lambda f: f.errors.slowdown),
 )
 OUTCOMES = ("refused", "finished", "failed", "late", "cancelled")

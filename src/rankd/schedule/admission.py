@@ -11,15 +11,37 @@ from dataclasses import dataclass
 from rankd.errors import DeadlineExceeded, Overloaded
 from rankd.schedule.waiting import Backlog, Waiting
 
+LATE_SHARE = 0.005
+MARGIN_STEP, MOST_MARGIN = 0.02, 0.5
+CLOSE = 0.6
+"""A request that is predicted to need more of its time than this tells whether the margin is right."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of what a model lets wait: candidates, and milliseconds of predicted work an executor. `margin` is added to each
-    prediction, as a part of it, before it is held against a deadline."""
+    """Of what a model lets wait: candidates, and milliseconds of predicted work an executor. `margin` is the one to
+    begin with (`Margin`)."""
 
     candidates: int
     work_ms: float
     margin: float = 0.25
+
+
+@dataclass(slots=True)
+class Margin:
+    """What is added to predictions, as a part of them, before they are held against a deadline: as little as makes
+    LATE_SHARE late of those that were let in though it was close. Too little breaks promises, too much refuses requests
+    that could have been answered."""
+
+    value: float
+
+    def kept(self) -> None:
+        """One of those was in time."""
+        self.value = max(self.value - MARGIN_STEP * LATE_SHARE, 0.0)
+
+    def missed(self) -> None:
+        """One was late."""
+        self.value = min(self.value + MARGIN_STEP * (1 - LATE_SHARE), MOST_MARGIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +57,11 @@ class Wish:
     deadline: float
 
 
-def check(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish) -> None:
-    """Do nothing if a request may come in.
+def check(waiting: Waiting, limits: Limits, margin: float, num_executors: int, wish: Wish) -> bool:
+    """Let a request come in, or refuse it.
+
+    Returns:
+        Whether it is close: it is predicted to need most of its time.
 
     Raises:
         Overloaded: too much waits, or it cannot be done by its deadline behind those that come before it, or one that
@@ -50,11 +75,11 @@ def check(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish) -> N
             "allow more time, or ask for fewer candidates"
         )
     if not waiting.count:
-        return
-    factor = (1 + limits.margin) / num_executors
+        return wish.alone_ms > CLOSE * left_ms
+    factor = (1 + margin) / num_executors
     backlog = waiting.backlog(wish.place, factor, wish.now)
     _check_limits(backlog, waiting.count, limits, num_executors, wish)
-    _check_deadlines(backlog, waiting.count, limits.margin, factor, wish, left_ms)
+    return _check_deadlines(backlog, waiting.count, margin, factor, wish, left_ms)
 
 
 def _check_limits(backlog: Backlog, count: int, limits: Limits, num_executors: int, wish: Wish) -> None:
@@ -70,7 +95,7 @@ def _check_limits(backlog: Backlog, count: int, limits: Limits, num_executors: i
     )
 
 
-def _check_deadlines(backlog: Backlog, count: int, margin: float, factor: float, wish: Wish, left_ms: float) -> None:
+def _check_deadlines(backlog: Backlog, count: int, margin: float, factor: float, wish: Wish, left_ms: float) -> bool:
     needed_ms = backlog.ahead_ms + wish.alone_ms * (1 + margin)
     if needed_ms > left_ms:
         after_s = (needed_ms - left_ms) / 1e3
@@ -86,3 +111,4 @@ def _check_deadlines(backlog: Backlog, count: int, margin: float, factor: float,
             f"{count} requests are waiting, and with this one some of them would be late: try again in {after_s:.2f} s",
             retry_after_s=after_s,
         )
+    return needed_ms > CLOSE * left_ms

@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 from rankd.errors import DeadlineExceeded
 from rankd.schedule import admission, policy
-from rankd.schedule.admission import Limits, Wish
+from rankd.schedule.admission import Limits, Margin, Wish
 from rankd.schedule.policy import Rules
 from rankd.schedule.served import Asked, Part
 from rankd.schedule.waiting import NEVER, Waiting
@@ -33,12 +33,14 @@ MOST_LOSSES = 2
 @dataclass(slots=True, eq=False)
 class Job(Generic[Item]):
     """A request. `given` of its candidates were handed out, `done` are scored; `workers` calls are under way for it.
-    `again` are (first, count) of parts that have to be handed out once more, in calls by themselves."""
+    `again` are (first, count) of parts that have to be handed out once more, in calls by themselves. `close`: it was
+    let in though it would need most of its time."""
 
     item: Item
     asked: Asked
     slot: int
     accepted: float
+    close: bool
     given: int = 0
     done: int = 0
     workers: int = 0
@@ -69,7 +71,7 @@ class Ledger(Generic[Item]):
 
     def __init__(self, rules: Rules, limits: Limits) -> None:
         self.rules, self.limits = rules, limits
-        self.waiting = Waiting()
+        self.waiting, self.margin = Waiting(), Margin(limits.margin)
         self._jobs: dict[int, Job[Item]] = {}
 
     @property
@@ -77,8 +79,8 @@ class Ledger(Generic[Item]):
         """Whether everything that was accepted has ended."""
         return not self.waiting.count
 
-    def check(self, asked: Asked, now: float) -> tuple[float, float, float]:
-        """(place, latest, work_ms) of a request that may come in now.
+    def check(self, asked: Asked, now: float) -> tuple[float, float, float, bool]:
+        """(place, latest, work_ms, whether it is close) of a request that may come in now.
 
         Raises:
             Overloaded, DeadlineExceeded: see `admission.check`.
@@ -91,11 +93,11 @@ class Ledger(Generic[Item]):
         place = policy.place(now, work_ms, asked.priority, latest, rules)
         wish = Wish(now, place, asked.rows, work_ms, alone_ms, deadline)
         try:
-            admission.check(self.waiting, self.limits, rules.num_executors, wish)
+            close = admission.check(self.waiting, self.limits, self.margin.value, rules.num_executors, wish)
         except DeadlineExceeded:
             rules.costs.doubt()
             raise
-        return place, latest, work_ms
+        return place, latest, work_ms, close
 
     def accept(self, item: Item, asked: Asked, now: float) -> Job[Item]:
         """Take a request in; it cannot run before `comes`.
@@ -103,10 +105,10 @@ class Ledger(Generic[Item]):
         Raises:
             Overloaded, DeadlineExceeded: as `check`.
         """
-        place, latest, work_ms = self.check(asked, now)
+        place, latest, work_ms, close = self.check(asked, now)
         deadline = NEVER if asked.deadline is None else asked.deadline
         slot = self.waiting.add(place, deadline, latest, work_ms, asked.rows, asked.resident)
-        job = self._jobs[slot] = Job(item, asked, slot, now)
+        job = self._jobs[slot] = Job(item, asked, slot, now, close)
         return job
 
     def comes(self, job: Job[Item]) -> None:
@@ -164,6 +166,8 @@ class Ledger(Generic[Item]):
             if job.done == job.asked.rows:
                 self.end(job)
                 ended.append(job)
+                if job.close:
+                    self.margin.kept()
             else:
                 self._set_left(job)
         return ended
@@ -192,6 +196,7 @@ class Ledger(Generic[Item]):
         ended = [self._jobs[slot] for slot in self.waiting.passed(now)]
         for job in ended:
             self.end(job)
+            self.margin.missed()
         return ended
 
     def next_deadline(self) -> float:

@@ -100,7 +100,12 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             waiting, errors = self._ledger.waiting, self.rules.costs.errors()
             return ScheduleFigures(
-                replace(self._answers.counts), waiting.count, waiting.total_rows(), waiting.total_ms(), errors
+                replace(self._answers.counts),
+                waiting.count,
+                waiting.total_rows(),
+                waiting.total_ms(),
+                errors,
+                self._ledger.margin.value,
             )
 
     def check_room(self, asked: Asked) -> None:

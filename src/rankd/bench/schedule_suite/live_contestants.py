@@ -1,6 +1,8 @@
 """Who is compared by `rankd bench schedule`, all around the same model, and how each of them is asked.
 
 rankd               the schedule as it is, its executors on threads or in processes
+rankd, deadlines    the same, and each request says how long it waits, as rankd's clients do: who cannot be answered in
+                    time is refused at once, which counts as a miss
 one queue           first come, first served, a request one call, padded to the smallest bucket that holds it
 one queue, padded   the same with one bucket, the largest: implicit shapes
 peers               mosec, litserve, ray, pytriton: a worker for each executor, and batches in their own way
@@ -23,7 +25,7 @@ from rankd.bench.wire_forms import Form, decode_scores, encode_request
 from rankd.engine.backend import Isolation
 from rankd.types import Float32Array, RankRequest
 
-RANKD = "rankd"
+RANKD, DEADLINES = "rankd", "rankd, deadlines"
 STATIC_SHAPES = {"RANKD_ENGINE__STATIC_SHAPES": "true"}
 """Of everybody, peers too: what calls of changing shapes take is no difference between schedules."""
 IN_ORDER = {"RANKD_SCHEDULE__STRETCH": "0", "RANKD_SCHEDULE__QUANTUM_MS": "1e9", "RANKD_SCHEDULE__SPREAD": "false"}
@@ -42,6 +44,7 @@ class Contestant:
     encode: Callable[[RankRequest], bytes]
     decode: Callable[[Answer, RankRequest], Float32Array]
     variants: tuple[str, ...] = ("",)
+    says_deadlines: bool = False
 
 
 def served(name: str, root: Path, variables: Mapping[str, str]) -> Contestant:
@@ -72,12 +75,15 @@ def peer_contestant(peer: Peer, model: Path, workers: int, probe: RankRequest) -
 
 
 def ours(fine: Path, single: Path) -> tuple[Contestant, ...]:
-    """rankd, with its executors on threads and in processes, of which the quicker is measured; and first come, first
-    served over it. `fine` and `single` are repositories of the same model, built for many buckets and for one."""
+    """rankd, with its executors on threads and in processes, of which the quicker is measured, and with deadlines; and
+    first come, first served over it. `fine` and `single` are repositories of the same model, built for many buckets and
+    for one."""
     places = tuple(one.value for one in Isolation)
     either = [served(RANKD, fine, {ISOLATION: place}) for place in places]
+    rankd = replace(either[0], launch=lambda variant: either[variant].launch(0), variants=places)
     return (
-        replace(either[0], launch=lambda variant: either[variant].launch(0), variants=places),
+        rankd,
+        replace(rankd, name=DEADLINES, says_deadlines=True),
         served("one queue", fine, IN_ORDER),
         served("one queue, padded", single, IN_ORDER),
     )

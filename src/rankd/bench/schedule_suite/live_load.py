@@ -25,6 +25,8 @@ from rankd.types import Float32Array, RankRequest
 CONNECTIONS = 256
 SHARE = 0.7
 PROBES = 6
+WARMING = 1500
+"""Requests before anything is measured: the states of users who come often are there then, as they are in operation."""
 FEWEST, LONGEST = 400, 3.0
 """Requests of a measurement, so that its p99 is four of them; but at most LONGEST times the seconds asked for."""
 REFUSED, LATE = 503, 504
@@ -67,35 +69,37 @@ class LoadedServer:
         ]
         return check_same(self.contestant.name, expected, given, precision)
 
-    def warm(self) -> float:
+    def warm(self, count: int = WARMING) -> float:
         """The first requests; how many it answers a second when it always has some.
 
         Raises:
             EngineFailure: it answers none of them.
         """
-        plan = self._plan(self._encoded[:FEWEST], [0.0] * FEWEST, connections=4)
+        plan = self._plan(self._encoded[:count], [0.0] * count, connections=4)
         result = generate(plan)
         good = sum(status == 200 for status in result.statuses)
         if not good:
-            raise EngineFailure(f"contestant '{self.contestant.name}': none of {FEWEST} requests was answered with 200")
+            raise EngineFailure(f"contestant '{self.contestant.name}': none of {count} requests was answered with 200")
         return good / result.wall_s
 
     def highest(self, capacity: float, promise: Promise, tried: list[Row]) -> float:
         """The highest rate that keeps the promise; every one that was tried is noted."""
 
         def keeps(rate: float) -> bool:
-            row = self.offer(rate, promise.seconds)
+            row = self.offer(rate, promise)
             tried.append(row)
             return bool(row["p99_ms"] <= promise.bound_ms)
 
         return highest_rate(keeps, SHARE * capacity, PROBES)
 
-    def offer(self, rate: float, seconds: float) -> Row:
+    def offer(self, rate: float, promise: Promise) -> Row:
         """Figures of requests at a rate."""
-        arrivals = self._arrivals.times(rate, min(max(seconds, FEWEST / rate), LONGEST * seconds), self._seed)
+        seconds = min(max(promise.seconds, FEWEST / rate), LONGEST * promise.seconds)
+        arrivals = self._arrivals.times(rate, seconds, self._seed)
         self._place += STEP
         some = [(self._place + number) % len(self._requests) for number in range(len(arrivals))]
-        result = generate(self._plan([self._encoded[one] for one in some], arrivals))
+        encoded = self._timed(promise.bound_ms) if self.contestant.says_deadlines else self._encoded
+        result = generate(self._plan([encoded[one] for one in some], arrivals))
         sizes = [len(self._requests[some[index]].candidates) for index in result.index]
         taken = _latencies(result)
         short = [ms for ms, rows in zip(taken, sizes, strict=True) if rows <= SHORT_ROWS]
@@ -113,7 +117,7 @@ class LoadedServer:
     def overload(self, rate: float, seconds: float, bound_ms: float) -> tuple[Row, list[bytes], list[float]]:
         """What becomes of requests with a deadline, more than can be answered; and what was sent when."""
         arrivals = self._arrivals.times(rate, seconds, self._seed)
-        timed = [self.contestant.encode(replace(request, timeout_ms=bound_ms)) for request in self._requests]
+        timed = self._timed(bound_ms)
         encoded = [timed[number % len(timed)] for number in range(len(arrivals))]
         before = memory_of_all(self.server.pid)
         result = generate(self._plan(encoded, arrivals))
@@ -139,6 +143,9 @@ class LoadedServer:
             "memory_growth_mib": (memory_of_all(self.server.pid) - before) / MIB,
         }
         return row, encoded, arrivals
+
+    def _timed(self, bound_ms: float) -> list[bytes]:
+        return [self.contestant.encode(replace(request, timeout_ms=bound_ms)) for request in self._requests]
 
     def _plan(self, requests: list[bytes], arrivals: list[float], connections: int = CONNECTIONS) -> LoadPlan:
         return LoadPlan(self.server.host, self.server.port, requests, arrivals_s=arrivals, connections=connections)

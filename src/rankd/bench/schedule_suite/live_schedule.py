@@ -25,8 +25,8 @@ from rankd.bench.null_server import generator_alone
 from rankd.bench.parity import against_torch, scores_in_process
 from rankd.bench.peers.peer_process import Peer
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians
-from rankd.bench.schedule_suite.live_contestants import RANKD, Contestant, ours, peer_contestant
-from rankd.bench.schedule_suite.live_load import CONNECTIONS, LoadedServer, Promise
+from rankd.bench.schedule_suite.live_contestants import DEADLINES, RANKD, Contestant, ours, peer_contestant
+from rankd.bench.schedule_suite.live_load import CONNECTIONS, FEWEST, LoadedServer, Promise
 from rankd.bench.schedule_suite.simulated_schedule import build_with_buckets, fine_buckets
 from rankd.bench.served_model import ServedModel
 from rankd.bench.synthetic_model import users_for
@@ -107,7 +107,7 @@ class _Suite:
             rate = loaded.highest(loaded.warm(), promise, self.tried)
             self.highest.setdefault(contestant.name, []).append(rate)
             for share in SHARES:
-                row = loaded.offer(share * self.highest[RANKD][number], promise.seconds)
+                row = loaded.offer(share * self.highest[RANKD][number], promise)
                 self.shares.setdefault((contestant.name, share), []).append(row)
             if contestant.name == RANKD and isinstance(server, ServedModel):
                 self.padding = _padding(server)
@@ -123,12 +123,14 @@ class _Suite:
 
     def _choose(self, contestant: Contestant) -> int:
         """Of a contestant's settings the one with the highest capacity."""
+        if contestant.name == DEADLINES:
+            return self._chosen[RANKD]
         if len(contestant.variants) == 1:
             return 0
         found = []
         for variant, name in enumerate(contestant.variants):
             with contestant.launch(variant) as server:
-                found.append(self._loaded(contestant, server, 0).warm())
+                found.append(self._loaded(contestant, server, 0).warm(FEWEST))
             self.capacities.append(
                 {"contestant": contestant.name, "table": f"capacity, {name}", "requests_a_second": found[-1]}
             )
@@ -148,7 +150,7 @@ def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
         Unavailable: a contestant does not start.
     """
     surroundings = machine()
-    steps, done = 2 + options.runs * (3 + len(options.peers)), 1
+    steps, done = 2 + options.runs * (4 + len(options.peers)), 1
     with TemporaryDirectory(prefix="rankd-bench-") as folder:
         advance(0, steps, "models and parity")
         subject, parity, about = build_subject(workload, Path(folder), options)
@@ -231,14 +233,16 @@ def _ratios(workload: Workload, suite: _Suite, highest: Mapping[str, float], opt
         return statistics.median(float(row["short_p99_ms" if "short_p99_ms" in row else "p99_ms"]) for row in rows)
 
     p99 = {name: p99_of(name) for name in highest}
-    others = [name for name in highest if name != RANKD]
+    others = [name for name in highest if name not in {RANKD, DEADLINES}]
     groups = {"": others, "_padded": ["one queue, padded"], "_queue": ["one queue"]}
     for suffix, states in (("_peers", False), ("_peers_with_states", True)):
         if names := [peer.name for peer in options.peers if peer.states is states and peer.name in highest]:
             groups[suffix] = names
     ratios = {}
     for suffix, names in groups.items():
-        ratios[f"throughput_gain{suffix}"] = highest[RANKD] / max(highest[name] for name in names)
+        best = max(highest[name] for name in names)
+        ratios[f"throughput_gain{suffix}"] = highest[RANKD] / best
+        ratios[f"throughput_gain_with_deadlines{suffix}"] = highest[DEADLINES] / best
         ratios[f"latency_gain_{workload.name}{suffix}"] = min(p99[name] for name in names) / p99[RANKD]
     return ratios | {"padding_waste": suite.padding}
 

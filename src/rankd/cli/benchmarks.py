@@ -255,6 +255,12 @@ def features(
     metavar="NAME[+states][=PYTHON]",
     help="mosec, litserve, ray, pytriton beside them; +states: users' states kept; =PYTHON: who has it and rankd.",
 )
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(["rankd, deadlines", "one queue", "one queue, padded"]),
+    help="Contestants that are not measured this time.",
+)
 @trace_options
 @click.option("--picture", type=click.Path(path_type=Path), help="p99 against the offered rate: a .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
@@ -266,6 +272,7 @@ def schedule(
     bound_ms: float,
     overload_seconds: float,
     peers: tuple[str, ...],
+    without: tuple[str, ...],
     trace: Path | None,
     trace_column: str,
     picture: Path | None,
@@ -293,7 +300,7 @@ def schedule(
         if simulate:
             report = run_simulated(workload, SimulationOptions(6 * seconds, bound_ms, arrivals), advance)
         else:
-            options = LiveOptions(seconds, runs, bound_ms, overload_seconds, others, arrivals)
+            options = LiveOptions(seconds, runs, bound_ms, overload_seconds, others, arrivals, without)
             report = run_live(workload, options, advance)
     if picture is not None:
         draw_curves(report, picture)

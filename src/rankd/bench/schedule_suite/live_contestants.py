@@ -25,7 +25,7 @@ from rankd.bench.wire_forms import Form, decode_scores, encode_request
 from rankd.engine.backend import Isolation
 from rankd.types import Float32Array, RankRequest
 
-RANKD, DEADLINES = "rankd", "rankd, deadlines"
+RANKD, DEADLINES, QUEUE, PADDED = "rankd", "rankd, deadlines", "one queue", "one queue, padded"
 STATIC_SHAPES = {"RANKD_ENGINE__STATIC_SHAPES": "true"}
 """Of everybody, peers too: what calls of changing shapes take is no difference between schedules."""
 IN_ORDER = {"RANKD_SCHEDULE__STRETCH": "0", "RANKD_SCHEDULE__QUANTUM_MS": "1e9", "RANKD_SCHEDULE__SPREAD": "false"}
@@ -84,6 +84,6 @@ def ours(fine: Path, single: Path) -> tuple[Contestant, ...]:
     return (
         rankd,
         replace(rankd, name=DEADLINES, says_deadlines=True),
-        served("one queue", fine, IN_ORDER),
-        served("one queue, padded", single, IN_ORDER),
+        served(QUEUE, fine, IN_ORDER),
+        served(PADDED, single, IN_ORDER),
     )

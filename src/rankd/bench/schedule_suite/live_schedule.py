@@ -25,7 +25,15 @@ from rankd.bench.null_server import generator_alone
 from rankd.bench.parity import against_torch, scores_in_process
 from rankd.bench.peers.peer_process import Peer
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians
-from rankd.bench.schedule_suite.live_contestants import DEADLINES, RANKD, Contestant, ours, peer_contestant
+from rankd.bench.schedule_suite.live_contestants import (
+    DEADLINES,
+    PADDED,
+    QUEUE,
+    RANKD,
+    Contestant,
+    ours,
+    peer_contestant,
+)
 from rankd.bench.schedule_suite.live_load import CONNECTIONS, FEWEST, LoadedServer, Promise
 from rankd.bench.schedule_suite.simulated_schedule import build_with_buckets, fine_buckets
 from rankd.bench.served_model import ServedModel
@@ -48,7 +56,7 @@ Step = Callable[[int, int, str], None]
 @dataclass(frozen=True, slots=True)
 class LiveOptions:
     """`seconds` of a measurement at least, rounds, the p99 to keep, seconds at twice the highest rate, general servers
-    to measure beside, and when requests come."""
+    to measure beside, when requests come, and the names of contestants around the same engine that are left out."""
 
     seconds: float = 10.0
     runs: int = 1
@@ -56,6 +64,7 @@ class LiveOptions:
     overload_seconds: float = 60.0
     peers: tuple[Peer, ...] = ()
     arrivals: Arrivals = POISSON
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +159,13 @@ def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
         Unavailable: a contestant does not start.
     """
     surroundings = machine()
-    steps, done = 2 + options.runs * (4 + len(options.peers)), 1
+    steps, done = 2 + options.runs * (4 - len(options.without) + len(options.peers)), 1
     with TemporaryDirectory(prefix="rankd-bench-") as folder:
         advance(0, steps, "models and parity")
         subject, parity, about = build_subject(workload, Path(folder), options)
         single = Path(folder) / "one"
         build_with_buckets(workload, single, (largest(workload.candidates),))
-        own = ours(subject.fine, single)
+        own = [one for one in ours(subject.fine, single) if one.name not in options.without]
         version = subject.fine / workload.name / "1"
         peers = [peer_contestant(peer, version, subject.executors, subject.requests[0]) for peer in options.peers]
         suite, neighbours = _Suite(workload, subject, options), Neighbours()
@@ -234,15 +243,17 @@ def _ratios(workload: Workload, suite: _Suite, highest: Mapping[str, float], opt
 
     p99 = {name: p99_of(name) for name in highest}
     others = [name for name in highest if name not in {RANKD, DEADLINES}]
-    groups = {"": others, "_padded": ["one queue, padded"], "_queue": ["one queue"]}
+    groups = {"": others}
+    groups |= {suffix: [name] for suffix, name in (("_padded", PADDED), ("_queue", QUEUE)) if name in highest}
     for suffix, states in (("_peers", False), ("_peers_with_states", True)):
         if names := [peer.name for peer in options.peers if peer.states is states and peer.name in highest]:
             groups[suffix] = names
     ratios = {}
-    for suffix, names in groups.items():
+    for suffix, names in groups.items() if others else ():
         best = max(highest[name] for name in names)
         ratios[f"throughput_gain{suffix}"] = highest[RANKD] / best
-        ratios[f"throughput_gain_with_deadlines{suffix}"] = highest[DEADLINES] / best
+        if DEADLINES in highest:
+            ratios[f"throughput_gain_with_deadlines{suffix}"] = highest[DEADLINES] / best
         ratios[f"latency_gain_{workload.name}{suffix}"] = min(p99[name] for name in names) / p99[RANKD]
     return ratios | {"padding_waste": suite.padding}
 

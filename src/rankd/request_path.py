@@ -34,11 +34,12 @@ from rankd.features.requests import history_of_events, request_time, user_featur
 from rankd.features.schema import UNKNOWN_ROW, candidate_specs
 from rankd.features.staging import InputBuffers, allocate
 from rankd.features.tables import UserFeatures
+from rankd.features.token_rows import RowsAway, TokenRows
 from rankd.observe.clocks import StageClock
-from rankd.observe.tracing import Attribute, OpenSpan, RequestTrace, SpanNote, opened
+from rankd.observe.tracing import Attribute, RequestTrace, SpanNote, opened
 from rankd.schedule.packing import Packing
 from rankd.schedule.served import Part, When
-from rankd.states.lending import HeldState, NoStates, StateBusy, States
+from rankd.states.lending import NO_TABLES, HeldState, NoStates, StateBusy, States, TokenTables
 from rankd.types import Allocate, Array, Float32Array, RankRequest, Scores, UserHistory
 
 
@@ -46,7 +47,9 @@ from rankd.types import Allocate, Array, Float32Array, RankRequest, Scores, User
 class RankItem:
     """A request on its way: the clock that was started when it came, and what was found for it so far. `lent` gives
     back what it holds; `logits` (C, K) fill up part by part. `columns` are its candidates' inputs: `embedded` when
-    `looking` has filled them up. `ready_by`: nothing is waited for after that, so that time is left to compute."""
+    `looking` has filled them up; `token_rows` does that for its history where tables of tokens are beside the graph.
+    `ready_by`: nothing is waited for after that, so that time is left to compute. Of the tables that could not be had
+    `lost_tables` are the candidates' and `lost_tokens` those of the history."""
 
     request: RankRequest
     clock: StageClock
@@ -60,11 +63,12 @@ class RankItem:
     held: HeldState | None = None
     alone: bool = False
     user: UserFeatures | None = None
+    token_rows: TokenRows | None = None
     looking: EmbeddedLookUp | None = None
-    looking_span: OpenSpan | None = None
     columns: Mapping[str, Array] | None = None
     embedded: Mapping[str, Array] | None = None
     lost_tables: tuple[str, ...] = ()
+    lost_tokens: tuple[str, ...] = ()
     dropped: bool = False
     lent: ExitStack = field(default_factory=ExitStack)
     trace: RequestTrace | None = None
@@ -129,26 +133,27 @@ class RequestPath:
             item.clock.lap("queue")
             states = NoStates() if alone else self.states
             tokens = partial(fill_history, self.schema, features.items, item.history, self._staging[executor])
-            held = states.held(request.user_id, item.history, tokens, executor, wait=False)
+            rows = self._token_rows(item)
+            tables: TokenTables = NO_TABLES if rows is None else rows.again(alone)
+            held = states.held(request.user_id, item.history, tokens, executor, wait=False, tables=tables)
             try:
                 item.held, item.alone = item.lent.enter_context(held), alone
             except StateBusy:
                 return partial(self._when_free, request.user_id)
+            except RowsAway as away:
+                return away.when_there
+            item.lost_tokens = () if rows is None else rows.lost
             item.clock.lap("encode")
         assert item.fetch is not None  # noqa: S101 - it came with the history
-        if (rows := features.when_rows(item.fetch)) is not None:
-            return rows
+        if (missing := features.when_rows(item.fetch)) is not None:
+            return missing
         if self._embedded is not None and item.embedded is None:
             if item.looking is None:
                 self._look_up(self._embedded, item, _held(item).state.arrays)
             assert item.looking is not None  # noqa: S101 - it was begun
             if not alone and not item.looking.there():
                 return item.looking.when_there
-            try:
-                item.lost_tables = item.looking.finish()
-            finally:
-                if item.looking_span is not None:
-                    item.looking_span.end()
+            item.lost_tables = item.looking.finish()
             item.embedded = item.columns
         item.user = item.user or self._user(item)
         item.clock.lap("features")
@@ -199,6 +204,7 @@ class RequestPath:
         """The answer, now that all parts are there."""
         assert item.fetch is not None  # noqa: S101 - it was prepared
         request, scores, rows = item.request, item.logits, item.fetch.candidates
+        lost = dict.fromkeys((*item.lost_tables, *item.lost_tokens))
         item.clock.lap("score")
         scores[rows == UNKNOWN_ROW] = self.schema.missing_item_score
         order = self._order(scores, request.top_k)
@@ -210,7 +216,7 @@ class RequestPath:
             scores=scores if order is None else scores[order],
             unknown=tuple(request.candidates[i] for i in np.flatnonzero(rows == UNKNOWN_ROW)),
             unknown_user=item.unknown_user,
-            degraded=(*self.features.degraded(item.fetch), *(f"table_{name}" for name in item.lost_tables)),
+            degraded=(*self.features.degraded(item.fetch), *(f"table_{name}" for name in lost)),
             rows=dict(item.fetch.counts),
             state=_held(item).origin.value,
             request_id=request.request_id,
@@ -228,30 +234,61 @@ class RequestPath:
 
     def drop(self, item: RankItem) -> None:
         """Give the state back, and have nobody look up for it any more."""
-        item.dropped = True
+        item.dropped, item.token_rows = True, None  # which knows its item: it would wait for the garbage's collection
         item.lent.close()
 
     def look_up_early(self, item: RankItem) -> EmbeddedLookUp | None:
         """Ask for rows of tables that are elsewhere, now that a request's features are there; what is waited for, if
-        anything is."""
+        anything is. Candidates whose rows are on their way are asked for when these are there; tokens that the kept
+        state of the history lacks need none."""
         embedded = self._embedded
         assert item.fetch is not None  # noqa: S101 - it was asked for
-        if embedded is None or embedded.local or item.dropped or self.features.when_rows(item.fetch) is not None:
-            return None  # with rows on their way it is asked when they are there
+        if embedded is None or embedded.local or item.dropped:
+            return None
+        have_rows = self.features.when_rows(item.fetch) is None
+        if not have_rows and not embedded.token_tables:
+            return None
         try:
-            item.history = self._history(item)
-            self._look_up(embedded, item, history_arrays(self.schema, self.features.items, item.history))
+            return self._ask_early(embedded, item, have_rows)
         except Exception:  # noqa: BLE001 - nobody listens here: `prepare` meets it again, and says so
             return None
-        return item.looking
+
+    def _ask_early(self, embedded: EmbeddedInputs, item: RankItem, have_rows: bool) -> EmbeddedLookUp | None:
+        item.history = self._history(item)
+        tokens, of_history = history_arrays(self.schema, self.features.items, item.history), self._token_rows(item)
+        lacking, first = dict[str, Array](), tuple[int, ...]()
+        if of_history is not None:
+            first = self.states.kept_tokens(item.request.user_id, item.history, tokens, of_history)
+            lacking = of_history.lacking(tokens, first)
+        looking = None
+        if have_rows:
+            looking = self._look_up(embedded, item, tokens, lacking)
+        elif lacking:
+            looking = self._begin_look_up(embedded, item, lacking, lacking)
+        if looking is not None and of_history is not None and lacking:
+            of_history.take(lacking, first, looking)
+        return looking
+
+    def _token_rows(self, item: RankItem) -> TokenRows | None:
+        """What is looked up of a request's history for its state; None where the graph has all tables for that."""
+        embedded = self._embedded
+        if item.token_rows is None and embedded is not None and embedded.token_tables:
+            item.token_rows = TokenRows(embedded, partial(self._begin_look_up, embedded, item))
+        return item.token_rows
 
     def _user(self, item: RankItem) -> UserFeatures:
         assert item.fetch is not None  # noqa: S101 - the caller asked
         return user_features_with(item.request.context, self.features.user(item.fetch), self.schema, self.catalogue)
 
-    def _look_up(self, embedded: EmbeddedInputs, item: RankItem, history: Mapping[str, Array]) -> None:
-        """Begin to look up rows of tables that are not in the graph, pooled: for all candidates at once, so that a
-        shard is called once and not for every part."""
+    def _look_up(
+        self,
+        embedded: EmbeddedInputs,
+        item: RankItem,
+        history: Mapping[str, Array],
+        tokens: Mapping[str, Array] | None = None,
+    ) -> EmbeddedLookUp:
+        """Begin to look up rows of tables that are not in the graph, pooled: for all candidates at once, and the
+        `tokens` that go with them, so that a shard is called once and not for every part."""
         assert item.fetch is not None  # noqa: S101 - the caller asked
         item.user = self._user(item)
         rows = item.fetch.candidates
@@ -260,11 +297,20 @@ class RequestPath:
         self.features.fill_items(item.fetch, whole, 0, len(rows))
         if self.schema.user_columns:
             whole["context_categories"][0] = item.user.categories
-        with opened(item.trace, "look-up") as item.looking_span:
-            item.columns, item.looking = whole, embedded.begin(whole, history, item.ready_by)
-        item.lent.callback(item.looking.forget)
+        item.columns = whole
+        item.looking = self._begin_look_up(embedded, item, {**whole, **(tokens or {})}, history)
+        return item.looking
+
+    def _begin_look_up(
+        self, embedded: EmbeddedInputs, item: RankItem, into: Mapping[str, Array], history: Mapping[str, Array]
+    ) -> EmbeddedLookUp:
+        """See `EmbeddedInputs.begin`; it ends with its request."""
+        with opened(item.trace, "look-up") as span:
+            looking = embedded.begin(into, history, item.ready_by, span)
+        item.lent.callback(looking.forget)
         if item.dropped:  # meanwhile
-            item.looking.forget()
+            looking.forget()
+        return looking
 
     def _history(self, item: RankItem) -> UserHistory:
         """The events up to the moment of the request, which is found on the way."""

@@ -22,9 +22,11 @@ from rankd.build.checks import kept_state, reference_logits
 from rankd.build.pack import BuildOptions, build_artifact, next_version, parity_requests
 from rankd.embeddings.table_spec import TableStorage
 from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.targets import why_not_model
 from rankd.errors import ArtifactError, BuildError, ConfigError
-from rankd.features.schema import FeatureSchema
+from rankd.features.schema import EmbeddedFeature, FeatureSchema
 from rankd.models.protocol import EmbeddedModel, create_model
+from rankd.models.sasrec import SASRec
 from rankd.train.batches import sample_features
 from rankd.train.evaluation import make_test_events
 from rankd.train.recipe import ModelChoice
@@ -33,6 +35,8 @@ from tests.train.small_log import RECIPE, small_dataset
 
 DATASET = small_dataset()
 KINDS = ["climber", "sasrec", "hstu", "dlrm", "examples/attentive_pooling.py:AttentivePooling"]
+OUTSIDE = KINDS[:4]
+"""Those whose tables can be beside the graph."""
 
 
 def made(kind: str) -> nn.Module:
@@ -42,6 +46,10 @@ def made(kind: str) -> nn.Module:
     std = 0.1 if kind == "dlrm" else 0.2  # cross layers multiply: its logits would be in the thousands
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std)
+    if isinstance(model, EmbeddedModel):
+        with torch.no_grad():
+            for table in model.tables().values():
+                table[0] = 0.0  # nobody's, as training leaves it
     return model.eval()
 
 
@@ -204,23 +212,31 @@ def test_an_extend_that_forgets_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("storage", "bound"), [("fp32", 1e-3), ("fp16", 0.05), ("int8", 0.3)])
-def test_tables_beside_the_graph_give_the_scores_of_those_in_it(tmp_path: Path, storage: str, bound: float) -> None:
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_tables_beside_the_graph_give_the_scores_of_those_in_it(
+    tmp_path: Path, kind: str, storage: str, bound: float
+) -> None:
     """From requests through the whole server path, and from the artifact's own evaluation."""
-    model = made("dlrm")
-    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("dlrm", {}))
+    model = made(kind)
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice(kind, RECIPE.model.options if kind == "climber" else {}))
     options = BuildOptions("films", "1", tables=TableStorage(storage))
     place = build_artifact(tmp_path, model, DATASET, recipe, options)
     names = {path.name for path in (place / "embeddings").iterdir()}
-    assert names == {f"{name}.safetensors" for name in dlrm_tables(model)}
-    assert not any("tokens" in name for name in load_file(place / "weights.safetensors"))
+    assert names == {f"{name}.safetensors" for name in tables_of(model)}
+    kept = load_file(place / "weights.safetensors")
+    outside = ("tokens.item", "tokens.categories", "tokens.user_categories", "tokens.user_columns")
+    assert not any(name.startswith(outside) for name in kept)
     users, items = DATASET.log.user_ids, DATASET.log.item_ids
     with Ranker.load(place, EngineConfig(executors=1)) as ranker:
         for user in (*users[:5], "nobody"):
             candidates = (*items[:9], "unheard of", items[3])
             given = ranker.rank(RankRequest(user, candidates)).scores
             features = stored_features(ranker.features, RankRequest(user, candidates))
-            plain = {name: array for name, array in features.candidates.items() if not name.endswith("_embedded")}
-            expected = reference_logits(model, Features(features.history, plain, features.num_candidates))
+            history, plain = (
+                {name: array for name, array in arrays.items() if not name.endswith("_embedded")}
+                for arrays in (features.history, features.candidates)
+            )
+            expected = reference_logits(model, Features(history, plain, features.num_candidates))
             expected[-2] = DATASET.schema.missing_item_score
             np.testing.assert_allclose(given, expected, atol=bound)
             assert np.abs(given - expected).max() > 0 or storage == "fp32"
@@ -228,8 +244,40 @@ def test_tables_beside_the_graph_give_the_scores_of_those_in_it(tmp_path: Path, 
 
 def test_a_model_with_its_tables_in_its_graph_keeps_them_there(tmp_path: Path) -> None:
     options = BuildOptions("films", "1", tables=TableStorage.FP32)
-    with pytest.raises(BuildError, match="build it without --tables"):
-        build_artifact(tmp_path, made("sasrec"), DATASET, RECIPE, options)
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice(KINDS[-1], {}))
+    with pytest.raises(BuildError, match="has no `embedded` and `tables`; build it without --tables"):
+        build_artifact(tmp_path, made(KINDS[-1]), DATASET, recipe, options)
+    assert not (tmp_path / "films").exists()
+
+
+@pytest.mark.parametrize("target", ["reference", "native", "cuda"])
+def test_targets_that_look_rows_up_by_themselves_are_refused(tmp_path: Path, target: str) -> None:
+    options = BuildOptions("films", "1", targets=(target,), fall_back=True, tables=TableStorage.FP32)
+    with pytest.raises(BuildError, match=f"cannot build for {target}"):
+        build_artifact(tmp_path, made("climber"), DATASET, RECIPE, options)
+    outside = msgspec.structs.replace(DATASET.schema, embedded=embedded_of("climber"))
+    reason = f"the target {target} computes with the tables in the graph; build without --tables"
+    assert why_not_model(target, "climber", RECIPE.model.options, outside) == reason
+
+
+class ReadsRowZero(SASRec):
+    """A ranker whose row of nobody counts, which no look-up beside the graph knows."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        super().__init__(schema, width=8)
+        with torch.no_grad():
+            self.tokens.item.weight[0] = 3.0
+            self.tokens.item.weight[1:] = 0.1
+
+    def encode(self, history: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"user": self.tokens.events(history).sum((1, 2))}
+
+
+def test_tables_that_are_not_those_of_the_model_are_refused(tmp_path: Path) -> None:
+    options = BuildOptions("films", "1", tables=TableStorage.FP32)
+    with pytest.raises(BuildError, match="row 0 of each table has to be zeros"):
+        build_artifact(tmp_path, ReadsRowZero(DATASET.schema).eval(), DATASET, RECIPE, options)
+    assert not (tmp_path / "films" / "1").exists()
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut", "other rows"])
@@ -250,6 +298,12 @@ def test_damaged_tables_are_refused(tmp_path: Path, harm: str) -> None:
         Ranker.load(place, EngineConfig(executors=1))
 
 
-def dlrm_tables(model: nn.Module) -> dict[str, Any]:
+def embedded_of(kind: str) -> tuple[EmbeddedFeature, ...]:
+    model = made(kind)
+    assert isinstance(model, EmbeddedModel)
+    return model.embedded()
+
+
+def tables_of(model: nn.Module) -> dict[str, Any]:
     assert isinstance(model, EmbeddedModel)
     return model.tables()

@@ -23,5 +23,8 @@ class StillSource:
     def generation(self) -> int:
         return 0
 
+    def contents(self) -> Mapping[str, str]:
+        return {}
+
     def wait_up(self, within_s: float) -> None:
         pass

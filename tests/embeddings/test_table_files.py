@@ -71,6 +71,33 @@ def test_a_part_is_every_modulus_th_row(tmp_path: Path, storage: TableStorage, m
         assert np.array_equal(open_table(own / "shop.safetensors", part).records, seen.records)
 
 
+def test_rows_have_a_fingerprint_that_parts_of_their_table_share(tmp_path: Path) -> None:
+    path, again, other, own = written(tmp_path), tmp_path / "again", tmp_path / "other", tmp_path / "own"
+    for folder in (again, other, own):
+        folder.mkdir()
+    spec, rows = TableSpec("shop", 7, 5, TableStorage.INT8), numbers(7, 5)
+    whole = open_table(path)
+    assert open_table(write_table(again, spec, iter([rows[:3], rows[3:]]))).content == whole.content
+    rows[6, 4] += 1.0
+    assert open_table(write_table(other, spec, [rows])).content not in ("", whole.content)
+    part = TablePart("shop", 2, 1)
+    for kept in (open_table(path, part), open_table(write_part(own, whole, part))):
+        assert kept.content == whole.content
+
+
+def test_a_file_of_an_older_rankd_has_no_fingerprint(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    spec, part = TableSpec("shop", 7, 5, TableStorage.INT8), TablePart("shop")
+    path.write_bytes(header(spec, part) + path.read_bytes()[HEADER_BYTES:])
+    table = open_table(path)
+    assert (table.spec, table.content) == (spec, "")
+    with LocalTables([table]) as tables:
+        assert tables.contents() == {"shop": ""}
+    path.write_bytes(header(spec, part, "0123") + path.read_bytes()[HEADER_BYTES:])
+    with pytest.raises(ArtifactError, match="a fingerprint of 4 digits"):
+        open_table(path)
+
+
 def test_a_part_that_a_file_does_not_have(tmp_path: Path) -> None:
     path = written(tmp_path)
     own = tmp_path / "own"

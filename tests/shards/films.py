@@ -12,8 +12,9 @@ from rankd import RankRequest
 from rankd.build.pack import BuildOptions, build_artifact
 from rankd.embeddings.table_spec import TableStorage
 from rankd.engine.backend import EngineConfig
-from rankd.models.protocol import create_model
+from rankd.models.protocol import EmbeddedModel, create_model
 from rankd.train.recipe import ModelChoice
+from rankd.train.samples import Dataset
 from tests.train.small_log import RECIPE, small_dataset
 
 DATASET = small_dataset()
@@ -22,12 +23,25 @@ REQUESTS = [RankRequest(user, (*ITEMS[:9], "unheard of", ITEMS[3])) for user in 
 ENGINE = EngineConfig(executors=1)
 
 
-def build(root: Path) -> Path:
-    """Write a version of random weights; returns its folder."""
+def build(
+    root: Path, kind: str = "dlrm", storage: TableStorage | None = TableStorage.FP32, dataset: Dataset = DATASET
+) -> Path:
+    """Write a version of random weights, always the same ones; returns its folder. Without `storage` its tables are in
+    the graph."""
+    model = made(kind, dataset)
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice(kind, {}))
+    options = BuildOptions("films", "1", tables=storage)
+    return build_artifact(root, model, dataset, recipe, options)
+
+
+def made(kind: str, dataset: Dataset = DATASET) -> nn.Module:
+    """A model of random weights; row 0 of its tables is nobody's, as training leaves it."""
     torch.manual_seed(1)
-    model = create_model("dlrm", DATASET.schema, {})
+    model = create_model(kind, dataset.schema, {})
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice("dlrm", {}))
-    options = BuildOptions("films", "1", tables=TableStorage.FP32)
-    return build_artifact(root, model.eval(), DATASET, recipe, options)
+    assert isinstance(model, EmbeddedModel)
+    with torch.no_grad():
+        for table in model.tables().values():
+            table[0] = 0.0
+    return model.eval()

@@ -153,11 +153,12 @@ def make_server(
     shard: int = 0,
     config: ShardServerConfig | None = None,
     before: Callable[[], None] = lambda: None,
+    contents: Mapping[str, str] | None = None,
 ) -> ShardServer:
     """A server of a shard, not started."""
     described = layout.shards[shard]
     pooling = part_of(layout, described, before)
-    return ShardServer(pooling, layout.plan, layout.served_by(described), config or ShardServerConfig())
+    return ShardServer(pooling, layout.plan, layout.served_by(described), config or ShardServerConfig(), contents)
 
 
 @contextmanager

@@ -67,6 +67,9 @@ class HeldTables(StillSource):
         self.held.append(HeldLookUp(self._here.begin(asked, into, deadline)))
         return self.held[-1]
 
+    def contents(self) -> Mapping[str, str]:
+        return self._here.contents()
+
     def close(self) -> None:
         self._here.close()
 

@@ -1,7 +1,8 @@
 """Checks before an artifact is written: engines compute what the model computes, and the model keeps the rules.
 
 The rules: no candidate sees another one; users in one call do not see each other; a state that was extended is that of
-the longer history. In: a torch model, compiled engines, requests. Out: the largest difference, or a BuildError.
+the longer history; tables beside the graph are those of the model. In: a torch model, compiled engines, requests. Out:
+the largest difference, or a BuildError.
 """
 
 from __future__ import annotations
@@ -45,6 +46,21 @@ def check_split(model: nn.Module, requests: Sequence[Features]) -> None:
             raise BuildError(
                 f"scores change by {worst:.2g} when the candidate list is cut in half; a candidate of a ranker must "
                 "not see the others (no attention, no normalisation across candidates)"
+            )
+
+
+def check_tables(model: nn.Module, requests: Sequence[Features], embedded: Sequence[Features]) -> None:
+    """What was looked up beside the graph, in float32, must give the scores of the tables in the model.
+
+    Raises:
+        BuildError: it does not.
+    """
+    for plain, looked_up in zip(requests, embedded, strict=True):
+        worst = float(np.abs(reference_logits(model, plain) - reference_logits(model, looked_up)).max())
+        if not worst <= PARITY_BOUNDS[Precision.FP32]:
+            raise BuildError(
+                f"scores change by {worst:.2g} when rows are looked up beside the graph; row 0 of each table has to be "
+                "zeros, and `embedded` has to name the tables that the model reads"
             )
 
 

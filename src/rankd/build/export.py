@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rankd.errors import BuildError
 from rankd.features.schema import FeatureSchema, TensorSpec, candidate_specs, graph_specs, history_specs
-from rankd.models.protocol import Tensors, is_extendable, is_split
+from rankd.models.protocol import Tensors, is_extendable, is_pooled, is_split
 
 DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 TRACED = {"B": 1, "T": 5, "C": 3, "A": 2}
@@ -57,15 +57,15 @@ class _Positional(nn.Module):
 
 
 def graphs_of(model: nn.Module, schema: FeatureSchema) -> tuple[tuple[Graph, ...], tuple[TensorSpec, ...]]:
-    """The graphs of a model, and the specs of its state (the history inputs for a JointModel; none for a model whose
-    tables are outside).
+    """The graphs of a model, and the specs of its state (the history inputs for a JointModel; none for a `PooledModel`
+    whose tables are outside).
 
     Raises:
         BuildError: a state whose shapes follow no rule.
     """
-    history, candidates = history_specs(schema), candidate_specs(schema)
-    if schema.embedded:
-        return (Graph("score", "score_embedded", (graph_specs(schema),), ("logits",), 2),), ()
+    history, candidates = (graph_specs(schema, specs) for specs in (history_specs(schema), candidate_specs(schema)))
+    if is_pooled(model, schema):
+        return (Graph("score", "score_embedded", (candidates,), ("logits",), 2),), ()
     if not is_split(model):
         return (Graph("score", "forward", (history, candidates), ("logits",), 2),), history
     state = state_specs(model, schema)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rankd.artifact import FORMAT, Artifact, EngineRecord, Manifest, list_versions, write_artifact
-from rankd.build.checks import check_split, measure_parity
+from rankd.build.checks import check_split, check_tables, measure_parity
 from rankd.build.export import export
 from rankd.build.int8_graphs import Int8Plan, write_int8
 from rankd.build.outside_tables import embedded_requests, write_tables
@@ -30,7 +30,7 @@ from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
 from rankd.features.schema import FeatureSchema, candidate_specs, history_specs
 from rankd.gate_record import Compression
-from rankd.models.protocol import EmbeddedModel, is_extendable, is_split
+from rankd.models.protocol import EmbeddedModel, is_extendable, is_pooled, is_split
 from rankd.train.recipe import Recipe
 from rankd.train.samples import Dataset
 from rankd.types import Features, UserHistory
@@ -109,7 +109,10 @@ def pack(root: Path, contents: Contents, options: BuildOptions) -> Path:
     """Export, check and write an artifact; raises as `build_artifact`."""
     if options.tables is not None:
         if not isinstance(contents.model, EmbeddedModel):
-            raise BuildError(f"model '{contents.kind}' has its tables in its graph; build it without --tables")
+            raise BuildError(
+                f"model '{contents.kind}' has its tables in its graph: it has no `embedded` and `tables`; build it "
+                "without --tables"
+            )
         schema = msgspec.structs.replace(contents.schema, embedded=contents.model.embedded())
         contents = replace(contents, schema=schema)
     if not options.targets:
@@ -139,6 +142,8 @@ def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
     model, unchecked = contents.model, draft(folder, contents, options)
     contents.catalogue.save(folder / "tables")
     requests = embedded_requests(folder, contents.schema, contents.requests)
+    if options.tables is TableStorage.FP32:
+        check_tables(model, contents.requests, requests)
     engines = {}
     for target in options.targets:
         together = built_together(target, options.precision)
@@ -154,6 +159,7 @@ def _fill(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
 def draft(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
     """Write weights and graphs into a folder; returns a manifest that names no engine, for none has been checked."""
     model, schema = contents.model, contents.schema
+    pooled = is_pooled(model, schema)
     for target in options.targets:
         state = export(model, schema, target, folder / "engines" / target)
         if options.precision is Precision.INT8 and options.int8 is not None:
@@ -167,12 +173,12 @@ def draft(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
         version=options.version,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=contents.kind,
-        split=is_split(model) and not schema.embedded,
+        split=is_split(model) and not pooled,
         schema=schema,
         history_inputs=history_specs(schema),
         candidate_inputs=candidate_specs(schema),
         state=state,
-        extends=is_extendable(model) and not schema.embedded,
+        extends=is_extendable(model) and not pooled,
         engines={},
         options=dict(contents.options),
         metrics=dict(contents.metrics),

@@ -124,7 +124,7 @@ def evaluate(
 @click.option(
     "--tables",
     type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-    help="Embedding tables beside the graph, kept so (dlrm); left out: in the graph.",
+    help="Embedding tables beside the graph, kept so; left out: in the graph.",
 )
 @click.option("--data", type=click.Path(path_type=Path), help="Where the log is now, if it was moved.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")

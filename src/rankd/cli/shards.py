@@ -41,7 +41,7 @@ def serve(
     settings = read_config(ShardServerConfig, config, os.environ, flags)
     file = read_plan(plan)
     with open_shard(file, number, tables) as pooling:
-        server = ShardServer(pooling, identity(file), served_nets(file, number), settings)
+        server = ShardServer(pooling, identity(file), served_nets(file, number), settings, pooling.contents())
         serve_shard(server, lambda address: click.echo(f"shard {number} on {address}"))
 
 

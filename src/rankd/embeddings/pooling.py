@@ -74,6 +74,11 @@ class TableSource(Protocol):
         """Which of the placements that followed each other is in use alone; 0 where tables stay where they are."""
         ...
 
+    def contents(self) -> Mapping[str, str]:
+        """Which rows each table has, as a fingerprint (`table_format.py`); empty for a table of which nobody can say,
+        or whose replicas have different ones. Of a shard that is away it is what it said last."""
+        ...
+
     def wait_up(self, within_s: float) -> None:
         """Do nothing if each shard can be asked, at one replica at least, within this time.
 

@@ -35,11 +35,13 @@ class Pages(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of `spec` that are in `part`: records (n, row_bytes) uint8 (`row_storage.py`), rows of any stride."""
+    """Rows of `spec` that are in `part`: records (n, row_bytes) uint8 (`row_storage.py`), rows of any stride.
+    `content`: see `table_format.py`; empty where nobody knows it."""
 
     spec: TableSpec
     part: TablePart
     records: Array
+    content: str = ""
 
 
 def pages_for(size_bytes: int) -> Pages:
@@ -54,7 +56,7 @@ def open_table(path: Path, part: TablePart | None = None, pages: Pages = Pages.H
     Raises:
         ArtifactError: the file is missing, truncated, altered or foreign, or does not have that part.
     """
-    spec, kept = read_header(path)
+    spec, kept, content = read_header(path)
     part = part or kept
     if part.table != spec.name or not 0 <= part.remainder < part.modulus or (part != kept and kept.modulus != 1):
         raise ArtifactError(f"{path} has {_said(kept)} and was asked for {_said(part)}; give the file that has it")
@@ -71,7 +73,7 @@ def open_table(path: Path, part: TablePart | None = None, pages: Pages = Pages.H
         records = np.frombuffer(mapped, np.uint8, rows * spec.row_bytes, HEADER_BYTES).reshape(rows, spec.row_bytes)
     except ValueError as error:  # the file became shorter since
         raise ArtifactError(f"{path}: {error}") from None
-    return Table(spec, part, records if part == kept else records[part.remainder :: part.modulus])
+    return Table(spec, part, records if part == kept else records[part.remainder :: part.modulus], content)
 
 
 def _said(part: TablePart) -> str:

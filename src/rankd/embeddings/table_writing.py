@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from rankd.embeddings.row_storage import pack_rows
 from rankd.embeddings.table_file import Table
-from rankd.embeddings.table_format import SUFFIX, header
+from rankd.embeddings.table_format import HEADER_BYTES, SUFFIX, header
 from rankd.embeddings.table_spec import TablePart, TableSpec
 from rankd.errors import BuildError
 from rankd.types import Array, Float32Array
@@ -42,7 +43,8 @@ def write_part(folder: Path, table: Table, part: TablePart) -> Path:
         raise BuildError(f"{part} was asked for; parts are cut from a whole table of that name, remainder < modulus")
     records = table.records[part.remainder :: part.modulus]
     step = max(_COPIED_BYTES // table.spec.row_bytes, 1)
-    return _written(folder, table.spec, part, (records[first : first + step] for first in range(0, len(records), step)))
+    blocks = (records[first : first + step] for first in range(0, len(records), step))
+    return _written(folder, table.spec, part, blocks, table)
 
 
 def _packed(spec: TableSpec, blocks: Iterable[Float32Array]) -> Iterator[Array]:
@@ -61,16 +63,23 @@ def _packed(spec: TableSpec, blocks: Iterable[Float32Array]) -> Iterator[Array]:
         raise BuildError(f"table '{spec.name}' has {spec.rows} rows, and the blocks {rows}")
 
 
-def _written(folder: Path, spec: TableSpec, part: TablePart, blocks: Iterable[Array]) -> Path:
+def _written(
+    folder: Path, spec: TableSpec, part: TablePart, blocks: Iterable[Array], whole: Table | None = None
+) -> Path:
+    """`whole` is the table that a part is cut from; its rows' fingerprint is not that of the blocks."""
     path = folder / (spec.name + SUFFIX)
     if not spec.name or path.parent != folder or "\0" in spec.name:
         raise BuildError(f"a table is named as its file is, without / and not empty; '{spec.name}' is not possible")
-    beside = folder / f".{spec.name}.{secrets.token_hex(8)}"
+    beside, content = folder / f".{spec.name}.{secrets.token_hex(8)}", xxhash.xxh3_128(spec.storage.value.encode())
     try:
         with beside.open("xb") as file:
-            file.write(header(spec, part))
+            file.seek(HEADER_BYTES)
             for block in blocks:
-                file.write(np.ascontiguousarray(block).data)
+                rows = np.ascontiguousarray(block).data
+                content.update(rows)
+                file.write(rows)
+            file.seek(0)
+            file.write(header(spec, part, content.hexdigest() if whole is None else whole.content))
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -35,6 +35,8 @@ PRECISIONS = {
 """What each target computes in, where the processor has it."""
 OWN_GRAPHS = (Precision.INT8,)
 """Precisions whose graphs are others: what is built for one of them is served in it alone."""
+READ_IDS = ("cuda", "native", "reference")
+"""Targets that look rows up by themselves, so that no table can be beside the graph."""
 
 AUTO = "auto"
 
@@ -60,8 +62,8 @@ def why_not_model(target: str, model: str, options: Mapping[str, Any], schema: F
 
     `model` is a name of `models.protocol`, `options` are those of its constructor.
     """
-    if target == "reference" and schema.embedded:
-        return "the reference computes with the tables in the graph; build it without --tables"
+    if schema.embedded and target in READ_IDS:
+        return f"the target {target} computes with the tables in the graph; build without --tables"
     if target == "cuda":
         return gpu_presence.why_not_model(model, options, schema)
     return native.why_not(options, schema, model) or "" if target == "native" else ""

@@ -75,26 +75,29 @@ class EmbeddedSide(Enum):
 
     ITEM = "item"  # the candidate's own row
     ITEM_COLUMN = "item_column"  # the values of one of its categorical columns
-    USER_COLUMN = "user_column"  # those of the user's
+    ITEM_COLUMNS = "item_columns"  # those of all of them, which share a table
+    USER_COLUMN = "user_column"  # the values of one of the user's
+    USER_COLUMNS = "user_columns"  # those of all of them
     HISTORY = "history"  # the items of a sub-sequence
+    EVENT_ITEM = "event_item"  # the item of each event of a history: what `encode` reads
+    EVENT_COLUMNS = "event_columns"  # the values of all of its categorical columns
+
+
+OF_REQUEST = (EmbeddedSide.USER_COLUMN, EmbeddedSide.USER_COLUMNS, EmbeddedSide.HISTORY)
+OF_TOKEN = (EmbeddedSide.EVENT_ITEM, EmbeddedSide.EVENT_COLUMNS)
 
 
 class EmbeddedFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A sum of rows of an embedding table that is not in the graph: looked up beside it, and one of its inputs.
 
     `index` counts the columns, or the sub-sequences, of its side. Row 0 of a table is nobody's: code 0 and padding are
-    left out. A column's first value is row 1 of its table.
+    left out. A column's first value is row 1 of its table; where all columns share one, a code is its row.
     """
 
     table: str
     dim: int
     side: EmbeddedSide
     index: int = 0
-
-    @property
-    def of_request(self) -> bool:
-        """Whether all candidates of a request share it."""
-        return self.side in (EmbeddedSide.USER_COLUMN, EmbeddedSide.HISTORY)
 
 
 class DefaultTime(Enum):
@@ -176,12 +179,17 @@ class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def candidate_embedded(self) -> tuple[EmbeddedFeature, ...]:
         """What is looked up for each candidate, in the order of the columns of `candidate_embedded`."""
-        return tuple(feature for feature in self.embedded if not feature.of_request)
+        return tuple(feature for feature in self.embedded if feature.side not in (*OF_REQUEST, *OF_TOKEN))
 
     @property
     def context_embedded(self) -> tuple[EmbeddedFeature, ...]:
         """What is looked up once for a request, in the order of the columns of `context_embedded`."""
-        return tuple(feature for feature in self.embedded if feature.of_request)
+        return tuple(feature for feature in self.embedded if feature.side in OF_REQUEST)
+
+    @property
+    def history_embedded(self) -> tuple[EmbeddedFeature, ...]:
+        """What is looked up for each token of a history, in the order of the columns of `history_embedded`."""
+        return tuple(feature for feature in self.embedded if feature.side in OF_TOKEN)
 
     @property
     def embedded_widths(self) -> dict[str, int]:
@@ -228,6 +236,8 @@ def history_specs(schema: FeatureSchema) -> tuple[TensorSpec, ...]:
         specs.append(TensorSpec("history_categories", "int32", ("B", blocks, "T", schema.item_columns)))
     if schema.event_values:
         specs.append(TensorSpec("history_values", "float32", ("B", blocks, "T", len(schema.event_values))))
+    if schema.history_embedded:
+        specs.append(TensorSpec("history_embedded", "float32", ("B", blocks, "T", _width(schema.history_embedded))))
     return tuple(specs)
 
 
@@ -252,9 +262,9 @@ def candidate_specs(schema: FeatureSchema) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def graph_specs(schema: FeatureSchema) -> tuple[TensorSpec, ...]:
-    """Of `candidate_specs` those that are inputs of a graph whose tables are outside: no ids, and no moment."""
-    return tuple(spec for spec in candidate_specs(schema) if spec.name.endswith(("_numeric", "_embedded")))
+def graph_specs(schema: FeatureSchema, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """Of `history_specs` or `candidate_specs` those that are inputs of graphs: no ids where tables are outside."""
+    return tuple(spec for spec in specs if not (schema.embedded and spec.name.endswith(("_item", "_categories"))))
 
 
 def _width(features: tuple[EmbeddedFeature, ...]) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rankd.models.protocol import Tensors
-from rankd.models.tokens import TokenEmbedding
+from rankd.models.tokens import TokenRanker
 
 TIME_BUCKETS = 48
 MASKED = -1e4  # survives bfloat16 and float16; exp() of it is 0
@@ -171,13 +171,12 @@ class Block(nn.Module):
         return (keys, values) if width == self.state_width else (keys[..., :width], values[..., :width])
 
 
-class BlockRanker(nn.Module):
+class BlockRanker(TokenRanker):
     """What the Climber and HSTU have in common: a block for each sub-sequence, a head, and a direct network or none.
 
     A model of this kind sets the parts that stand here by their names, and says how its blocks' outputs are joined.
     """
 
-    tokens: TokenEmbedding
     blocks: nn.ModuleList
     history_norm: nn.LayerNorm
     candidate_norm: nn.LayerNorm

@@ -58,15 +58,21 @@ class ExtendableModel(RankingModel, Protocol):
 
 @runtime_checkable
 class EmbeddedModel(Protocol):
-    """A ranker whose embedding tables can live outside of its graph: it scores what was looked up and pooled."""
+    """A ranker whose embedding tables can live outside of its graph: its inputs then have what was looked up and pooled
+    (`history_embedded`, `candidate_embedded`, `context_embedded`) beside ids, which it does not read."""
 
     def embedded(self) -> tuple[EmbeddedFeature, ...]:
-        """What is pooled, those features of a candidate before those of a request."""
+        """What is pooled; those that go into one input, in the order of its columns."""
         ...
 
     def tables(self) -> dict[str, Tensor]:
         """The tables (rows, D) by name; row 0 is nobody's."""
         ...
+
+
+@runtime_checkable
+class PooledModel(EmbeddedModel, Protocol):
+    """One that reads of a history nothing but sums, which are looked up with the rest: then it has no state."""
 
     def score_embedded(self, candidates: Tensors) -> Tensor:
         """Logits (B, C, K) of `candidate_embedded` and `context_embedded` with the numbers of candidates and user."""
@@ -83,9 +89,14 @@ def is_split(model: nn.Module) -> bool:
     return isinstance(model, RankingModel)
 
 
+def is_pooled(model: nn.Module, schema: FeatureSchema) -> bool:
+    """Whether the model's tables are outside, and its history is one more sum of theirs."""
+    return bool(schema.embedded) and isinstance(model, PooledModel)
+
+
 def logits_of(model: nn.Module, history: Tensors, candidates: Tensors) -> Tensor:
     """Logits (B, C, K), whichever of the shapes the model has. Training and parity checks call this."""
-    if "candidate_embedded" in candidates and isinstance(model, EmbeddedModel):
+    if "candidate_embedded" in candidates and isinstance(model, PooledModel):
         return model.score_embedded(candidates)
     if isinstance(model, RankingModel):
         return model.score(model.encode(history), candidates)

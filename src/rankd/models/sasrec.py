@@ -15,10 +15,10 @@ from rankd.features.schema import FeatureSchema
 from rankd.models.layer_shapes import LayerShape, even_layers, layer_shapes
 from rankd.models.projection import Projection
 from rankd.models.protocol import Tensors
-from rankd.models.tokens import TokenEmbedding
+from rankd.models.tokens import TokenEmbedding, TokenRanker
 
 
-class SASRec(nn.Module):
+class SASRec(TokenRanker):
     """Options: width D, heads H, layers L, dropout, item_dropout.
 
     `shape` gives every layer sizes of its own, as pruning leaves them; it takes the place of heads and layers.

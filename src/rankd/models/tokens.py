@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rankd.features.schema import PADDING_ROW, UNKNOWN_ROW, FeatureSchema
+from rankd.features.schema import PADDING_ROW, UNKNOWN_ROW, EmbeddedFeature, EmbeddedSide, FeatureSchema
 from rankd.models.protocol import Tensors
+
+ITEMS, ITEM_COLUMNS, USER_COLUMNS = "item", "item.columns", "user.columns"
+"""Names of the tables that can live beside the graph."""
 
 
 class TokenEmbedding(nn.Module):
@@ -14,6 +17,10 @@ class TokenEmbedding(nn.Module):
 
     While training, a share `item_dropout` of the items is shown as the unknown item, so that the unknown item's row
     becomes a fair description of an item of which only its features are known.
+
+    The tables of items, of their columns and of users' columns can live outside: then `history_embedded`,
+    `candidate_embedded` and `context_embedded` have what was looked up in each, D numbers beside D numbers. The table
+    of events has a row for each type and stays: a look-up would send more than it saves.
     """
 
     def __init__(self, schema: FeatureSchema, width: int, item_dropout: float) -> None:
@@ -34,24 +41,38 @@ class TokenEmbedding(nn.Module):
                 if table.padding_idx is not None:
                     nn.init.zeros_(table.weight[table.padding_idx])
 
+    def embedded(self) -> tuple[EmbeddedFeature, ...]:
+        """What is looked up of a token and of a candidate, and once for a request."""
+        sides = {ITEMS: (EmbeddedSide.ITEM, EmbeddedSide.EVENT_ITEM)}
+        if self.categories is not None:
+            sides[ITEM_COLUMNS] = (EmbeddedSide.ITEM_COLUMNS, EmbeddedSide.EVENT_COLUMNS)
+        width = self.item.embedding_dim
+        found = [EmbeddedFeature(table, width, side) for table, both in sides.items() for side in both]
+        if self.user_categories is not None:
+            found.append(EmbeddedFeature(USER_COLUMNS, width, EmbeddedSide.USER_COLUMNS))
+        return tuple(found)
+
+    def tables(self) -> dict[str, Tensor]:
+        """(rows, D) by name."""
+        tables = {ITEMS: self.item, ITEM_COLUMNS: self.categories, USER_COLUMNS: self.user_categories}
+        return {name: table.weight for name, table in tables.items() if table is not None}
+
     def events(self, history: Tensors) -> Tensor:
         """(B, N, T, D) from the history inputs."""
-        tokens: Tensor = self._items(history["history_item"]) + self.event(history["history_event"])
-        if self.categories is not None:
-            tokens = tokens + self.categories(history["history_categories"]).sum(-2)
+        tokens: Tensor = self._described(history, "history") + self.event(history["history_event"])
         if self.values is not None:
             tokens = tokens + self.values(history["history_values"])
         return tokens
 
     def candidates(self, candidates: Tensors) -> Tensor:
         """(B, C, D) from the candidate and context inputs."""
-        tokens = self._items(candidates["candidate_item"])
-        if self.categories is not None:
-            tokens = tokens + self.categories(candidates["candidate_categories"]).sum(-2)
+        tokens = self._described(candidates, "candidate")
         if self.numeric is not None:
             tokens = tokens + self.numeric(candidates["candidate_numeric"])
         if self.user_categories is not None:
-            tokens = tokens + self.user_categories(candidates["context_categories"]).sum(-2).unsqueeze(1)
+            looked_up = candidates.get("context_embedded")
+            user = self.user_categories(candidates["context_categories"]).sum(-2) if looked_up is None else looked_up
+            tokens = tokens + user.unsqueeze(1)
         if self.user_numeric is not None:
             tokens = tokens + self.user_numeric(candidates["context_numeric"]).unsqueeze(1)
         return tokens
@@ -60,9 +81,29 @@ class TokenEmbedding(nn.Module):
         """Give every item row that training never saw the unknown item's vector. seen_rows (I,) bool."""
         share_unknown(self.item, seen_rows)
 
-    def _items(self, rows: Tensor) -> Tensor:
-        vectors: Tensor = self.item(hide_items(rows, self.item_dropout) if self.training else rows)
-        return vectors
+    def _described(self, inputs: Tensors, side: str) -> Tensor:
+        """(..., D) of items and their categories: looked up here, or already."""
+        looked_up = inputs.get(f"{side}_embedded")
+        if looked_up is not None:
+            described: Tensor = looked_up.unflatten(-1, (-1, self.item.embedding_dim)).sum(-2)
+            return described
+        rows = inputs[f"{side}_item"]
+        items: Tensor = self.item(hide_items(rows, self.item_dropout) if self.training else rows)
+        return items if self.categories is None else items + self.categories(inputs[f"{side}_categories"]).sum(-2)
+
+
+class TokenRanker(nn.Module):
+    """A ranker of such tokens: an `EmbeddedModel`."""
+
+    tokens: TokenEmbedding
+
+    def embedded(self) -> tuple[EmbeddedFeature, ...]:
+        """See `TokenEmbedding.embedded`."""
+        return self.tokens.embedded()
+
+    def tables(self) -> dict[str, Tensor]:
+        """See `TokenEmbedding.tables`."""
+        return self.tokens.tables()
 
 
 def hide_items(rows: Tensor, share: float) -> Tensor:

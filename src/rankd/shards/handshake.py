@@ -3,13 +3,14 @@
     client   HELLO      plan, nonce
     server   CHALLENGE  nonce, whether a secret is needed
     client   PROOF      HMAC-SHA256(secret, "client" | both nonces | plan), or nothing without a secret
-    server   READY      plan, HMAC-SHA256(secret, "server" | both nonces | plan), nets, its limit
+    server   READY      plan, HMAC-SHA256(secret, "server" | both nonces | plan), nets, its limit, contents
 
 Each proof is of fresh random numbers of both sides and of its own side's name, so that nothing heard once can be shown
 again, to the same side or the other. What the server serves it says only to who is let in. Payloads are MessagePack.
 
-A client that sends traces says so in the number of its HELLO, which a shard of an older rankd does not look at; one
-that takes them says so in its READY, to that client alone, for an older one would not know the word.
+A client that sends traces, or reads which contents the tables have, says so in the number of its HELLO, which a shard
+of an older rankd does not look at; one that takes them, or knows that, says so in its READY, to that client alone, for
+an older one would not know the word.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ HELLO_BYTES = 4096
 READY_BYTES = 16 << 20
 TRACES = 1
 """The bit in the number of a HELLO whose client sends traces."""
+CONTENTS = 2
+"""The bit of one whose client reads `Ready.contents`."""
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,13 +60,15 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """From the server: it may be asked. `traces`: also with a trace."""
+    """From the server: it may be asked. `traces`: also with a trace. `contents`: of each table the fingerprint of its
+    rows (`table_format.py`), as far as known."""
 
     plan: str
     proof: bytes
     nets: tuple[ServedNet, ...]
     max_request_bytes: int
     traces: bool = False
+    contents: dict[str, str] = {}
 
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -92,7 +97,9 @@ def let_in(stream: Stream, ready: Ready, secret: str, within_s: float) -> None:
             Trouble.DENIED,
         )
     proof = _proof(secret, b"server", hello, nonce) if secret else b""
-    _say(stream, Kind.READY, msgspec.structs.replace(ready, proof=proof, traces=bool(said & TRACES)), until)
+    contents = ready.contents if said & CONTENTS else {}
+    said_back = msgspec.structs.replace(ready, proof=proof, traces=bool(said & TRACES), contents=contents)
+    _say(stream, Kind.READY, said_back, until)
 
 
 def introduce(stream: Stream, plan: str, nets: tuple[ServedNet, ...], secret: str, until: float, shown: str) -> Ready:
@@ -103,7 +110,7 @@ def introduce(stream: Stream, plan: str, nets: tuple[ServedNet, ...], secret: st
         RankdError: it sent something else, does not let us in, does not know the secret, or serves something else.
     """
     hello = Hello(plan, secrets.token_bytes(NONCE_BYTES))
-    _say(stream, Kind.HELLO, hello, until, TRACES)
+    _say(stream, Kind.HELLO, hello, until, TRACES | CONTENTS)
     challenge, _ = _next(stream, Kind.CHALLENGE, Challenge, HELLO_BYTES, until, shown)
     _say(stream, Kind.PROOF, Proof(_proof(secret, b"client", hello, challenge.nonce) if secret else b""), until)
     ready, _ = _next(stream, Kind.READY, Ready, READY_BYTES, until, shown)

@@ -109,6 +109,10 @@ class LiveTables:
         """That of the placement in use; an earlier one is not asked any more."""
         return self._generation
 
+    def contents(self) -> Mapping[str, str]:
+        """Those of the newest placement; see `TableSource.contents`."""
+        return self._held.source.contents()
+
     def wait_up(self, within_s: float) -> None:
         """See `TableSource.wait_up`."""
         self._held.source.wait_up(within_s)

@@ -62,6 +62,10 @@ class PlacedTables:
         """0: they stay where they are."""
         return 0
 
+    def contents(self) -> Mapping[str, str]:
+        """Of the tables here and of those on shards; see `TableSource.contents`."""
+        return {**self._sharded.contents(), **self._here.contents()}
+
     def wait_up(self, within_s: float) -> None:
         """See `ShardedPooling.wait_up`."""
         self._sharded.wait_up(within_s)

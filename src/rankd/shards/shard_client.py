@@ -7,7 +7,7 @@ import queue
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -40,6 +40,7 @@ class ShardClient:
         self._changed = threading.Condition()
         self.generation = 0
         """How many connections were made; an answer that comes on one is of this number or an earlier one."""
+        self._said_last: Mapping[str, str] = {}
         tls = client_tls(config.security)
         self._replicas = [self._replica(address, tls) for address in shard.addresses]
 
@@ -68,6 +69,13 @@ class ShardClient:
     def replicas_up(self) -> int:
         """How many replicas can be asked."""
         return sum(replica.link is not None for replica in self._replicas)
+
+    def contents(self) -> dict[str, str]:
+        """The `content` of each table that it has parts of, see `TableSource.contents`."""
+        said = [link.contents for replica in self._replicas if (link := replica.link) is not None] or [self._said_last]
+        names = {served.part.table for net in self._nets for served in net.parts}
+        ways = {name: {one.get(name, "") for one in said} for name in names}
+        return {name: found.pop() if len(found) == 1 else "" for name, found in ways.items()}
 
     def ask(self, question: Question, asked: Sequence[ShardLink]) -> ShardLink | None:
         """Send a request to the replica that owes the fewest answers, of those not `asked` yet; None if there is none.
@@ -137,6 +145,7 @@ class ShardClient:
             raise
         with self._changed:
             self.generation += 1
+            self._said_last = ready.contents
         return ShardLink(stream, ready, config, shown)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rankd.errors import PayloadTooLarge, RankdError, ShardFailure, Trouble
@@ -63,6 +63,11 @@ class ShardLink:
     def ended(self) -> RankdError | None:
         """Why it is not asked any more; None if it may be."""
         return self._ended
+
+    @property
+    def contents(self) -> Mapping[str, str]:
+        """The `content` of each table that the shard has parts of, as far as it says."""
+        return self._ready.contents
 
     @property
     def load(self) -> int:

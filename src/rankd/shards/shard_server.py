@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rankd.embeddings.pooling import Pooling
 from rankd.errors import Overloaded
@@ -37,19 +37,26 @@ log = logging.getLogger("rankd")
 
 
 class ShardServer:
-    """Serves the parts of `nets` under the name of a plan.
+    """Serves the parts of `nets` under the name of a plan; `contents` says which rows the tables have, as far as known.
 
     Raises:
         ConfigError: an address that cannot be had or would be open to others, or files of TLS that cannot be used.
         MissingExtra: tracing is on, and its packages are not installed.
     """
 
-    def __init__(self, pooling: Pooling, plan: str, nets: tuple[ServedNet, ...], config: ShardServerConfig) -> None:
+    def __init__(
+        self,
+        pooling: Pooling,
+        plan: str,
+        nets: tuple[ServedNet, ...],
+        config: ShardServerConfig,
+        contents: Mapping[str, str] | None = None,
+    ) -> None:
         self._config, self._tls = config, server_tls(config.security)
         self._traces = open_traces(config.tracing, SERVICE)
         self._listening = listen(config.host, config.port, config.security)
         self._listening.settimeout(LOOK_S)
-        self._ready = Ready(plan, b"", nets, config.max_request_bytes)
+        self._ready = Ready(plan, b"", nets, config.max_request_bytes, contents=dict(contents or {}))
         self._tally = ShardTally()
         self._line = PoolQueue(pooling, nets, config, self._tally, self._traces)
         self._connections: dict[ShardConnection, threading.Thread] = {}

@@ -69,6 +69,14 @@ class ShardedPooling:
         """How many replicas of each shard can be asked."""
         return {client.name: client.replicas_up for client in self._clients}
 
+    def contents(self) -> dict[str, str]:
+        """See `TableSource.contents`; empty for a table of which two shards have different parts."""
+        found: dict[str, str] = {}
+        for client in self._clients:
+            for table, content in client.contents().items():
+                found[table] = content if found.get(table, content) == content else ""
+        return found
+
     def close(self) -> None:
         """End all connections; whoever waits is told."""
         for client in self._clients:

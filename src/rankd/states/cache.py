@@ -6,7 +6,10 @@ In: a user, the history as it is now, an executor. Out: a `HeldState` whose arra
     the history is the one that the state was made of        cached
     it only grew, by few tokens a block (`extend_up_to`)     extend: the new tokens alone
     it slid (its oldest tokens went, see `window_step`)      encode
+    a table beside the graph has other rows than then        encode
     it is not in memory but on disk, verified                restored, then as above
+
+A state for which a table could not be had, so that defaults stand in for rows, is lent to who asked and not kept.
 
 A user is computed by one thread at a time, and whoever asks meanwhile waits for it (single flight). A state that others
 read is never written to: it is extended in place if nobody holds it, else in a copy. What waits is never what is waited
@@ -23,15 +26,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rankd.engine.backend import Executor
-from rankd.engine.state_arrays import APPEND_BUCKETS, copy_tokens, write_additions
+from rankd.engine.state_arrays import APPEND_BUCKETS, copy_tokens, empty_state, write_additions
 from rankd.errors import DeadlineExceeded
 from rankd.features.assembly import appended_tokens
 from rankd.observe.state_metrics import SpillCounts, StateCounts
 from rankd.states.arena import Arena
-from rankd.states.entries import Claim, Entry
+from rankd.states.entries import Claim, Entry, Wanted
 from rankd.states.eviction import make_order
-from rankd.states.fingerprints import of_history, of_tokens
-from rankd.states.lending import HeldState, Origin, StateBusy, Tokens, of_its_own
+from rankd.states.fingerprints import of_history
+from rankd.states.lending import NO_TABLES, HeldState, Origin, StateBusy, Tokens, TokenTables, nothing_of, of_its_own
 from rankd.states.spill import SpilledHeader, SpillTier, id_bytes
 from rankd.states.state_config import MIB, StateConfig
 from rankd.states.storage import StateLayout
@@ -82,24 +85,26 @@ class StateCache:
         executor: Executor,
         deadline: float | None = None,
         wait: bool = True,
+        tables: TokenTables = NO_TABLES,
     ) -> Iterator[HeldState]:
         """The state of a user's history while the block runs.
 
-        `tokens` makes the inputs of `encode` and is called only if the state is not there already. `deadline` is in
-        seconds of `time.perf_counter`.
+        `tokens` makes the inputs of `encode` and is called only if the state is not there already; `tables` writes what
+        is looked up of those that have to be computed. `deadline` is in seconds of `time.perf_counter`.
 
         Raises:
             DeadlineExceeded: somebody else was still computing the state at the deadline.
             StateBusy: somebody else computes it, and `wait` is false; see `when_free`.
             EngineFailure: it could not be computed; what was kept before is as it was, or gone.
+            Whatever `tables.write` raises.
         """
-        mark = of_history(history)
+        mark = of_history(history, tables.contents)
         found, origin = self._claim(user, mark, executor, deadline if wait else NOW), Origin.CACHED
         if isinstance(found, Entry):
             entry = found
         else:
             try:
-                made, origin = self._make(user, mark, tokens(), executor, found)
+                made, origin = self._make(user, mark, Wanted(tokens(), tables), executor, found)
             finally:
                 self._end_claim(user, found)
                 if found.left is not None:
@@ -112,6 +117,14 @@ class StateCache:
             yield HeldState(self._state_of(entry), origin)
         finally:
             self._release(entry)
+
+    def kept_tokens(self, user: str, history: UserHistory, tokens: Tokens, tables: TokenTables) -> tuple[int, ...]:
+        """How many tokens of each block `held` would not have to compute, as things are; see `States.kept_tokens`."""
+        entry = self._entries.get(user)
+        if entry is None:
+            return nothing_of(tokens)
+        lengths = entry.lengths  # read first: somebody may append to it right now, and then they are too few
+        return nothing_of(tokens) if self._grown(entry, Wanted(tokens, tables)) is None else lengths
 
     def has(self, user: str) -> bool:
         """Whether a state of the user is in memory, of whatever history."""
@@ -197,22 +210,21 @@ class StateCache:
             then()
 
     def _make(
-        self, user: str, mark: bytes, tokens: Tokens, executor: Executor, claim: Claim
+        self, user: str, mark: bytes, wanted: Wanted, executor: Executor, claim: Claim
     ) -> tuple[Entry | UserState, Origin]:
-        """A held entry for this history, or a state that could not be kept because everything is in use."""
-        lengths = tuple(tokens["history_length"][0].tolist())
+        """A held entry for this history, or a state that is not kept: everything is in use, or a table was lost."""
         with self._changed:  # what is there is ours to extend only as long as the claim is ours
             entry, origin = self._entries.get(user) if self._computing.get(user) is claim else None, Origin.CACHED
         if entry is None:
             entry, origin = self._restore(user, claim), Origin.RESTORED
-        grown = None if entry is None else entry.growth(tokens, lengths)
+        grown = None if entry is None else self._grown(entry, wanted)
         made: Entry | UserState | None = None
         if entry is not None and grown == 0:
             made = entry
-        elif entry is not None and grown is not None and grown <= self._most_new[_room_of(tokens)]:
-            made, origin = self._extended(entry, tokens, lengths, executor), Origin.EXTENDED
+        elif entry is not None and grown is not None:
+            made, origin = self._extended(entry, wanted, executor), Origin.EXTENDED
         if made is None:
-            made, origin = self._encoded(user, tokens, lengths, executor), Origin.ENCODED
+            made, origin = self._encoded(user, wanted, executor), Origin.ENCODED
         with self._changed:
             self._origins[origin] += 1
             if isinstance(made, UserState):
@@ -225,10 +237,17 @@ class StateCache:
                 made.retired = True
         return made, origin
 
-    def _encoded(self, user: str, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> Entry | UserState:
-        entry = self._new_entry(user, _room_of(tokens))
+    def _grown(self, entry: Entry, wanted: Wanted) -> int | None:
+        """By how many tokens a kept state is to be extended; None if the history has to be encoded."""
+        grown = entry.growth(wanted)
+        return grown if grown is not None and grown <= self._most_new[wanted.room] else None
+
+    def _encoded(self, user: str, wanted: Wanted, executor: Executor) -> Entry | UserState:
+        tokens = wanted.tokens
+        right = wanted.tables.write(tokens, nothing_of(tokens))
+        entry = self._new_entry(user, wanted.room) if right else None
         if entry is None:
-            return UserState(of_its_own(executor.encode(tokens), tokens), lengths)
+            return UserState(of_its_own(executor.encode(tokens), tokens), wanted.lengths)
         try:
             stored = self._stored(entry)
             if self.layout.direct:
@@ -238,33 +257,40 @@ class StateCache:
         except BaseException:
             self._give(entry)
             raise
-        self._settle(entry, tokens, lengths)
+        self._settle(entry, wanted)
         return entry
 
-    def _extended(self, entry: Entry, tokens: Tokens, lengths: tuple[int, ...], executor: Executor) -> Entry | None:
-        """The entry with the new tokens appended; a larger copy if it is held by others or too small; None: no room."""
-        state, target = self._state_of(entry), entry
-        new = appended_tokens(tokens, entry.lengths, APPEND_BUCKETS)
+    def _extended(self, entry: Entry, wanted: Wanted, executor: Executor) -> Entry | UserState | None:
+        """The entry with the new tokens appended; a larger copy if it is held by others or too small; one that is not
+        kept if a table was lost; None: no room."""
+        state, target, specs = self._state_of(entry), entry, self.layout.specs
+        new = appended_tokens(wanted.tokens, entry.lengths, APPEND_BUCKETS)
+        counts, right = new["history_length"][0].tolist(), wanted.tables.write(new, entry.lengths)
         additions = executor.extend(state, new)
-        room = max(_room_of(tokens), entry.room)
+        room = max(wanted.room, entry.room)
+        if not right:
+            own = empty_state(specs, room, self.layout.state_type)
+            copy_tokens(specs, state.arrays, own)
+            write_additions(specs, own, state.lengths, additions, counts)
+            return UserState(own, wanted.lengths)
         if entry.readers or room > entry.room:
             found = self._new_entry(entry.user, room)
             if found is None:
                 return None
             target = found
             arrays = self.layout.unpack(self._stored(target), room)
-            copy_tokens(self.layout.specs, state.arrays, arrays)
+            copy_tokens(specs, state.arrays, arrays)
         else:
             arrays, entry.history_mark, entry.tokens_mark = state.arrays, b"", b""  # of no history until it is whole
-        write_additions(self.layout.specs, arrays, state.lengths, additions, new["history_length"][0].tolist())
+        write_additions(specs, arrays, state.lengths, additions, counts)
         if not self.layout.direct:
             self.layout.pack(arrays, self._stored(target))
-        self._settle(target, tokens, lengths)
+        self._settle(target, wanted)
         return target
 
-    def _settle(self, entry: Entry, tokens: Tokens, lengths: tuple[int, ...]) -> None:
+    def _settle(self, entry: Entry, wanted: Wanted) -> None:
         """An entry's arrays are of these tokens now."""
-        entry.lengths, entry.tokens_mark, entry.state = lengths, of_tokens(tokens, lengths), None
+        entry.lengths, entry.tokens_mark, entry.state = wanted.lengths, wanted.mark(wanted.lengths), None
 
     def _restore(self, user: str, claim: Claim) -> Entry | None:
         """A user's state from disk, in memory again; not held, and nobody else can have it yet."""
@@ -370,7 +396,3 @@ class StateCache:
         state = UserState(self.layout.unpack(self._stored(entry), entry.room), entry.lengths)
         entry.state = state if self.layout.direct else None
         return state
-
-
-def _room_of(tokens: Tokens) -> int:
-    return int(tokens["history_item"].shape[2])

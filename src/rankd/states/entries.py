@@ -1,4 +1,5 @@
-"""What `cache.py` knows of a user: the state that is kept, and who computes it. In and out: `cache.py`."""
+"""What `cache.py` knows of a user: the state that is wanted, the one that is kept, and who computes it. In and out:
+`cache.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +9,30 @@ from dataclasses import dataclass, field
 from rankd.engine.backend import Executor
 from rankd.states.arena import Slab
 from rankd.states.fingerprints import of_tokens
-from rankd.states.lending import Tokens
+from rankd.states.lending import Tokens, TokenTables
 from rankd.types import UserState
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A history whose state is asked for: its tokens, and the tables beside the graph that they are looked up in."""
+
+    tokens: Tokens
+    tables: TokenTables
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens of each block are real."""
+        return tuple(self.tokens["history_length"][0].tolist())
+
+    @property
+    def room(self) -> int:
+        """For how many tokens a block it has to have room."""
+        return int(self.tokens["history_item"].shape[2])
+
+    def mark(self, lengths: tuple[int, ...]) -> bytes:
+        """The fingerprint of the first `lengths[n]` tokens of each block n."""
+        return of_tokens(self.tokens, lengths, self.tables.contents)
 
 
 @dataclass(slots=True)
@@ -26,11 +49,12 @@ class Entry:
     readers: int = 0
     retired: bool = False
 
-    def growth(self, tokens: Tokens, lengths: tuple[int, ...]) -> int | None:
+    def growth(self, wanted: Wanted) -> int | None:
         """By how many tokens the longest-grown block grew; None if the history is not a continuation."""
+        lengths = wanted.lengths
         if any(new < old for new, old in zip(lengths, self.lengths, strict=True)):
             return None
-        if of_tokens(tokens, self.lengths) != self.tokens_mark:
+        if wanted.mark(self.lengths) != self.tokens_mark:
             return None
         return max(new - old for new, old in zip(lengths, self.lengths, strict=True))
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -42,6 +42,33 @@ class StateBusy(Exception):
     """Somebody else computes the user's state right now."""
 
 
+class TokenTables(Protocol):
+    """Tables beside the graph that tokens of a history are looked up in."""
+
+    @property
+    def contents(self) -> bytes:
+        """A fingerprint of their rows: a state is of these and of no others."""
+        ...
+
+    def write(self, tokens: Tokens, first: Sequence[int]) -> bool:
+        """Write what was looked up of `tokens`, which are the history's from `first[n]` on in block n; whether it is as
+        `contents` have it, so that a state of it may be kept. Whatever it raises leaves nothing behind."""
+        ...
+
+
+class NoTables:
+    """There are none: the graph has them all."""
+
+    contents = b""
+
+    def write(self, tokens: Tokens, first: Sequence[int]) -> bool:
+        """Nothing, which is as it should be."""
+        return True
+
+
+NO_TABLES = NoTables()
+
+
 class States(Protocol):
     """Whatever lends states."""
 
@@ -53,8 +80,14 @@ class States(Protocol):
         executor: Executor,
         deadline: float | None = None,
         wait: bool = True,
+        tables: TokenTables = NO_TABLES,
     ) -> AbstractContextManager[HeldState]:
         """The state of a user's history while the block runs; see `StateCache.held`."""
+        ...
+
+    def kept_tokens(self, user: str, history: UserHistory, tokens: Tokens, tables: TokenTables) -> tuple[int, ...]:
+        """How many tokens of each block `held` would not have to compute: of a kept state. It may be otherwise when it
+        is called."""
         ...
 
     def has(self, user: str) -> bool:
@@ -94,6 +127,11 @@ def of_its_own(made: Mapping[str, Array], tokens: Tokens) -> dict[str, Array]:
     }
 
 
+def nothing_of(tokens: Tokens) -> tuple[int, ...]:
+    """No token of any block."""
+    return (0,) * int(tokens["history_length"].shape[1])
+
+
 class NoStates:
     """Keeps nothing: every history is encoded, every time."""
 
@@ -110,12 +148,18 @@ class NoStates:
         executor: Executor,
         deadline: float | None = None,
         wait: bool = True,
+        tables: TokenTables = NO_TABLES,
     ) -> Iterator[HeldState]:
         """The state, computed now."""
         made = tokens()
+        tables.write(made, nothing_of(made))
         state = UserState(of_its_own(executor.encode(made), made), tuple(made["history_length"][0].tolist()))
         self._number = next(self._encoded) + 1
         yield HeldState(state, Origin.ENCODED)
+
+    def kept_tokens(self, user: str, history: UserHistory, tokens: Tokens, tables: TokenTables) -> tuple[int, ...]:
+        """None."""
+        return nothing_of(tokens)
 
     def has(self, user: str) -> bool:
         """Never."""

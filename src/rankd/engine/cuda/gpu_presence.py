@@ -41,8 +41,6 @@ def why_not_model(model: str, options: Mapping[str, Any], schema: FeatureSchema)
     """What of a model the target does not compute; empty if it computes all of it."""
     if model != "climber":
         return f"the model is {model!r}; only climber runs on the target cuda"
-    if schema.embedded:
-        return "its embedding tables are outside of the model"
     shape = options.get("shape")
     if shape is not None and (reason := why_uneven(shape)):
         return reason

@@ -1,15 +1,17 @@
 """Which requests are taken: a limit on candidates and on predicted work that wait, and on promises that cannot be kept.
 
-In: `Waiting` and what a request would cost. Out: nothing, or Overloaded with the time after which to try again, or
-DeadlineExceeded where that would not help: its time is too short even if nobody else were there.
+In: `Waiting`, of all who wait for the same cores, and what a request would cost. Out: nothing, or Overloaded with the
+time after which to try again, or DeadlineExceeded where that would not help: its time is too short even if nobody else
+were there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankd.errors import DeadlineExceeded, Overloaded
-from rankd.schedule.waiting import Backlog, Waiting
+from rankd.schedule.waiting import Backlog, Waiting, backlog_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Wish:
     deadline: float
 
 
-def check(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish) -> None:
+def check(waitings: Sequence[Waiting], limits: Limits, num_executors: int, wish: Wish) -> None:
     """Do nothing if a request may come in.
 
     Raises:
@@ -49,12 +51,13 @@ def check(waiting: Waiting, limits: Limits, num_executors: int, wish: Wish) -> N
             f"this request takes {wish.alone_ms:.1f} ms even if it is alone, and its time is over in {left_ms:.1f} ms: "
             "allow more time, or ask for fewer candidates"
         )
-    if not waiting.count:
+    count = sum(waiting.count for waiting in waitings)
+    if not count:
         return
     factor = (1 + limits.margin) / num_executors
-    backlog = waiting.backlog(wish.place, factor, wish.now)
-    _check_limits(backlog, waiting.count, limits, num_executors, wish)
-    _check_deadlines(backlog, waiting.count, limits.margin, factor, wish, left_ms)
+    backlog = backlog_of(waitings, wish.place, factor, wish.now)
+    _check_limits(backlog, count, limits, num_executors, wish)
+    _check_deadlines(backlog, count, limits.margin, factor, wish, left_ms)
 
 
 def _check_limits(backlog: Backlog, count: int, limits: Limits, num_executors: int, wish: Wish) -> None:

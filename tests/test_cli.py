@@ -18,6 +18,7 @@ from rankd.engine.backend import EngineConfig
 from rankd.errors import ConfigError, DataError
 from rankd.features.parquet import with_histories, with_items
 from rankd.serve.settings import ServeConfig
+from rankd.train.run import weights_sha256
 from tests.train.small_log import RECIPE, small_frame
 
 
@@ -99,6 +100,7 @@ def test_train_eval_build_and_rank_in_one_go(tmp_path: Path) -> None:
         assert again["table"]["ranker"][metric]["value"] == pytest.approx(interval["value"], abs=2e-3)
     with Ranker.load(models + "/demo", EngineConfig(executors=1)) as ranker:
         assert ranker.manifest.metrics["gauc"] == pytest.approx(evaluated["table"]["ranker"]["gauc"]["value"])
+        assert ranker.manifest.run_sha256 == weights_sha256(tmp_path / "run")
     moved = tmp_path / "moved.parquet"
     small_frame().head(1000).write_parquet(moved)
     refused = rankd("eval", run, "--data", str(moved))

@@ -52,6 +52,8 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """model.toml. `split` says whether the user's state is computed apart from the candidates (encode and score),
     `extends` whether new events can be appended to a state, `compression` how a compressed model was made and passed.
+    `run_sha256` is the checksum of the trained weights of the run that it was built from, by which the gate records of
+    what was compressed from that run name it; "" if it was built from no run.
     """
 
     format: int
@@ -68,6 +70,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engines: dict[str, EngineRecord]
     options: dict[str, Any] = {}
     metrics: dict[str, float] = {}
+    run_sha256: str = ""
     compression: Compression | msgspec.UnsetType = msgspec.UNSET
     files: dict[str, FileRecord] = {}
 
@@ -86,7 +89,7 @@ class Artifact:
             ArtifactError: not there, of another format, truncated, altered, or with files it does not list.
         """
         folder = path if (path / MANIFEST).exists() else latest_version(path)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         for name, record in manifest.files.items():
             _verify(folder / name, name, record)
         return cls(folder, manifest)
@@ -150,7 +153,12 @@ def write_artifact(root: Path, name: str, version: str, fill: Callable[[Path], M
     return place
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """model.toml of a version folder, held against its checksum; other files are not looked at.
+
+    Raises:
+        ArtifactError: not there, of another format, or altered.
+    """
     try:
         raw = (folder / MANIFEST).read_bytes()
         expected = (folder / MANIFEST_SUM).read_text().split()[0]

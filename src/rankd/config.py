@@ -109,6 +109,10 @@ def _check_keys(document: Mapping[str, Any], kind: Any, source: str, path: str) 
             inner = structs[0] if len(structs) == 1 else inner
         if isinstance(inner, msgspec.inspect.StructType) and isinstance(value, Mapping):
             _check_keys(value, inner.cls, source, f"{path}{key}.")
+        elif isinstance(inner, msgspec.inspect.DictType) and isinstance(value, Mapping):
+            for name, one in value.items():
+                if isinstance(inner.value_type, msgspec.inspect.StructType) and isinstance(one, Mapping):
+                    _check_keys(one, inner.value_type.cls, source, f"{path}{key}.{name}.")
         elif isinstance(inner, msgspec.inspect.VarTupleType) and isinstance(value, list):
             item = inner.item_type
             for number, one in enumerate(value):
@@ -123,6 +127,8 @@ def _is_list(kind: Any, dotted: str) -> bool:
     if key not in fields:
         return False
     inner = msgspec.inspect.type_info(fields[key])
+    if isinstance(inner, msgspec.inspect.DictType) and isinstance(inner.value_type, msgspec.inspect.StructType):
+        inner, (_, _, rest) = inner.value_type, rest.partition(".")
     if isinstance(inner, msgspec.inspect.StructType) and rest:
         return _is_list(inner.cls, rest)
     return isinstance(inner, msgspec.inspect.VarTupleType)

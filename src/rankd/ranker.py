@@ -37,6 +37,7 @@ from rankd.observe.state_metrics import StateCounts
 from rankd.observe.table_metrics import TableFigures
 from rankd.observe.tracing import RequestTrace
 from rankd.request_path import RankItem, RequestPath
+from rankd.schedule.core_sharing import Cores
 from rankd.schedule.costs import Warmed
 from rankd.schedule.packing import Packing, measure
 from rankd.schedule.policy import Priority
@@ -68,6 +69,7 @@ class Ranker:
         states: States,
         schedule: ScheduleConfig | None = None,
         tables: TableSource | None = None,
+        cores: Cores | None = None,
     ) -> None:
         self.artifact, self.catalogue, self.features, self.backend = artifact, catalogue, features, backend
         self.manifest, self.schema, self.states = artifact.manifest, artifact.schema, states
@@ -78,7 +80,7 @@ class Ranker:
         self._executors = [backend.executor() for _ in range(backend.num_executors)]
         self._shapes = Shapes(self.manifest, backend.state_type, backend.host_memory)
         self._own_service: FeatureService | None = None
-        self._config = schedule or ScheduleConfig()
+        self._config, self._cores = schedule or ScheduleConfig(), cores
         self._asking = ThreadPoolExecutor(ASKING_THREADS, thread_name_prefix="rankd-asking")
         self._schedule: Scheduler[RankItem, Scores, Executor] | None = None
 
@@ -93,12 +95,14 @@ class Ranker:
         features: FeatureService | None = None,
         schedule: ScheduleConfig | None = None,
         tables: TableConfig | None = None,
+        cores: Cores | None = None,
     ) -> Self:
         """Open, verify, compile and warm a version folder (or a model folder: its latest version).
 
         `histories` and `items` are Parquet files that take the place of the artifact's own (`features.parquet`).
         `features` is the server's; without it there is one in memory, for this ranker alone. `tables` says where
-        embedding tables are that the model has beside its graph: in this process, or on shards.
+        embedding tables are that the model has beside its graph: in this process, or on shards. Versions that are given
+        the same `cores` share them.
 
         Raises:
             ArtifactError: the artifact is missing, damaged, or not built for this engine.
@@ -123,7 +127,8 @@ class Ranker:
             source = open_tables(artifact.path, artifact.schema.embedded_widths, tables or TableConfig())
             if source is not None:
                 on_failure.callback(source.close)
-            ranker = cls(artifact, catalogue, version, backend, open_states(artifact, backend, keep), schedule, source)
+            kept = open_states(artifact, backend, keep)
+            ranker = cls(artifact, catalogue, version, backend, kept, schedule, source, cores)
             ranker._own_service = None if features is not None else service
             ranker.start()
             on_failure.pop_all()
@@ -161,6 +166,7 @@ class Ranker:
             self._config.hang_seconds,
             self.manifest.name,
             on_start=partial(thread_plan.apply, self.backend.plan),
+            cores=self._cores,
         )
         self._schedule.start()
 
@@ -213,14 +219,23 @@ class Ranker:
         deadline = None if request.timeout_ms is None else clock.started + request.timeout_ms / 1e3
         logits: Float32Array = np.empty((len(request.candidates), len(self.schema.tasks)), np.float32)
         item = RankItem(request, clock, logits, deadline, self._ready_by(request, deadline), trace=trace)
-        resident = not self.manifest.split or self.states.has(request.user_id)
-        tokens = None if request.history is None else len(request.history)
-        asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority), tokens)
+        resident = self.has_state(request.user_id)
+        asked = Asked(len(request.candidates), resident, deadline, Priority(request.priority), _tokens(request))
         if features.local and not self.path.asks_early:
             return schedule.submit(item, asked)
         schedule.check_room(asked)  # before anything is asked of the store or of shards
         item.fetch = self._begin(item)
         return schedule.submit(item, asked, partial(self._when_ready, item, item.fetch, resident))
+
+    def has_state(self, user_id: str) -> bool:
+        """Whether a user's request has no whole history to compute: a state of it is in memory, or there is none."""
+        return not self.manifest.split or self.states.has(user_id)
+
+    def work_ms(self, request: RankRequest, resident: bool) -> float:
+        """What a request is predicted to take, in milliseconds of one executor; `resident`: as if there were a state of
+        its user. It has at most as many candidates as the schema allows."""
+        rules = self.schedule.rules
+        return rules.work_ms(len(request.candidates), rules.costs.prepare(resident, _tokens(request)))
 
     def state_counts(self) -> StateCounts:
         """What the user states did and hold."""
@@ -297,3 +312,8 @@ class Ranker:
         """
         appended = self.features.append(user_id, events)
         return appended.stored, appended.unknown
+
+
+def _tokens(request: RankRequest) -> int | None:
+    """The events of a request's history; None if it is in a store."""
+    return None if request.history is None else len(request.history)

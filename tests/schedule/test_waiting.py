@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankd.schedule.waiting import Waiting
+from rankd.schedule.waiting import Waiting, backlog_of
 
 REQUESTS = st.lists(
     st.tuples(
@@ -52,6 +52,16 @@ def test_what_a_newcomer_finds(
     assert backlog.rows == sum(one[4] for one in left)
     assert backlog.ahead_ms == pytest.approx(float(done_ms[ahead - 1]) * factor if ahead else 0.0)
     assert backlog.spare_ms == pytest.approx(min([one for one in spare if one >= 0.0], default=math.inf))
+
+
+@given(st.lists(REQUESTS, max_size=3), st.integers(0, 50), st.floats(0.1, 2.0), st.integers(0, 100))
+def test_what_a_newcomer_finds_in_several_schedules_is_what_it_would_in_one(
+    parts: list[list[tuple[float, float, float, float, int, bool, bool]]], place: int, factor: float, now: int
+) -> None:
+    together = waiting_of([one for part in parts for one in part]).backlog(float(place), factor, float(now))
+    found = backlog_of([waiting_of(part) for part in parts], float(place), factor, float(now))
+    assert found.rows == together.rows
+    assert tuple(found) == pytest.approx(tuple(together))
 
 
 @given(REQUESTS, st.integers(0, 100))

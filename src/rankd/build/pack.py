@@ -63,7 +63,8 @@ class BuildOptions:
 class Contents:
     """What goes into an artifact. `requests` are those on which the engines have to agree with the model.
 
-    `compression` says how `rankd compress` made the model, if it did.
+    `compression` says how `rankd compress` made the model, if it did; `run_sha256` is the checksum of the weights of
+    the run that it comes from, if it comes from one.
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class Contents:
     options: Mapping[str, Any]
     metrics: Mapping[str, float] = field(default_factory=dict)
     compression: Compression | None = None
+    run_sha256: str = ""
 
 
 def build_artifact(
@@ -84,8 +86,10 @@ def build_artifact(
     options: BuildOptions,
     metrics: dict[str, float] | None = None,
     compression: Compression | None = None,
+    run_sha256: str = "",
 ) -> Path:
-    """Write `<root>/<name>/<version>` from a trained model; returns its folder. `compression`: how it was made smaller.
+    """Write `<root>/<name>/<version>` from a trained model; returns its folder. `compression`: how it was made smaller;
+    `run_sha256`: the checksum of the weights of its run (`train.run.weights_sha256`), without which it has no variants.
 
     Raises:
         ConfigError: an unknown target.
@@ -101,6 +105,7 @@ def build_artifact(
         options=recipe.model.options,
         metrics=metrics or {},
         compression=compression,
+        run_sha256=run_sha256,
     )
     return pack(root, contents, options)
 
@@ -182,6 +187,7 @@ def draft(folder: Path, contents: Contents, options: BuildOptions) -> Manifest:
         engines={},
         options=dict(contents.options),
         metrics=dict(contents.metrics),
+        run_sha256=contents.run_sha256,
         compression=_compression(contents, options),
     )
 

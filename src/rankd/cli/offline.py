@@ -149,7 +149,7 @@ def build(
     from rankd.compress.compress_run import read_compression, read_int8
     from rankd.embeddings.table_spec import TableStorage
     from rankd.engine.backend import Precision
-    from rankd.train.run import open_run, read_metrics
+    from rankd.train.run import open_run, read_metrics, weights_sha256
 
     about, dataset, model = open_run(run, data)
     name = name or about.description.name
@@ -158,7 +158,8 @@ def build(
     int8 = read_int8(run, compression)
     served = Precision(precision) if precision else Precision.FP32 if int8 is None else Precision.INT8
     options = BuildOptions(name, version or next_version(out / name), served, targets, tables=storage, int8=int8)
-    place = build_artifact(out, model, dataset, about.recipe, options, read_metrics(run), compression)
+    metrics, trained = read_metrics(run), weights_sha256(run)
+    place = build_artifact(out, model, dataset, about.recipe, options, metrics, compression, trained)
     parities = {target: record.parity for target, record in Artifact.open(place).manifest.engines.items()}
     if as_json:
         click.echo(json.dumps({"artifact": str(place), "precision": served.value, "parity": parities}))

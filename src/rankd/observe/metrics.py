@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 import rankd
+from rankd.observe.elastic_metrics import ElasticCollector
 from rankd.observe.feature_metrics import FeatureCollector
 from rankd.observe.schedule_metrics import ScheduleCollector
 from rankd.observe.state_metrics import StateCollector
@@ -70,6 +71,8 @@ class ServerMetrics:
         self.registry.register(self.tables)
         self.features = FeatureCollector()
         self.registry.register(self.features)
+        self.elastic = ElasticCollector()
+        self.registry.register(self.elastic)
         self._degraded = Counter(
             "rankd_degraded", "Answers that had to do without something.", (*model, "what"), registry=self.registry
         )

@@ -1,15 +1,17 @@
 """Which requests are taken: a limit on candidates and on predicted work that wait, and on promises that cannot be kept.
 
-In: `Waiting` and what a request would cost. Out: nothing, or Overloaded with the time after which to try again, or
-DeadlineExceeded where that would not help: its time is too short even if nobody else were there.
+In: `Waiting`, of all who wait for the same cores, and what a request would cost. Out: nothing, or Overloaded with the
+time after which to try again, or DeadlineExceeded where that would not help: its time is too short even if nobody else
+were there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankd.errors import DeadlineExceeded, Overloaded
-from rankd.schedule.waiting import Backlog, Waiting
+from rankd.schedule.waiting import Backlog, Waiting, backlog_of
 
 LATE_SHARE = 0.005
 MARGIN_STEP, MOST_MARGIN = 0.02, 0.5
@@ -57,7 +59,7 @@ class Wish:
     deadline: float
 
 
-def check(waiting: Waiting, limits: Limits, margin: float, num_executors: int, wish: Wish) -> bool:
+def check(waitings: Sequence[Waiting], limits: Limits, margin: float, num_executors: int, wish: Wish) -> bool:
     """Let a request come in, or refuse it.
 
     Returns:
@@ -74,12 +76,13 @@ def check(waiting: Waiting, limits: Limits, margin: float, num_executors: int, w
             f"this request takes {wish.alone_ms:.1f} ms even if it is alone, and its time is over in {left_ms:.1f} ms: "
             "allow more time, or ask for fewer candidates"
         )
-    if not waiting.count:
+    count = sum(waiting.count for waiting in waitings)
+    if not count:
         return wish.alone_ms > CLOSE * left_ms
     factor = (1 + margin) / num_executors
-    backlog = waiting.backlog(wish.place, factor, wish.now)
-    _check_limits(backlog, waiting.count, limits, num_executors, wish)
-    return _check_deadlines(backlog, waiting.count, margin, factor, wish, left_ms)
+    backlog = backlog_of(waitings, wish.place, factor, wish.now)
+    _check_limits(backlog, count, limits, num_executors, wish)
+    return _check_deadlines(backlog, count, margin, factor, wish, left_ms)
 
 
 def _check_limits(backlog: Backlog, count: int, limits: Limits, num_executors: int, wish: Wish) -> None:

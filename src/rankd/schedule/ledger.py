@@ -14,7 +14,7 @@ is due to be dropped: `leave` says so once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -67,11 +67,12 @@ class Work(Generic[Item]):
 
 
 class Ledger(Generic[Item]):
-    """Not thread-safe."""
+    """Not thread-safe. `waitings` gives all that waits for the same cores, its own among it; None: its own alone."""
 
-    def __init__(self, rules: Rules, limits: Limits) -> None:
+    def __init__(self, rules: Rules, limits: Limits, waitings: Callable[[], Sequence[Waiting]] | None = None) -> None:
         self.rules, self.limits = rules, limits
         self.waiting, self.margin = Waiting(), Margin(limits.margin)
+        self._waitings = waitings or (lambda: (self.waiting,))
         self._jobs: dict[int, Job[Item]] = {}
 
     @property
@@ -93,7 +94,8 @@ class Ledger(Generic[Item]):
         place = policy.place(now, work_ms, asked.priority, latest, rules)
         wish = Wish(now, place, asked.rows, work_ms, alone_ms, deadline)
         try:
-            close = admission.check(self.waiting, self.limits, self.margin.value, rules.num_executors, wish)
+            waitings, margin = self._waitings(), self.margin.value
+            close = admission.check(waitings, self.limits, margin, rules.num_executors, wish)
         except DeadlineExceeded:
             rules.costs.doubt()
             raise

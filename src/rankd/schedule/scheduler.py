@@ -23,6 +23,7 @@ from typing import Generic, TypeVar
 from rankd.errors import EngineFailure, RankdError, Unavailable
 from rankd.observe.schedule_metrics import ScheduleFigures
 from rankd.schedule.admission import Limits
+from rankd.schedule.core_sharing import Cores, Sharer
 from rankd.schedule.endings import Answers, guarded
 from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Rules
@@ -41,7 +42,8 @@ JOIN_SECONDS = 0.2
 
 class Scheduler(Generic[Item, Result, Executor]):
     """Runs requests on executors. `on_start` is called on each executor's thread, with its number, before the first
-    call. `new_executor` makes one in place of one that was lost."""
+    call. `new_executor` makes one in place of one that was lost. `cores` are those that it shares with others; None:
+    with nobody."""
 
     def __init__(
         self,
@@ -54,19 +56,24 @@ class Scheduler(Generic[Item, Result, Executor]):
         name: str = "rankd",
         clock: Callable[[], float] = time.perf_counter,
         on_start: Callable[[int], None] = lambda number: None,
+        cores: Cores | None = None,
     ) -> None:
         self.rules, self._served, self._clock, self._name = rules, served, clock, name
         self._new_executor, self._on_start, self._hang_seconds = new_executor, on_start, hang_seconds
-        self._ledger: Ledger[Item] = Ledger(rules, limits)
+        self._cores = cores or Cores()
+        self._ledger: Ledger[Item] = Ledger(rules, limits, self._cores.waitings)
         self._seats = [Seat[Item, Executor](number, executor) for number, executor in enumerate(executors)]
-        self._idle, self._closed = 0, True
-        self._lock = threading.Lock()  # guards everything above
+        self._closed = True
+        self._lock = self._cores.lock  # guards everything above
         self._changed, self._all_ended = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._sharer = Sharer(self._ledger.waiting, len(self._seats), self._changed)
         self._answers: Answers[Item, Result] = Answers(self._lock, self._ledger, served, self._some_ended, clock)
         self._watch = Watch(self._lock, self._look, self._due, f"{name}-watch")
 
     def start(self) -> None:
         """Start the threads; from here on requests are accepted."""
+        with self._lock:
+            self._cores.join(self._sharer)
         self._closed = False
         for seat in self._seats:
             self._start(seat)
@@ -82,6 +89,8 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._changed.notify_all()
         while left := [seat.thread for seat in self._seats if not seat.lost and seat.thread and seat.thread.is_alive()]:
             left[0].join(JOIN_SECONDS)  # not for ever: it may be found to hang
+        with self._lock:
+            self._cores.leave(self._sharer)
         self._watch.stop()
 
     @property
@@ -193,11 +202,11 @@ class Scheduler(Generic[Item, Result, Executor]):
         """What this executor does now; None when the schedule is closed and all is done, or the seat is given up."""
         while True:
             with self._lock:
-                self._idle += 1
+                self._sharer.idle += 1
                 try:
                     late, ended = self._wait_for_work(seat)
                 finally:
-                    self._idle -= 1
+                    self._sharer.idle -= 1
             self._answers.end_late(late)
             if ended or seat.work is not None:
                 return seat.work
@@ -208,12 +217,14 @@ class Scheduler(Generic[Item, Result, Executor]):
         while not seat.lost:
             started = self._clock()
             late = self._ledger.late(started)
-            work = self._ledger.next(self._idle, started)
+            idle = self._cores.idle_for(self._sharer)
+            work = self._ledger.next(idle, started) if idle else None
             self._answers.counts.decisions += 1
             self._answers.counts.decision_seconds += self._clock() - started
             if work is not None:
                 seat.work, seat.since = work, started
-                if self._idle > 1:
+                self._cores.take(seat, self._sharer)
+                if self._sharer.idle > 1:
                     self._changed.notify()  # there may be something for another one too
             if late or work is not None:
                 return late, False
@@ -295,6 +306,7 @@ class Scheduler(Generic[Item, Result, Executor]):
     def _leave(self, work: Work[Item], seat: Seat[Item, Executor]) -> None:
         with self._lock:
             seat.work, seat.since = None, NEVER
+            self._cores.give_back(seat)
             free = self._ledger.leave(work.jobs)
         self._answers.drop(free)
 
@@ -304,6 +316,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             if seat.given_up():
                 return False
             seat.lost = True
+            self._cores.give_back(seat)
         log.error("executor %d of '%s' failed and is replaced", seat.number, self._name, exc_info=error)
         self._lose(work, error)
         guarded(partial(self._served.let_go, seat.executor))
@@ -327,6 +340,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             hung = [(one, one.work) for one in self._seats if one.work and one.hangs(now, self._hang_seconds)]
             for seat, _ in hung:
                 seat.lost = True
+                self._cores.give_back(seat)
         self._answers.end_late(late)
         for seat, work in hung:
             self._give_up(seat, work)

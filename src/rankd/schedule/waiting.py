@@ -8,6 +8,7 @@ schedule's clock, work is in milliseconds. Not thread-safe: the scheduler's lock
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -148,6 +149,24 @@ class Waiting:
             setattr(self, name, _longer(getattr(self, name), NEVER))
         for name in ("left_ms", "rows", "tail", "prepared", "resident", "_order", "_found"):
             setattr(self, name, _longer(getattr(self, name), 0))
+
+
+def backlog_of(waitings: Sequence[Waiting], place: float, factor: float, now: float) -> Backlog:
+    """What a request finds that waits for the same cores as several schedules' requests: as `Waiting.backlog`, with all
+    of them in one order."""
+    some = [waiting for waiting in waitings if waiting.count]
+    if len(some) == 1:
+        return some[0].backlog(place, factor, now)
+    places = np.concatenate([np.zeros(0), *(waiting.places for waiting in some)])
+    order = places.argsort(kind="stable")
+    left_ms, rows, deadline = (
+        np.concatenate([np.zeros(0, kind), *(getattr(waiting, name)[waiting.order] for waiting in some)])
+        for name, kind in (("left_ms", np.float64), ("rows", np.int64), ("deadline", np.float64))
+    )
+    work_ms, count, ahead_ms, spare_ms = waiting_kernels.backlog(
+        order, places[order], left_ms, rows, deadline, place, factor, now
+    )
+    return Backlog(work_ms, int(count), ahead_ms, spare_ms)
 
 
 def _longer(column: Array, value: float) -> Array:

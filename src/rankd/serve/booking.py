@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from rankd.errors import Overloaded, RankdError, Unavailable
 from rankd.observe.tracing import RequestTrace
 from rankd.ranker import Ranker
+from rankd.serve.elastic_model import ElasticModel
 from rankd.serve.repository import ModelRepository
 from rankd.types import RankRequest, Scores
 
@@ -37,20 +38,34 @@ class Booking:
 
     def __init__(self, repository: ModelRepository, trace: RequestTrace | None) -> None:
         self._repository, self._trace = repository, trace
+        self._elastic: ElasticModel | None = None
         self.ranker: Ranker | None = None
 
     def submit(self, request: RankRequest) -> Future[Scores]:
-        """Give it to the ranker that it names; raises as `ModelRepository.get` and `Ranker.submit`."""
+        """Give it to the ranker that it names, or where it names no version of an elastic model to the one that is to
+        answer now; raises as `ModelRepository.get` and `Ranker.submit`."""
         ranker = self.ranker = self._repository.get(request.model, request.version)
+        elastic = self._elastic = None if request.version else self._repository.elastic.of(ranker)
         try:
+            if elastic is not None:
+                ranker = self.ranker = elastic.choose(request, ranker)
             return ranker.submit(request, self._trace)
         except Overloaded:
-            raise
+            lighter = None if elastic is None else elastic.refused(request, ranker)
+            if lighter is None:
+                raise
+            self.ranker = lighter
+            return lighter.submit(request, self._trace)
         except Unavailable:  # it may have been unloaded since `get`, and another version be ready
             self.ranker = self._repository.get(request.model, request.version)
             if self.ranker is ranker:
                 raise
             return self.ranker.submit(request, self._trace)
+
+    def answered(self) -> None:
+        """The scores are there."""
+        if self._elastic is not None and self.ranker is not None:
+            self._elastic.answered(self.ranker)
 
 
 @contextmanager
@@ -64,3 +79,4 @@ def booked(repository: ModelRepository, trace: RequestTrace | None = None) -> It
         if trace is not None and not (isinstance(error, RankdError) and error.http_status < FAILURES):
             trace.error = _outcome(error)
         raise
+    booking.answered()

@@ -38,6 +38,7 @@ def routes(repository: ModelRepository) -> list[Route]:
         tables = {key: ranker.table_figures() for key, ranker in rankers.items()}
         repository.metrics.tables.show({key: figures for key, figures in tables.items() if figures is not None})
         repository.metrics.features.show(repository.feature_figures())
+        repository.metrics.elastic.show(repository.elastic.figures())
         return Response(repository.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from rankd.artifact import list_versions
+from rankd.artifact import list_versions, read_manifest
 from rankd.errors import ArtifactError, ConfigError, InvalidRequest, NotFound, Unavailable, nearest
 from rankd.features.reading.shared_features import FeatureService
 from rankd.features.requests import raw_events
@@ -24,6 +24,7 @@ from rankd.observe.feature_metrics import FeatureFigures
 from rankd.observe.metrics import ServerMetrics
 from rankd.observe.tracing import open_traces
 from rankd.ranker import Ranker
+from rankd.serve.elastic_models import ElasticModels
 from rankd.serve.memory import keep_loaded, let_go
 from rankd.serve.settings import ServeConfig
 from rankd.types import Event
@@ -63,12 +64,22 @@ class ModelStatus:
 
 
 class ModelRepository:
-    """Models by name and version. `start()` loads the newest version of each; `close()` drains and unloads all."""
+    """Models by name and version. `start()` loads the newest version of each; `close()` drains and unloads all.
+
+    Of an elastic model the newest version is the newest that is no variant: that is the full one, and the variants are
+    loaded with it.
+    """
 
     def __init__(self, root: Path, config: ServeConfig, features: FeatureService | None = None) -> None:
+        """Check the configuration.
+
+        Raises:
+            ConfigError: elastic models that cannot be as they are configured.
+        """
         self.root, self.config, self.metrics = root, config, ServerMetrics()
         self.traces = open_traces(config.tracing, SERVICE)
         self._rankers: dict[str, dict[str, Ranker]] = {}
+        self.elastic = ElasticModels(config)
         self._status: dict[tuple[str, str], ModelStatus] = {}
         self._features = features
         self._changes = threading.RLock()  # one load or unload at a time
@@ -83,7 +94,8 @@ class ModelRepository:
         """Load the newest version of every configured model.
 
         Raises:
-            NotFound: no model there. ArtifactError: one of them is damaged.
+            NotFound: no model there. ArtifactError: one of them is damaged. ConfigError: elastic models or variants
+            that are not there.
         """
         names = self.config.models or self._model_names()
         if not names:
@@ -92,6 +104,7 @@ class ModelRepository:
             raise ConfigError(
                 f"histories and items are of one model, {', '.join(names)} are to be loaded; name one in models"
             )
+        self.elastic.check(names, self._known_versions)
         for name in names:
             if self._closing:
                 return
@@ -139,7 +152,8 @@ class ModelRepository:
             self.traces.close()
 
     def get(self, name: str = "", version: str = "") -> Ranker:
-        """The ranker of a model; without a name the only one there is, without a version the newest that is ready.
+        """The ranker of a model; without a name the only one there is, without a version the newest that is ready and
+        no variant.
 
         Raises:
             NotFound: no such model or version. InvalidRequest: no name and several models. Unavailable: not loaded.
@@ -155,10 +169,9 @@ class ModelRepository:
             name = next(iter(rankers))
         versions = rankers.get(name)
         if versions:
-            if not version:
-                return versions[next(reversed(versions))]
-            if version in versions:
-                return versions[version]
+            wanted = version or next(reversed(versions))
+            if wanted in versions and (version or wanted not in self.elastic.variants_of(name)):
+                return versions[wanted]
         known = self._known_versions(name)
         if not version:
             raise _none_ready(name)
@@ -169,28 +182,16 @@ class ModelRepository:
         raise Unavailable(f"version '{version}' of model '{name}' is not loaded; load it or ask for another")
 
     def load(self, name: str, version: str = "") -> Ranker:
-        """Load a version (the newest on disk if none is named), warm it, and let it take requests.
+        """Load a version (the newest on disk if none is named), warm it, and let it take requests; then what variants
+        there are of it. One that fails is left out, and says why in the log, the index and the metrics.
 
         Raises:
             NotFound: no such model or version. ArtifactError: it is damaged, or its folder has another name than it has
             itself; others are not touched.
         """
         with self._changes:
-            version = self._version_on_disk(name, version)
-            loaded = self._rankers.get(name, {}).get(version)
-            if loaded is not None:
-                return loaded
-            self._set(name, version, ModelState.LOADING)
-            try:
-                ranker = self._open(name, version)
-                self._publish(name, version, ranker)
-            except BaseException as error:
-                self._set(name, version, ModelState.UNAVAILABLE, str(error) or type(error).__name__)
-                raise
-            self._set(name, version, ModelState.READY)
-            keep_loaded()
-            backend = ranker.backend
-            log.info("model %s version %s is ready on %s in %s", name, version, backend.target, backend.precision.value)
+            ranker = self._load(name, self._version_on_disk(name, version))
+            self._load_variants(name)
             return ranker
 
     def unload(self, name: str, version: str = "") -> None:
@@ -210,6 +211,7 @@ class ModelRepository:
             for one in leaving:
                 self._set(name, one, ModelState.UNLOADING)
             self._rankers = {**others, name: staying} if staying else others
+            self._use_variants(name)
             del versions  # nothing here may hold them when they are let go
             while leaving:
                 one, ranker = leaving.popitem()
@@ -250,18 +252,63 @@ class ModelRepository:
         self.metrics.appended(name, len(events))
         return EventsStored({**stored, newest: appended.stored}, appended.unknown, appended.confirmed)
 
+    def _load(self, name: str, version: str) -> Ranker:
+        """A version that is on disk, ready; raises as `load`."""
+        loaded = self._rankers.get(name, {}).get(version)
+        if loaded is not None:
+            return loaded
+        self._set(name, version, ModelState.LOADING)
+        try:
+            ranker = self._open(name, version)
+            self._publish(name, version, ranker)
+        except BaseException as error:
+            self._set(name, version, ModelState.UNAVAILABLE, str(error) or type(error).__name__)
+            raise
+        self._set(name, version, ModelState.READY)
+        keep_loaded()
+        backend = ranker.backend
+        log.info("model %s version %s is ready on %s in %s", name, version, backend.target, backend.precision.value)
+        return ranker
+
+    def _load_variants(self, name: str) -> None:
+        """Load the variants that the full version may have, and let them answer for it."""
+        full = self.elastic.full_of(name, self._rankers[name])
+        missing = [version for version in self.elastic.variants_of(name) if version not in self._rankers[name]]
+        if full is not None:
+            for version in missing:
+                if trouble := self._trouble_with(full, version):
+                    self._set(name, version, ModelState.UNAVAILABLE, trouble)
+        self._use_variants(name)
+
+    def _trouble_with(self, full: Ranker, version: str) -> str:
+        """Load a variant; why it cannot be used, or ""."""
+        name = full.manifest.name
+        try:
+            trouble = self.elastic.why_not(full, read_manifest(self.root / name / version))
+            if not trouble:
+                self._load(name, version)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a variant, the full version serves
+            return str(error) or type(error).__name__
+        return trouble
+
+    def _use_variants(self, name: str) -> None:
+        reasons = {status.version: status.reason for status in self._status.values() if status.name == name}
+        self.elastic.use(name, self._rankers.get(name, {}), reasons)
+
     def _open(self, name: str, version: str) -> Ranker:
         """A warm ranker of a folder, which nobody else knows yet."""
         folder, config = self.root / name / version, self.config
+        engine, cores = self.elastic.engine_of(name, config.engine)
         ranker = Ranker.load(
             folder,
-            config.engine,
+            engine,
             config.histories,
             config.items,
             config.states,
             self.features,
             config.schedule,
             config.tables,
+            cores,
         )
         own = (ranker.manifest.name, ranker.manifest.version)
         if own != (name, version):
@@ -285,6 +332,11 @@ class ModelRepository:
             raise NotFound(
                 f"model '{name}' has no version '{version}'; it has {', '.join(known)}.{nearest(version, known)}"
             )
+        if not version and known[-1] in self.elastic.variants_of(name):
+            raise NotFound(
+                f"model '{name}' has no full version, only the variants {', '.join(known)}; build what they were made "
+                f"from, or leave them out of elastic.{name}"
+            )
         return version or known[-1]
 
     def _known_versions(self, name: str) -> list[str]:
@@ -300,7 +352,9 @@ class ModelRepository:
         return sorted(p.name for p in self.root.iterdir() if not p.name.startswith(".") and self._on_disk(p.name))
 
     def _on_disk(self, name: str) -> list[str]:
-        return list_versions(self.root / name)
+        """Variants, then full versions, the newest last."""
+        variants = self.elastic.variants_of(name)
+        return sorted(list_versions(self.root / name), key=lambda version: version not in variants)
 
     def _set(self, name: str, version: str, state: ModelState, reason: str = "") -> None:
         self._status = {**self._status, (name, version): ModelStatus(name, version, state, reason)}

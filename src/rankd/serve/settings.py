@@ -12,6 +12,7 @@ from rankd.engine.backend import EngineConfig
 from rankd.features.feature_config import FeatureConfig
 from rankd.features.stores.store_config import redacted
 from rankd.observe.tracing import TracingConfig
+from rankd.schedule.elastic_config import ElasticConfig
 from rankd.schedule.schedule_config import ScheduleConfig
 from rankd.shards.table_config import TableConfig
 from rankd.states.state_config import StateConfig
@@ -22,7 +23,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Port 0 takes a free one; `grpc_port` -1 is the one above `port`, or a free one
     where that is 0. `models` empty loads all of the folder. On SIGTERM accepted requests have `drain_seconds`.
-    `histories` and `items` are Parquet files that take the place of an artifact's own.
+    `histories` and `items` are Parquet files that take the place of an artifact's own. `elastic` has, by the name of a
+    model, the lighter variants that may answer for it.
     """
 
     host: str = "127.0.0.1"
@@ -40,6 +42,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: ScheduleConfig = ScheduleConfig()
     tables: TableConfig = TableConfig()
     tracing: TracingConfig = TracingConfig()
+    elastic: dict[str, ElasticConfig] = {}
 
 
 def durable(config: ServeConfig, models: Path) -> ServeConfig:

@@ -203,6 +203,11 @@ def share_unseen_items(model: nn.Module, dataset: Dataset) -> None:
         tokens.share_unseen(seen_rows(dataset))
 
 
+def weights_sha256(folder: Path) -> str:
+    """The checksum of a run's best weights, which stands for the run."""
+    return file_sha256(folder / "best.safetensors")
+
+
 def file_sha256(path: Path) -> str:
     try:
         with path.open("rb") as file:

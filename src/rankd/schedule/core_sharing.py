@@ -1,0 +1,99 @@
+"""Schedules that share cores: each has executors of its own for all of them, but together they run no more calls than
+there are cores, and the next core goes to the schedule whose first request stands first.
+
+In and out: `scheduler.py`. Places are moments of one clock (`policy.place`), so requests of several schedules have one
+order. A schedule by itself has cores of its own, as many as it has executors, and waits for nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from rankd.schedule.waiting import NEVER, Waiting
+
+
+@dataclass(slots=True, eq=False)
+class Sharer:
+    """One schedule: its requests, how many executors it has and how many of them are idle, and whom to tell when one of
+    them may have something to do."""
+
+    waiting: Waiting
+    num_executors: int
+    changed: threading.Condition
+    idle: int = 0
+
+    def first(self, beside: int = 0) -> float:
+        """The place of its first request that can run, if somebody is there to run it, `beside` so many that are idle
+        no longer; else NEVER."""
+        if self.idle <= beside or not self.waiting.runnable:
+            return NEVER
+        return float(self.waiting.turn[: self.waiting.size].min())
+
+
+class Cores:
+    """Cores for one schedule or several: as many as the largest of them has executors. `lock` guards all of this and
+    all of the schedules."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._sharers: tuple[Sharer, ...] = ()  # replaced as a whole, so that `count` needs no lock
+        self._taken = set[object]()
+
+    @property
+    def count(self) -> int:
+        """How many calls run at once; with the lock or without."""
+        return max((one.num_executors for one in self._sharers), default=1)
+
+    def join(self, sharer: Sharer) -> None:
+        """Under the lock: one more schedule."""
+        self._sharers = (*self._sharers, sharer)
+
+    def leave(self, sharer: Sharer) -> None:
+        """Under the lock: a schedule is closed."""
+        self._sharers = tuple(one for one in self._sharers if one is not sharer)
+        self._tell()
+
+    def waitings(self) -> list[Waiting]:
+        """Under the lock: the requests of all schedules, each by itself."""
+        return [one.waiting for one in self._sharers]
+
+    def waiting_ms(self) -> float:
+        """Predicted work of all schedules that is not done, in milliseconds for each core."""
+        with self.lock:
+            return sum(one.waiting.total_ms() for one in self._sharers) / self.count
+
+    def idle_for(self, sharer: Sharer) -> int:
+        """Under the lock: how many executors a schedule may reckon with for its next call; 0 if it has to wait, since
+        no core is free, or it is another one's turn, which is told so. While others have something to run it is 1: then
+        nothing is spread."""
+        free = self.count - len(self._taken)
+        if free <= 0:
+            return 0
+        others = [one for one in self._sharers if one is not sharer and one.first() < NEVER]
+        if not others:
+            return min(sharer.idle, free)
+        first = min(others, key=Sharer.first)
+        if first.first() < sharer.first():
+            first.changed.notify()
+            return 0
+        return 1
+
+    def take(self, seat: object, sharer: Sharer) -> None:
+        """Under the lock: a seat of a schedule, which counts as idle until now, has a call to run and a core for it."""
+        self._taken.add(seat)
+        self._tell(sharer)
+
+    def give_back(self, seat: object) -> None:
+        """Under the lock: its call is over, or it was given up; if it has a core, others may have it."""
+        if seat in self._taken:
+            self._taken.remove(seat)
+            self._tell()
+
+    def _tell(self, taking: Sharer | None = None) -> None:
+        """Tell whose turn it is, if a core is free; a schedule by itself knows without that. One that has just taken a
+        core has one idle executor less than it says."""
+        if len(self._sharers) > 1 and len(self._taken) < self.count:
+            places = [one.first(int(one is taking)) for one in self._sharers]
+            if min(places) < NEVER:
+                self._sharers[places.index(min(places))].changed.notify()

@@ -133,10 +133,10 @@ def test_a_history_gets_all_threads_while_all_executors_are_idle() -> None:
     block = Item(200, 5, on_score=lambda: _wait(gate, begun))
     with started(encode_wide=True) as (schedule, _):
         before = schedule.rules.costs.prepare(resident=False)
-        eventually(lambda: schedule._idle == 2, "both are idle")
+        eventually(lambda: schedule._sharer.idle == 2, "both are idle")
         assert right(alone, schedule.submit(alone, asked(alone)))
         assert schedule.rules.costs.prepare(resident=False) == before  # predictions are of one thread
-        eventually(lambda: schedule._idle == 2, "both are idle")
+        eventually(lambda: schedule._sharer.idle == 2, "both are idle")
         blocked = schedule.submit(block, asked(block, resident=True))
         assert begun.wait(PATIENCE)
         assert right(beside, schedule.submit(beside, asked(beside)))

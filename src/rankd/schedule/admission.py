@@ -14,7 +14,7 @@ from rankd.errors import DeadlineExceeded, Overloaded
 from rankd.schedule.waiting import Backlog, Waiting, backlog_of
 
 LATE_SHARE = 0.005
-MARGIN_STEP, MOST_MARGIN = 0.02, 0.5
+MARGIN_STEP, MOST_MARGIN = 0.04, 0.5
 CLOSE = 0.6
 """A request that is predicted to need more of its time than this tells whether the margin is right."""
 
@@ -26,7 +26,7 @@ class Limits:
 
     candidates: int
     work_ms: float
-    margin: float = 0.25
+    margin: float = 0.1
 
 
 @dataclass(slots=True)

@@ -114,7 +114,7 @@ class RequestPath:
         most = {bucket: self.packing.most(bucket) for bucket in self.schema.candidate_buckets}
         self._staging[executor] = InputBuffers(self.schema, most, self._memory)
 
-    def prepare(self, item: RankItem, executor: Executor, alone: bool, wide: bool = False) -> When | None:
+    def prepare(self, item: RankItem, executor: Executor, alone: bool, wide: bool) -> When | None:
         """Find a request's history, state, rows and user features; a When if one of them is not there yet.
 
         Raises:

@@ -138,11 +138,11 @@ class Crowd:
         path = self.rankers[hold].path
         prepare, holder = path.prepare, f"holds the core at {Crowd.leapt}"  # one whose state nobody has
 
-        def holding(item: Any, executor: Any, alone: bool) -> Any:
+        def holding(item: Any, executor: Any, alone: bool, wide: bool) -> Any:
             if item.request.user_id == holder:
                 begun.set()
                 self._gate.wait(PATIENCE_S)
-            return prepare(item, executor, alone)
+            return prepare(item, executor, alone, wide)
 
         monkeypatch.setattr(path, "prepare", holding)
         self.first = self.send(self.v1(holder, version=hold))

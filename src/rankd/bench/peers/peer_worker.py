@@ -76,7 +76,7 @@ class PeerWorker:
         bucket = next(bucket for bucket in self._buckets if bucket >= longest)
         try:
             for item in items:
-                self._path.prepare(item, self._executor, alone=False)
+                self._path.prepare(item, self._executor, alone=False, wide=False)
             for place, part in enumerate(parts):
                 self._path.assemble(part, bucket, place, self._executor)
             for part, logits in zip(parts, self._path.score(parts, bucket, self._executor), strict=True):

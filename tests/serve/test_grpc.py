@@ -64,11 +64,11 @@ def slow(server: Server, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Eve
     path = server.repository.get().path
     prepare = path.prepare
 
-    def waiting(item: Any, executor: Any, alone: bool) -> Any:
+    def waiting(item: Any, executor: Any, alone: bool, wide: bool) -> Any:
         if item.request.user_id == "slow":
             begun.set()
             gate.wait(20)
-        return prepare(item, executor, alone)
+        return prepare(item, executor, alone, wide)
 
     monkeypatch.setattr(path, "prepare", waiting)
     return begun, gate

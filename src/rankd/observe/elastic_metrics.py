@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
+
+from rankd.observe.shown import ShownFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +24,8 @@ class ElasticFigures:
     switches: Mapping[str, int]
 
 
-class ElasticCollector(Collector):
+class ElasticCollector(ShownFigures[str, ElasticFigures]):
     """Metrics of all elastic models, as they were last shown."""
-
-    def __init__(self) -> None:
-        self._shown: Mapping[str, ElasticFigures] = {}
-
-    def show(self, figures: Mapping[str, ElasticFigures]) -> None:
-        """The figures of the models by name."""
-        self._shown = figures
 
     def collect(self) -> Iterator[Metric]:
         """All figures of all models."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
+from rankd.observe.shown import ShownFigures
 from rankd.types import RowCounts
 
 
@@ -63,15 +63,8 @@ class FeatureFigures:
     histories: HistoryFigures
 
 
-class FeatureCollector(Collector):
+class FeatureCollector(ShownFigures[str, FeatureFigures]):
     """Metrics of all namespaces, as they were last shown."""
-
-    def __init__(self) -> None:
-        self._shown: Mapping[str, FeatureFigures] = {}
-
-    def show(self, figures: Mapping[str, FeatureFigures]) -> None:
-        """The figures by namespace."""
-        self._shown = figures
 
     def collect(self) -> Iterator[Metric]:
         """All figures of all namespaces."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
-Key = tuple[str, str]
+from rankd.observe.shown import Key, ShownFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +79,8 @@ GAUGES: tuple[tuple[str, str, Callable[[ScheduleFigures], float]], ...] = (
 OUTCOMES = ("refused", "finished", "failed", "late", "cancelled")
 
 
-class ScheduleCollector(Collector):
+class ScheduleCollector(ShownFigures[Key, ScheduleFigures]):
     """Metrics of all model versions, as they were last shown."""
-
-    def __init__(self) -> None:
-        self._shown: Mapping[Key, ScheduleFigures] = {}
-
-    def show(self, figures: Mapping[Key, ScheduleFigures]) -> None:
-        """The figures of the versions that are ready now."""
-        self._shown = figures
 
     def collect(self) -> Iterator[Metric]:
         """All figures of all versions."""

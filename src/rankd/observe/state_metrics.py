@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-Key = tuple[str, str]
+from rankd.observe.shown import Key, ShownFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +46,8 @@ class StateCounts:
         return 1.0 - self.origins.get("encoded", 0) / total if total else 0.0
 
 
-class StateCollector(Collector):
+class StateCollector(ShownFigures[Key, StateCounts]):
     """Metrics of all model versions, as they were last shown."""
-
-    def __init__(self) -> None:
-        self._shown: Mapping[Key, StateCounts] = {}
-
-    def show(self, figures: Mapping[Key, StateCounts]) -> None:
-        """The figures of the versions that are ready now."""
-        self._shown = figures
 
     def collect(self) -> Iterator[Metric]:
         """All figures of all versions."""

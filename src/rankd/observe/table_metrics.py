@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
-from rankd.observe.schedule_metrics import Key
+from rankd.observe.shown import Key, ShownFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +27,8 @@ class TableFigures:
     kept_bytes: int = 0
 
 
-class TableCollector(Collector):
+class TableCollector(ShownFigures[Key, TableFigures]):
     """Metrics of all model versions that have tables beside their graphs, as they were last shown."""
-
-    def __init__(self) -> None:
-        self._shown: Mapping[Key, TableFigures] = {}
-
-    def show(self, figures: Mapping[Key, TableFigures]) -> None:
-        """The figures of the versions that are ready now."""
-        self._shown = figures
 
     def collect(self) -> Iterator[Metric]:
         """All figures of all versions."""

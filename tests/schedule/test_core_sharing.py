@@ -21,7 +21,7 @@ from rankd.schedule.waiting import Waiting
 from rankd.types import Float32Array
 from tests.features.stores.redis_server import eventually
 from tests.schedule.made_up import ROOMY, rules_of
-from tests.schedule.test_scheduler import PATIENCE, Item, Work, asked, right
+from tests.schedule.test_scheduler import PATIENCE, Item, Work, asked, failing_once, right
 
 Schedule = Scheduler[Item, list[float], int]
 
@@ -156,12 +156,7 @@ def test_what_waits_in_the_other_schedule_counts_at_admission() -> None:
 
 
 def test_a_lost_executor_gives_its_core_back() -> None:
-    failures = iter([ZeroDivisionError("in the engine")])
-
-    def fail_once() -> None:
-        for failure in failures:
-            raise failure
-
+    fail_once = failing_once(ZeroDivisionError("in the engine"))
     with sharing(2, 1) as (schedules, works, _):
         bad, good = Item(0, 20, on_score=fail_once), Item(100, 20)
         futures = [schedules[0].submit(bad, asked(bad)), schedules[1].submit(good, asked(good))]

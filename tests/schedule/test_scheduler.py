@@ -110,6 +110,17 @@ def asked(item: Item, **more: object) -> Asked:
     return Asked(item.rows, **more)  # type: ignore[arg-type]
 
 
+def failing_once(error: Exception) -> Hook:
+    """A hook that raises, and never again."""
+    errors = iter([error])
+
+    def fail_once() -> None:
+        for one in errors:
+            raise one
+
+    return fail_once
+
+
 def right(item: Item, future: Future[list[float]]) -> bool:
     return future.result(PATIENCE) == [float(item.start + row) for row in range(item.rows)]
 
@@ -161,12 +172,7 @@ def test_an_error_of_a_request_is_its_own() -> None:
 
 
 def test_an_executor_that_fails_is_replaced_and_its_work_run_again() -> None:
-    failures = iter([ZeroDivisionError("in the engine")])
-
-    def fail_once() -> None:
-        for failure in failures:
-            raise failure
-
+    fail_once = failing_once(ZeroDivisionError("in the engine"))
     item = Item(7, 100, on_score=fail_once)
     with started(executors=1) as (schedule, work):
         assert right(item, schedule.submit(item, asked(item)))
@@ -464,11 +470,7 @@ def test_deadlines_are_told_while_an_executor_is_replaced() -> None:
 
 
 def test_one_failure_is_one_however_long_the_replacement_takes() -> None:
-    failures = iter([EngineFailure("once")])
-
-    def fail_once() -> None:
-        for failure in failures:
-            raise failure
+    fail_once = failing_once(EngineFailure("once"))
 
     def make() -> int:
         time.sleep(0.5)  # longer than a hang

@@ -76,6 +76,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     static_shapes: bool = False
     fall_back: str = ""
 
+    def wide_threads(self, num_executors: int) -> int:
+        """How many threads a history may be encoded on while nothing else is computed."""
+        return self.encode_threads or num_executors * self.threads
+
 
 def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:
     """How many executors there are on this machine and where their threads run, which is logged.

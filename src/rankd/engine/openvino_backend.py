@@ -96,7 +96,7 @@ class OpenVinoBackend(InThisProcess):
 
         if copies <= left:
             left -= copies
-            threads = config.encode_threads or plan.num_executors * config.threads
+            threads = config.wide_threads(plan.num_executors)
             size = sizes.get("encode", left)
             if threads > config.threads and len(set(plan.cpus)) == 1 and size < left:
                 shapes = 1 + len(manifest.schema.history_buckets)

@@ -32,7 +32,7 @@ class ProcessBackend:
         self._closed = False
         self._memory = SharedFile()
         self.host_memory: Allocate | None = self._memory.allocate
-        wide = config.encode_threads or self.num_executors * config.threads
+        wide = config.wide_threads(self.num_executors)
         own = msgspec.structs.replace(
             config, isolation=Isolation.THREADS, executors=1, pinning=Pinning.OFF, encode_threads=wide
         )

@@ -26,6 +26,8 @@ from rankd.engine.backend import Isolation
 from rankd.types import Float32Array, RankRequest
 
 RANKD, DEADLINES, QUEUE, PADDED = "rankd", "rankd, deadlines", "one queue", "one queue, padded"
+OURS = (RANKD, DEADLINES, QUEUE, PADDED)
+Launch = Callable[[int], ServerProcess]
 STATIC_SHAPES = {"RANKD_ENGINE__STATIC_SHAPES": "true"}
 """Of everybody, peers too: what calls of changing shapes take is no difference between schedules."""
 IN_ORDER = {"RANKD_SCHEDULE__STRETCH": "0", "RANKD_SCHEDULE__QUANTUM_MS": "1e9", "RANKD_SCHEDULE__SPREAD": "false"}
@@ -40,7 +42,7 @@ class Contestant:
     with the highest capacity is measured; `launch` makes a server of one."""
 
     name: str
-    launch: Callable[[int], ServerProcess]
+    launch: Launch
     encode: Callable[[RankRequest], bytes]
     decode: Callable[[Answer, RankRequest], Float32Array]
     variants: tuple[str, ...] = ("",)

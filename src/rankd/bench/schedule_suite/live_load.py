@@ -98,8 +98,9 @@ class LoadedServer:
         arrivals = self._arrivals.times(rate, seconds, self._seed)
         self._place += STEP
         some = [(self._place + number) % len(self._requests) for number in range(len(arrivals))]
-        encoded = self._timed(promise.bound_ms) if self.contestant.says_deadlines else self._encoded
-        result = generate(self._plan([encoded[one] for one in some], arrivals))
+        timed = self.contestant.says_deadlines
+        encoded = self._timed(some, promise.bound_ms) if timed else [self._encoded[one] for one in some]
+        result = generate(self._plan(encoded, arrivals))
         sizes = [len(self._requests[some[index]].candidates) for index in result.index]
         taken = _latencies(result)
         short = [ms for ms, rows in zip(taken, sizes, strict=True) if rows <= SHORT_ROWS]
@@ -117,8 +118,7 @@ class LoadedServer:
     def overload(self, rate: float, seconds: float, bound_ms: float) -> tuple[Row, list[bytes], list[float]]:
         """What becomes of requests with a deadline, more than can be answered; and what was sent when."""
         arrivals = self._arrivals.times(rate, seconds, self._seed)
-        timed = self._timed(bound_ms)
-        encoded = [timed[number % len(timed)] for number in range(len(arrivals))]
+        encoded = self._timed([number % len(self._requests) for number in range(len(arrivals))], bound_ms)
         before = memory_of_all(self.server.pid)
         result = generate(self._plan(encoded, arrivals))
         taken = zip(result.statuses, _latencies(result), strict=True)
@@ -144,8 +144,9 @@ class LoadedServer:
         }
         return row, encoded, arrivals
 
-    def _timed(self, bound_ms: float) -> list[bytes]:
-        return [self.contestant.encode(replace(request, timeout_ms=bound_ms)) for request in self._requests]
+    def _timed(self, numbers: Sequence[int], bound_ms: float) -> list[bytes]:
+        """Those requests, with a deadline."""
+        return [self.contestant.encode(replace(self._requests[one], timeout_ms=bound_ms)) for one in numbers]
 
     def _plan(self, requests: list[bytes], arrivals: list[float], connections: int = CONNECTIONS) -> LoadPlan:
         return LoadPlan(self.server.host, self.server.port, requests, arrivals_s=arrivals, connections=connections)

@@ -27,10 +27,12 @@ from rankd.bench.peers.peer_process import Peer
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians
 from rankd.bench.schedule_suite.live_contestants import (
     DEADLINES,
+    OURS,
     PADDED,
     QUEUE,
     RANKD,
     Contestant,
+    Launch,
     ours,
     peer_contestant,
 )
@@ -90,7 +92,7 @@ class _Suite:
         self.capacities: list[Row] = []
         self.padding = 0.0
         self.left_out: dict[str, str] = {}
-        self._chosen: dict[str, int] = {}
+        self._chosen: dict[Launch, int] = {}
 
     def measure_peer(self, contestant: Contestant, number: int) -> None:
         """As `measure`; a peer that fails is left out, from here on and of the rounds before."""
@@ -107,10 +109,10 @@ class _Suite:
 
     def measure(self, contestant: Contestant, number: int) -> None:
         """One contestant's part of a round."""
-        if contestant.name not in self._chosen:
-            self._chosen[contestant.name] = self._choose(contestant)
+        if contestant.launch not in self._chosen:
+            self._chosen[contestant.launch] = self._choose(contestant)
         promise = Promise(self._options.bound_ms, self._options.seconds)
-        with contestant.launch(self._chosen[contestant.name]) as server:
+        with contestant.launch(self._chosen[contestant.launch]) as server:
             loaded = self._loaded(contestant, server, number)
             self.parity[contestant.name] = loaded.check(self._subject.expected, self._subject.precision)
             rate = loaded.highest(loaded.warm(), promise, self.tried)
@@ -124,7 +126,7 @@ class _Suite:
     def overload(self, contestant: Contestant) -> tuple[Row, Row]:
         """What becomes of requests at twice rankd's highest rate; and what the generator itself took of that."""
         rate = 2 * statistics.median(self.highest[RANKD])
-        with contestant.launch(self._chosen[contestant.name]) as server:
+        with contestant.launch(self._chosen[contestant.launch]) as server:
             loaded = self._loaded(contestant, server, 0)
             loaded.warm()
             row, encoded, arrivals = loaded.overload(rate, self._options.overload_seconds, self._options.bound_ms)
@@ -132,8 +134,6 @@ class _Suite:
 
     def _choose(self, contestant: Contestant) -> int:
         """Of a contestant's settings the one with the highest capacity."""
-        if contestant.name == DEADLINES:
-            return self._chosen[RANKD]
         if len(contestant.variants) == 1:
             return 0
         found = []
@@ -159,7 +159,7 @@ def run_live(workload: Workload, options: LiveOptions, advance: Step) -> Report:
         Unavailable: a contestant does not start.
     """
     surroundings = machine()
-    steps, done = 2 + options.runs * (4 - len(options.without) + len(options.peers)), 1
+    steps, done = 2 + options.runs * (len(set(OURS) - set(options.without)) + len(options.peers)), 1
     with TemporaryDirectory(prefix="rankd-bench-") as folder:
         advance(0, steps, "models and parity")
         subject, parity, about = build_subject(workload, Path(folder), options)

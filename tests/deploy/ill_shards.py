@@ -13,6 +13,7 @@ from pathlib import Path
 from rankd.deploy.process_report import ProcessReport
 
 RUNS_S, STOPS_S = 0.015, 0.135
+PATIENCE_S = 30.0
 
 
 @contextmanager
@@ -36,9 +37,9 @@ def ten_times_slower(pid: int) -> Iterator[None]:
 
 
 @contextmanager
-def in_its_place(shard: ProcessReport, plan: Path) -> Iterator[subprocess.Popen[str]]:
+def in_its_place(shard: ProcessReport, plan: Path, until: str) -> Iterator[list[str]]:
     """Kill a shard of this host and start one of another plan at its address, before its supervisor can start it again:
-    that is held up so long."""
+    that is held up until the other one has said `until`, or no more. Yields what it said."""
     command = _words(shard.pid, "cmdline")
     serve = command[command.index("shard") :]
     serve[serve.index("serve") + 1] = str(plan)
@@ -55,12 +56,17 @@ def in_its_place(shard: ProcessReport, plan: Path) -> Iterator[subprocess.Popen[
             text=True,
         )
         assert process.stdout is not None
-        while shard.address not in (said := process.stdout.readline()):
-            assert said, f"it ended with {process.wait()}"
+        ending = threading.Timer(PATIENCE_S, process.kill)
+        ending.start()
+        said = list[str]()
+        while not (said and until in said[-1]) and (line := process.stdout.readline()):
+            said.append(line)
+        ending.cancel()
+        assert any(shard.address in line for line in said), f"it ended with {process.wait()}"
     finally:
         os.kill(supervisor, signal.SIGCONT)
     try:
-        yield process
+        yield said
     finally:
         process.kill()
         process.wait()

@@ -301,14 +301,13 @@ def test_an_older_shard_at_the_address_is_not_asked_and_the_right_one_comes_back
     here = {name: one for name, one in shards_of(deployed.processes(), 1).items() if one.host == HEAD}
     ((name, shard),) = here.items()
     before = load.sent
-    with in_its_place(shard, folder / "older.json") as older:
+    with in_its_place(shard, folder / "older.json", until="this shard has plan") as said:
+        assert "this shard has plan" in said[-1], "it was found and did not let us in"
         load.settle()
         after = deployed.up_again(name, shard)
         assert after.address != shard.address, "it is taken"
         eventually(lambda: load.replicas() == 4, "it is asked again, where it is now", PATIENCE_S)
         print(load.affected(before, f"an older plan, away {after.recovery_s:.2f} s"))
-        older.terminate()
-        assert "this shard has plan" in older.communicate(timeout=30.0)[0], "it was found and did not let us in"
     assert load.calls("failed") == 0
 
 

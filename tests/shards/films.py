@@ -24,13 +24,17 @@ ENGINE = EngineConfig(executors=1)
 
 
 def build(
-    root: Path, kind: str = "dlrm", storage: TableStorage | None = TableStorage.FP32, dataset: Dataset = DATASET
+    root: Path,
+    kind: str = "dlrm",
+    storage: TableStorage | None = TableStorage.FP32,
+    dataset: Dataset = DATASET,
+    targets: tuple[str, ...] = (),
 ) -> Path:
     """Write a version of random weights, always the same ones; returns its folder. Without `storage` its tables are in
-    the graph."""
+    the graph; without `targets` it is for OpenVINO."""
     model = made(kind, dataset)
     recipe = msgspec.structs.replace(RECIPE, model=ModelChoice(kind, {}))
-    options = BuildOptions("films", "1", tables=storage)
+    options = BuildOptions("films", "1", targets=targets, tables=storage)
     return build_artifact(root, model, dataset, recipe, options)
 
 

@@ -34,7 +34,12 @@ from tests.shards.test_planned_serving import PATIENT, shard
 KINDS = ("climber", "sasrec", "hstu")
 NEW = "somebody new"
 BOUND = 1e-5
-WAYS: dict[str, TableStorage | None] = {"graph": None, "fp32": TableStorage.FP32, "int8": TableStorage.INT8}
+WAYS: dict[str, TableStorage | None] = {
+    "graph": None,
+    "fp32": TableStorage.FP32,
+    "int8": TableStorage.INT8,
+    "int4": TableStorage.INT4,
+}
 
 
 class Versions:
@@ -144,9 +149,20 @@ def test_tables_on_shards_give_the_scores_of_those_in_the_graph(
         assert figures.lookups == len(expected)
 
 
-@pytest.mark.parametrize("kind", ["climber", "sasrec"])
-def test_int8_on_shards_is_int8_here(versions: Versions, kind: str) -> None:
-    version = versions[kind, "int8"]
+def test_tables_beside_the_graph_of_another_engine(versions: Versions, kind: str, tmp_path: Path) -> None:
+    """ONNX Runtime, in the process and on a shard, as OpenVINO with the tables in the graph."""
+    with Ranker.load(versions[kind, "graph"], ENGINE) as ranker:
+        expected = lived(ranker)
+    version, engine = build(tmp_path, kind, targets=("onnxruntime",)), replace(ENGINE, target="onnxruntime")
+    with Ranker.load(version, engine) as ranker:
+        check(ranker, expected, 1e-4)
+    with sharded(version, 1) as tables, Ranker.load(version, engine, tables=tables) as ranker:
+        check(ranker, expected, 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "storage"), [("climber", "int8"), ("sasrec", "int8"), ("climber", "int4")])
+def test_small_integers_on_shards_are_what_they_are_here(versions: Versions, kind: str, storage: str) -> None:
+    version = versions[kind, storage]
     with Ranker.load(versions[kind, "fp32"], ENGINE) as ranker:
         exact = lived(ranker)
     with Ranker.load(version, ENGINE) as ranker:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rankd.cli.compression_benchmark import compress
 from rankd.cli.table_benchmarks import shards, tables
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def bench() -> None:
 
 bench.add_command(tables)
 bench.add_command(shards)
+bench.add_command(compress)
 
 
 @bench.command()

@@ -15,9 +15,11 @@ from rankd.features.assembly import assemble
 from rankd.features.schema import FeatureSchema
 from rankd.train.recipe import Training
 from rankd.train.samples import Dataset, Sample
-from rankd.types import Features, Float32Array, Int32Array
+from rankd.types import Features, Float32Array, Int32Array, Int64Array
 
 QUEUED = 4
+SORTED_TOGETHER = 50
+"""Batches' worth of requests that are sorted by length together: with so few, batches still differ from epoch to epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +32,31 @@ class Batch:
     real: Tensor
 
 
-def fixed_shapes(schema: FeatureSchema, num_candidates: int) -> FeatureSchema:
-    """The schema with one history bucket and one candidate bucket, so that requests stack into batches."""
-    return msgspec.structs.replace(
-        schema, history_buckets=(schema.history_length,), candidate_buckets=(num_candidates,)
-    )
+def fixed_shapes(schema: FeatureSchema, num_candidates: int, tokens: int | None = None) -> FeatureSchema:
+    """The schema with one history bucket, the smallest that holds `tokens` (None: the longest), and one candidate
+    bucket, so that requests stack into batches."""
+    longest = schema.history_length
+    tokens = longest if tokens is None else min(tokens, longest)
+    bucket = min((size for size in schema.history_buckets if size >= tokens), default=longest)
+    return msgspec.structs.replace(schema, history_buckets=(bucket,), candidate_buckets=(num_candidates,))
 
 
 def training_batches(dataset: Dataset, samples: Sequence[Sample], training: Training, epoch: int) -> Iterator[Batch]:
     """One epoch: every sample once, in an order and with negatives that depend on the seed and the epoch alone."""
     random = np.random.default_rng((training.seed, epoch))
     order = random.permutation(len(samples))
-    schema = fixed_shapes(dataset.schema, training.max_positives + training.negatives)
     starts = range(0, len(order), training.batch_size)
     seeds = random.integers(2**32, size=len(starts))
+    lengths = None
+    if training.by_length:
+        lengths = np.asarray([len(dataset.history_before(sample.user, sample.time)) for sample in samples])
+        order = alike_together(order, lengths, training.batch_size, random)
 
     def build(index: int) -> Batch:
-        picked = [samples[i] for i in order[starts[index] : starts[index] + training.batch_size]]
+        chosen = order[starts[index] : starts[index] + training.batch_size]
+        picked = [samples[i] for i in chosen]
+        tokens = None if lengths is None else int(lengths[chosen].max())
+        schema = fixed_shapes(dataset.schema, training.max_positives + training.negatives, tokens)
         drawn = [
             draw_candidates(dataset, s, training, np.random.default_rng((seeds[index], n)))
             for n, s in enumerate(picked)
@@ -60,6 +70,17 @@ def training_batches(dataset: Dataset, samples: Sequence[Sample], training: Trai
             if index + QUEUED < len(starts):
                 waiting.append(pool.submit(build, index + QUEUED))
             yield batch
+
+
+def alike_together(order: Int64Array, lengths: Int64Array, size: int, random: np.random.Generator) -> Int64Array:
+    """The order such that each batch of `size` has requests whose histories are about as long; a last, smaller batch
+    stays the last."""
+    window = SORTED_TOGETHER * size
+    parts = [order[start : start + window] for start in range(0, len(order), window)]
+    sorted_parts = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+    whole = len(order) // size * size
+    batches = random.permutation(sorted_parts[:whole].reshape(-1, size))
+    return np.concatenate([batches.ravel(), sorted_parts[whole:]])
 
 
 def draw_candidates(

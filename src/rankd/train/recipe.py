@@ -21,6 +21,8 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     The loss is binary cross-entropy of every task plus `listwise` times a softmax over the request's candidates.
     `averaging` is the decay a step of the averaged weights, which are the ones that are validated and kept.
+    `by_length` puts requests with about as long histories into a batch and cuts it to the smallest history bucket that
+    holds them: the same model sees the same requests in less time.
     Training stops after `patience` epochs without a better validation score (NDCG@10 + GAUC), or after `epochs`.
     """
 
@@ -33,6 +35,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_positives: int = 48
     listwise: float = 1.0
     averaging: float = 0.98
+    by_length: bool = False
     seed: int = 7
 
 

@@ -1,0 +1,75 @@
+"""That the gate refuses: three compressions that must not come out, carried out for real.
+
+In: a run. Out: for each what refused it, and in which words. One that came out is the suite's failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from rankd.bench.compress_suite.stages import Trained
+from rankd.compress.accuracy_gate import DAY_S, gate_days
+from rankd.compress.compress_run import compress
+from rankd.compress.compression_recipe import (
+    CompressionRecipe,
+    Criterion,
+    FineTuning,
+    Gate,
+    Prune,
+    Quantize,
+)
+from rankd.errors import EngineFailure, RankdError
+
+DAYS = 10
+"""Of the test time: a refusal needs no narrow interval."""
+FEW_USERS = 50
+REQUESTS = 128
+UNTUNED = FineTuning(epochs=0)
+Advance = Callable[[str], None]
+
+
+def gate_refusals(run: Path, original: Trained, data: Path | None, folder: Path, advance: Advance) -> dict[str, str]:
+    """What came of a recipe that is too strong, of scales found on corrupted requests, and of training days.
+
+    Raises:
+        EngineFailure: one of them was not refused.
+    """
+    dataset = original.dataset
+    start, _ = gate_days(dataset, Gate())
+    gate = Gate(until=_day(start + DAYS * DAY_S), min_users=FEW_USERS)
+    too_strong = CompressionRecipe((Prune(flops=0.05, criterion=Criterion.RANDOM),), finetune=UNTUNED, gate=gate)
+    seen = Gate(since=_day(dataset.train_until - DAYS * DAY_S))
+    cases: Mapping[str, tuple[CompressionRecipe, Path | None]] = {
+        "too strong a recipe": (too_strong, None),
+        "corrupted calibration": (CompressionRecipe(quantize=Quantize(), gate=gate), _corrupted(folder)),
+        "its own training days": (msgspec.structs.replace(too_strong, gate=seen), None),
+    }
+    refused = {}
+    for name, (recipe, calibrate) in cases.items():
+        advance(f"the gate, {name}")
+        try:
+            compress(run, recipe, folder / name.replace(" ", "-"), data, calibrate=calibrate)
+        except RankdError as error:
+            refused[name] = f"{type(error).__name__}: {error}"
+        else:
+            raise EngineFailure(f"the gate let pass what it has to refuse: {name}")
+    return refused
+
+
+def _day(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+
+
+def _corrupted(folder: Path) -> Path:
+    """A file of requests as a broken export leaves it: right in form, with users and items that nobody knows."""
+    lines = [
+        msgspec.json.encode({"user_id": f"\ufffd{number}", "candidates": [f"\ufffd{number}.{c}" for c in range(8)]})
+        for number in range(REQUESTS)
+    ]
+    path = folder / "corrupted.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path

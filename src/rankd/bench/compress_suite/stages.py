@@ -1,0 +1,143 @@
+"""Who is compared by `rankd bench compress`: the same ranker served in ways of which each has one cause more.
+
+torch                the model as it was trained, dense, torch eager in float32, no user states
+torch, fast path     the same, with MKL's best code on any maker's processor (where a C compiler is)
+library              its dense graph on OpenVINO, in the best precision of this machine
+mask-aware           rankd's graphs of it: histories apart, no work between candidates
+pruned               the compressed model
+int8                 the compressed model in int8, if it was quantized
+pruned, states       the compressed model with its users' states kept; all requests find theirs
+int8, states         the same in int8
+
+All are behind rankd's server with as many executors as there are cores. A single request of the first three is computed
+on all cores by one executor; rankd's own spread it over their executors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from torch import nn
+
+from rankd.bench.compress_suite.dense_artifact import build_dense
+from rankd.bench.engine_suite.contestant_process import fast_path_library
+from rankd.bench.schedule_suite.live_contestants import IN_ORDER, Contestant
+from rankd.bench.served_model import ServedModel
+from rankd.bench.wire_forms import Form, decode_scores, encode_request
+from rankd.build.int8_graphs import Int8Plan
+from rankd.build.pack import BuildOptions, build_artifact
+from rankd.engine.backend import Precision
+from rankd.engine.targets import why_not
+from rankd.errors import EngineFailure
+from rankd.gate_record import Compression
+from rankd.train.run import Run
+from rankd.train.samples import Dataset
+
+TORCH, FAST, LIBRARY, MASKED = "torch", "torch, fast path", "library", "mask-aware"
+PRUNED, INT8 = "pruned", "int8"
+STATES = ", states"
+NO_STATES = {"RANKD_STATES__BUDGET_MIB": "0"}
+VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A way to serve. `variables` are of its server; `alone` come to them where one request is computed at a time,
+    `loaded` where there are always some. `warm`: all requests find their states."""
+
+    name: str
+    version: Path
+    variables: Mapping[str, str]
+    alone: Mapping[str, str] = field(default_factory=dict)
+    loaded: Mapping[str, str] = field(default_factory=dict)
+    warm: bool = False
+
+    @property
+    def precision(self) -> str:
+        """What it computes in."""
+        return self.variables["RANKD_ENGINE__PRECISION"]
+
+    def contestant(self, single: bool) -> Contestant:
+        """Its server, set for single requests or for load."""
+        variables = {**self.variables, **(self.alone if single else self.loaded)}
+        return Contestant(
+            self.name,
+            lambda variant: ServedModel(self.version.parent.parent, ("rankd", "serve", "--store", "memory:"), variables),
+            partial(encode_request, Form.BINARY),
+            lambda answer, request: decode_scores(Form.BINARY, answer),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A run that was trained or compressed: what `open_run` gave, and of a compression its record and scales."""
+
+    run: Run
+    dataset: Dataset
+    model: nn.Module
+    made: Compression | None = None
+    int8: Int8Plan | None = None
+
+
+def build_stages(folder: Path, original: Trained, compressed: Trained) -> tuple[Stage, ...]:
+    """Build all versions into a folder; the stages in the order of their causes.
+
+    Raises:
+        BuildError: a model that cannot be built here. EngineFailure: one that has no dense form.
+    """
+    best = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
+    recipe = original.run.recipe
+    dense = build_dense(
+        folder / "dense",
+        original.model,
+        original.dataset,
+        recipe,
+        BuildOptions("ranker", VERSION, best, ("openvino", "reference"), fall_back=True),
+    )
+    whole = _build(folder / "whole", original, best)
+    small = _build(folder / "small", compressed, best)
+    cores = str(len(os.sched_getaffinity(0)))
+    alone, loaded = _threads("1", cores), _threads(cores, "1")
+    dense_at = partial(Stage, version=dense, alone=alone, loaded=loaded)
+    plain = {**NO_STATES, **IN_ORDER}
+    stages = [dense_at(TORCH, variables={**plain, **_engine("reference", Precision.FP32)})]
+    try:
+        fast = {"LD_PRELOAD": str(fast_path_library(folder))}
+        stages.append(dense_at(FAST, variables={**stages[0].variables, **fast}))
+    except EngineFailure:
+        pass  # without a compiler there is the one baseline
+    engine = _engine("openvino", best)
+    stages.append(dense_at(LIBRARY, variables={**plain, **engine}))
+    stages.append(Stage(MASKED, whole, {**NO_STATES, **engine}))
+    stages += _cold_and_warm(PRUNED, small, engine)
+    if compressed.int8 is not None:
+        stages += _cold_and_warm(INT8, _build(folder / "int8", compressed, Precision.INT8), _engine("openvino", Precision.INT8))
+    return tuple(stages)
+
+
+def _build(root: Path, trained: Trained, precision: Precision) -> Path:
+    int8 = trained.int8 if precision is Precision.INT8 else None
+    options = BuildOptions("ranker", VERSION, precision, ("openvino",), int8=int8)
+    return build_artifact(
+        root, trained.model, trained.dataset, trained.run.recipe, options, compression=trained.made
+    )
+
+
+def _cold_and_warm(name: str, version: Path, engine: Mapping[str, str]) -> list[Stage]:
+    return [
+        Stage(name, version, {**NO_STATES, **engine}),
+        Stage(name + STATES, version, dict(engine), warm=True),
+    ]
+
+
+def _engine(target: str, precision: Precision) -> dict[str, str]:
+    return {"RANKD_ENGINE__TARGET": target, "RANKD_ENGINE__PRECISION": precision.value}
+
+
+def _threads(executors: str, threads: str) -> dict[str, str]:
+    return {"RANKD_ENGINE__EXECUTORS": executors, "RANKD_ENGINE__THREADS": threads}

@@ -13,14 +13,14 @@ from rankd.bench.compress_suite.causes import Figures, causes_of, ratios_of
 from rankd.bench.compress_suite.compression import CompressOptions, run_compress
 from rankd.bench.schedule_suite import live_load
 from rankd.compress.compress_run import compress
-from rankd.compress.compression_recipe import CompressionRecipe, Criterion, FineTuning, Gate, Prune, Quantize
+from rankd.compress.compression_recipe import CompressionRecipe, Criterion, FineTuning, Gate, Prune, Quantize, Structure
 from rankd.errors import ConfigError
 from rankd.gate_record import GatedMetric, GateRecord
 from tests.compress.trained_run import train_small
 
 BOUNDS = {"ndcg@10": 0.3, "gauc": 0.3}
 RECIPE = CompressionRecipe(
-    steps=(Prune(flops=0.7, criterion=Criterion.MAGNITUDE, requests=16),),
+    steps=(Prune((Structure.FFN,), Criterion.MAGNITUDE, flops=0.8, requests=16),),
     finetune=FineTuning(epochs=0),
     quantize=Quantize(requests=16, min_requests=8, max_error=1.0),
     gate=Gate(bounds=BOUNDS, min_users=20),
@@ -29,7 +29,7 @@ RECIPE = CompressionRecipe(
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_small(tmp_path_factory.mktemp("bench-compress"))
+    return train_small(tmp_path_factory.mktemp("bench-compress"), width=32, heads=2)
 
 
 def test_the_suite_from_end_to_end(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +51,10 @@ def test_the_suite_from_end_to_end(original: Path, tmp_path: Path, monkeypatch: 
         "int8, states",
     ]
     assert set(stages) <= set(report.parity)
-    assert max(report.parity[name] for name in ("torch", "library", "mask-aware")) < 1e-3 or report.workload[
-        "served"
-    ]["precision"] == "bf16"
+    assert (
+        max(report.parity[name] for name in ("torch", "library", "mask-aware")) < 1e-3
+        or report.workload["served"]["precision"] == "bf16"
+    )
     refused = {row["contestant"]: row["why"] for row in report.results if row["table"] == "what the gate refuses"}
     assert refused["too strong a recipe"].startswith("GateRefused")
     assert refused["corrupted calibration"].startswith("DataError")
@@ -77,7 +78,9 @@ def test_a_compression_of_another_run_is_refused(original: Path, tmp_path: Path)
 
 
 def gate(kept: float) -> GateRecord:
-    return GateRecord("2011-08-01", "2011-09-01", 10, 5, 100, 0, {"gauc": GatedMetric(0.8, 0.8 * kept, kept, 0, 1, 0.9)})
+    return GateRecord(
+        "2011-08-01", "2011-09-01", 10, 5, 100, 0, {"gauc": GatedMetric(0.8, 0.8 * kept, kept, 0, 1, 0.9)}
+    )
 
 
 def figures(int8_ms: float) -> Figures:
@@ -85,7 +88,9 @@ def figures(int8_ms: float) -> Figures:
     names = ("torch", "torch, fast path", "library", "mask-aware", "pruned", "pruned, states")
     calls = {name: [64.0 / 2**place] * 3 for place, name in enumerate(names)}
     calls |= {"int8": [int8_ms] * 3, "int8, states": [1.0] * 3}
-    return Figures(calls, {name: 1e3 / ms[0] for name, ms in calls.items()}, [], {"pruned": gate(0.99), "int8": gate(0.98)})
+    return Figures(
+        calls, {name: 1e3 / ms[0] for name, ms in calls.items()}, [], {"pruned": gate(0.99), "int8": gate(0.98)}
+    )
 
 
 def test_int8_that_is_quicker_serves() -> None:

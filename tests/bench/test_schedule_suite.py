@@ -43,19 +43,13 @@ def test_a_simulated_schedule_ends_with_the_contract(tmp_path: Path) -> None:
 def test_a_live_schedule_ends_with_the_contract(tmp_path: Path) -> None:
     """Beside a general server that is there in every development environment, and one that does not start."""
     picture = tmp_path / "curves.svg"
-    names = {
-        "rankd",
-        "rankd, deadlines",
-        "one queue",
-        "one queue, padded",
-        "mosec",
-        "mosec+states",
-    }
+    names = {"rankd", "rankd, deadlines", "one queue, padded", "mosec"}
     arguments = ["schedule", "--seconds", "0.2", "--overload-seconds", "1", "--picture", str(picture)]
+    arguments += ["--without", "one queue"]
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\n[ $1 = -c ] || { echo it is broken >&2; exit 3; }\n")
     broken.chmod(0o755)
-    document = run(tmp_path, [*arguments, "--peer", "mosec", "--peer", f"litserve={broken}", "--peer", "mosec+states"])
+    document = run(tmp_path, [*arguments, "--peer", "mosec", "--peer", f"litserve={broken}"])
     ratios, rows = document["ratios"], document["results"]
     tables = {row["table"] for row in rows}
     (left_out,) = (row for row in rows if row["table"] == "left out")

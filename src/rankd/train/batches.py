@@ -19,7 +19,7 @@ from rankd.types import Features, Float32Array, Int32Array, Int64Array
 
 QUEUED = 4
 SORTED_TOGETHER = 50
-"""Batches' worth of requests that are sorted by length together: with so few, batches still differ from epoch to epoch."""
+"""Batches' worth of requests that are sorted by length together: so few that batches differ from epoch to epoch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,8 +77,8 @@ def rows_of(figures: Figures) -> list[Row]:
 
 
 def causes_of(figures: Figures) -> dict[str, dict[str, float]]:
-    """Factors of p50 and of the highest rate between a stage and the one before it; the last is of a request whose state
-    is kept. Where int8 is slower than floats it does not serve, and its factor is 1."""
+    """Factors of p50 and of the highest rate between a stage and the one before it; the last is of requests with states
+    kept. Where int8 is slower than floats it does not serve, and its factor is 1."""
     cold = figures.cold
     chain = {
         "library alone": (next(iter(figures.baselines.values())), LIBRARY),

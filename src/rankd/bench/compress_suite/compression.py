@@ -170,7 +170,9 @@ def run_compress(run: Path, compressed: Path, data: Path | None, options: Compre
 def _compressed(run: Path, compressed: Path, data: Path | None) -> Trained:
     made = read_compression(compressed)
     if made is None:
-        raise ConfigError(f"{compressed} is no compression; make one with `rankd compress {run} --recipe ... --out ...`")
+        raise ConfigError(
+            f"{compressed} is no compression; make one with `rankd compress {run} --recipe ... --out ...`"
+        )
     if made.original_sha256 != weights_sha256(run):
         raise ConfigError(f"{compressed} was made of another run than {run} (checksums of the weights differ)")
     return Trained(*open_run(compressed, data), made, read_int8(compressed, made))
@@ -181,7 +183,9 @@ def _subject(
 ) -> tuple[list[RankRequest], dict[Path, list[Float32Array]], dict[str, float], float]:
     """Requests of the test days, the scores in process of every version, how far these are from torch, and the mean
     tokens of a block."""
-    expected, parity, requests, tokens = {}, {}, [], 0.0
+    expected: dict[Path, list[Float32Array]] = {}
+    requests: list[RankRequest] = []
+    parity, tokens = {}, 0.0
     for stage in stages:
         if stage.name in (TORCH, FAST, LIBRARY) or stage.version in expected:
             continue

@@ -14,14 +14,7 @@ import msgspec
 from rankd.bench.compress_suite.stages import Trained
 from rankd.compress.accuracy_gate import DAY_S, gate_days
 from rankd.compress.compress_run import compress
-from rankd.compress.compression_recipe import (
-    CompressionRecipe,
-    Criterion,
-    FineTuning,
-    Gate,
-    Prune,
-    Quantize,
-)
+from rankd.compress.compression_recipe import CompressionRecipe, FineTuning, Gate, Quantize, Student
 from rankd.errors import EngineFailure, RankdError
 
 DAYS = 10
@@ -29,6 +22,7 @@ DAYS = 10
 FEW_USERS = 50
 REQUESTS = 128
 UNTUNED = FineTuning(epochs=0)
+NEXT_TO_NOTHING = {"width": 8, "heads": 1, "layers": 1}
 Advance = Callable[[str], None]
 
 
@@ -41,7 +35,7 @@ def gate_refusals(run: Path, original: Trained, data: Path | None, folder: Path,
     dataset = original.dataset
     start, _ = gate_days(dataset, Gate())
     gate = Gate(until=_day(start + DAYS * DAY_S), min_users=FEW_USERS)
-    too_strong = CompressionRecipe((Prune(flops=0.05, criterion=Criterion.RANDOM),), finetune=UNTUNED, gate=gate)
+    too_strong = CompressionRecipe((Student(NEXT_TO_NOTHING),), finetune=UNTUNED, gate=gate)
     seen = Gate(since=_day(dataset.train_until - DAYS * DAY_S))
     cases: Mapping[str, tuple[CompressionRecipe, Path | None]] = {
         "too strong a recipe": (too_strong, None),

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import msgspec
 from torch import nn
 
 from rankd.bench.compress_suite.dense_artifact import build_dense
@@ -67,7 +66,9 @@ class Stage:
         variables = {**self.variables, **(self.alone if single else self.loaded)}
         return Contestant(
             self.name,
-            lambda variant: ServedModel(self.version.parent.parent, ("rankd", "serve", "--store", "memory:"), variables),
+            lambda variant: ServedModel(
+                self.version.parent.parent, ("rankd", "serve", "--store", "memory:"), variables
+            ),
             partial(encode_request, Form.BINARY),
             lambda answer, request: decode_scores(Form.BINARY, answer),
         )
@@ -116,16 +117,16 @@ def build_stages(folder: Path, original: Trained, compressed: Trained) -> tuple[
     stages.append(Stage(MASKED, whole, {**NO_STATES, **engine}))
     stages += _cold_and_warm(PRUNED, small, engine)
     if compressed.int8 is not None:
-        stages += _cold_and_warm(INT8, _build(folder / "int8", compressed, Precision.INT8), _engine("openvino", Precision.INT8))
+        stages += _cold_and_warm(
+            INT8, _build(folder / "int8", compressed, Precision.INT8), _engine("openvino", Precision.INT8)
+        )
     return tuple(stages)
 
 
 def _build(root: Path, trained: Trained, precision: Precision) -> Path:
     int8 = trained.int8 if precision is Precision.INT8 else None
     options = BuildOptions("ranker", VERSION, precision, ("openvino",), int8=int8)
-    return build_artifact(
-        root, trained.model, trained.dataset, trained.run.recipe, options, compression=trained.made
-    )
+    return build_artifact(root, trained.model, trained.dataset, trained.run.recipe, options, compression=trained.made)
 
 
 def _cold_and_warm(name: str, version: Path, engine: Mapping[str, str]) -> list[Stage]:

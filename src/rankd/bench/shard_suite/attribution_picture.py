@@ -24,11 +24,11 @@ def draw_attribution(report: Report, path: Path) -> None:
         parts.barh(places, widths, left=left, label=part.removesuffix("_ms").replace("_", " "))
         left = [begun + width for begun, width in zip(left, widths, strict=True)]
     parts.set(title="mean of a request", xlabel="ms")
-    parts.legend(fontsize=7)
+    parts.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5)
     tails.barh(places, [float(row["p99_ms"]) for row in rows], color="grey")
     tails.barh(places, [float(row["p50_ms"]) for row in rows], color="black", height=0.3)
     tails.plot([float(row["predicted_p99_ms"]) for row in rows], places, "r|", markersize=12, label="p99, simulated")
-    tails.legend(fontsize=7)
+    tails.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     tails.set(title="p99 (grey) and p50 (black)", xlabel="ms")
     for panel in (parts, tails):
         panel.set_yticks(places, [str(row["contestant"]).partition(" (")[0] for row in rows], fontsize=7)

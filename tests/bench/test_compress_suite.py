@@ -10,7 +10,7 @@ import pytest
 
 from rankd.bench.compress_suite import gate_refusals
 from rankd.bench.compress_suite.causes import Figures, causes_of, ratios_of
-from rankd.bench.compress_suite.compression import CompressOptions, run_compress
+from rankd.bench.compress_suite.compressing import CompressOptions, run_compress
 from rankd.bench.schedule_suite import live_load
 from rankd.compress.compress_run import compress
 from rankd.compress.compression_recipe import CompressionRecipe, Criterion, FineTuning, Gate, Prune, Quantize, Structure

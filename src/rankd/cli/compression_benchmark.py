@@ -39,7 +39,7 @@ def compress(
     states kept. Latency of single requests, highest rates under a p99, what is kept of the accuracy; and that the gate
     refuses what it has to refuse.
     """
-    from rankd.bench.compress_suite.compression import CompressOptions, run_compress
+    from rankd.bench.compress_suite.compressing import CompressOptions, run_compress
     from rankd.cli.offline import need_torch
     from rankd.cli.progress import progress_bar
     from rankd.cli.reporting import show_report

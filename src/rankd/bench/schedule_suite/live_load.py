@@ -17,6 +17,7 @@ from rankd.bench.rate_search import highest_rate
 from rankd.bench.report import Row, percentile
 from rankd.bench.schedule_suite.live_contestants import Contestant
 from rankd.bench.schedule_suite.simulated_schedule import SHORT_ROWS
+from rankd.bench.served_model import ServedModel
 from rankd.bench.server_process import ServerProcess
 from rankd.errors import EngineFailure
 from rankd.features.feature_config import MIB
@@ -119,8 +120,9 @@ class LoadedServer:
         """What becomes of requests with a deadline, more than can be answered; and what was sent when."""
         arrivals = self._arrivals.times(rate, seconds, self._seed)
         encoded = self._timed([number % len(self._requests) for number in range(len(arrivals))], bound_ms)
-        before = memory_of_all(self.server.pid)
+        before, states = memory_of_all(self.server.pid), _state_bytes(self.server)
         result = generate(self._plan(encoded, arrivals))
+        states = _state_bytes(self.server) - states
         taken = zip(result.statuses, _latencies(result), strict=True)
         refusals = [
             (done - sent) * 1e3
@@ -141,6 +143,7 @@ class LoadedServer:
             "generator_late_p99_ms": percentile(result.late_s, 0.99) * 1e3,
             "generator_cpu_share": result.cpu_s / result.wall_s,
             "memory_growth_mib": (memory_of_all(self.server.pid) - before) / MIB,
+            "states_growth_mib": states / MIB,
         }
         return row, encoded, arrivals
 
@@ -150,6 +153,11 @@ class LoadedServer:
 
     def _plan(self, requests: list[bytes], arrivals: list[float], connections: int = CONNECTIONS) -> LoadPlan:
         return LoadPlan(self.server.host, self.server.port, requests, arrivals_s=arrivals, connections=connections)
+
+
+def _state_bytes(server: ServerProcess) -> float:
+    """Memory of users' states, which grows up to its budget as users come."""
+    return server.counter("rankd_state_bytes") if isinstance(server, ServedModel) else 0.0
 
 
 def _latencies(result: LoadResult) -> list[float]:

@@ -16,7 +16,7 @@ from rankd.compress.compress_run import compress
 from rankd.compress.compression_recipe import CompressionRecipe, Criterion, FineTuning, Gate, Prune, Quantize, Structure
 from rankd.errors import ConfigError
 from rankd.gate_record import GatedMetric, GateRecord
-from tests.compress.trained_run import train_small
+from tests.compress.trained_run import WIDE, train_small
 
 BOUNDS = {"ndcg@10": 0.3, "gauc": 0.3}
 RECIPE = CompressionRecipe(
@@ -29,7 +29,7 @@ RECIPE = CompressionRecipe(
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_small(tmp_path_factory.mktemp("bench-compress"), width=32, heads=2)
+    return train_small(tmp_path_factory.mktemp("bench-compress"), choice=WIDE)
 
 
 def test_the_suite_from_end_to_end(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

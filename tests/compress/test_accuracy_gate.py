@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankd.compress.accuracy_gate import gate_events, gated_metrics, judge
+from rankd.compress.accuracy_gate import AccuracyGate, gate_events, gated_metrics
 from rankd.compress.compression_recipe import Gate
 from rankd.errors import DataError
 from rankd.gate_record import GatedMetric
@@ -125,11 +126,22 @@ def test_days_without_time_and_too_few_users_are_refused() -> None:
 
 def test_the_record_says_on_what_it_was_judged() -> None:
     model = create_model("climber", DATASET.schema, RECIPE.model.options)
-    events = gate_events(DATASET, GATE)
-    record = judge(model, model, DATASET, GATE, events)
+    gate = AccuracyGate(model, DATASET, GATE)
+    record = gate.judge(model)
     assert record.passed
-    assert record.num_requests == len(events)
-    assert record.num_users == len({event.sample.user for event in events})
+    assert record.num_requests == len(gate.events)
+    assert record.num_users == len({event.sample.user for event in gate.events})
     assert record.since == day(DATASET.validate_until)
     later = msgspec.structs.replace(GATE, since=day(DATASET.validate_until + 3 * 86_400))
     assert min(event.sample.time for event in gate_events(DATASET, later)) >= DATASET.validate_until + 3 * 86_400
+
+
+def test_the_original_is_scored_once_for_all_models() -> None:
+    original, other = (create_model("climber", DATASET.schema, RECIPE.model.options) for _ in range(2))
+    calls = Counter[str]()
+    original.get_submodule("head").register_forward_pre_hook(lambda *_: calls.update(["score"]))
+    gate = AccuracyGate(original, DATASET, GATE)
+    first = gate.judge(other)
+    assert calls["score"] == len(gate.events)
+    assert gate.judge(other) == first
+    assert calls["score"] == len(gate.events)

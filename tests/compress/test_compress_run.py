@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from rankd import Ranker, RankRequest
 from rankd.artifact import Artifact
 from rankd.build.pack import BuildOptions, build_artifact
-from rankd.compress import compress_run
+from rankd.compress import smaller_model
+from rankd.compress.accuracy_gate import AccuracyGate
 from rankd.compress.compress_run import compress, read_compression
 from rankd.compress.compression_recipe import (
     CompressionRecipe,
@@ -197,7 +198,7 @@ def test_an_interrupted_compression_goes_on_to_the_same_weights(
         return stopping
 
     with monkeypatch.context() as patch:
-        place = Trainer if stopped_in == "_epoch" else compress_run
+        place = Trainer if stopped_in == "_epoch" else AccuracyGate
         patch.setattr(place, stopped_in, stop(getattr(place, stopped_in)))
         with pytest.raises(Interrupted):
             compress(run, recipe_of(PRUNE), out)
@@ -205,7 +206,7 @@ def test_an_interrupted_compression_goes_on_to_the_same_weights(
     with pytest.raises(ConfigError, match="unfinished compression with another recipe"):
         compress(run, recipe_of(msgspec.structs.replace(PRUNE, flops=0.5)), out)
     with monkeypatch.context() as patch:  # the steps are not taken again
-        patch.setattr(compress_run, "prune", stop)
+        patch.setattr(smaller_model, "prune", stop)
         made = compress(run, recipe_of(PRUNE), out)
     assert beside(out) == ["small"]
     assert made == pruned[1]

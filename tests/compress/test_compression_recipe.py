@@ -12,6 +12,7 @@ from rankd.compress.compression_recipe import (
     Criterion,
     Prune,
     Quantize,
+    QuantizedTuning,
     ShareLayers,
     Structure,
     check_recipe,
@@ -43,11 +44,12 @@ def test_steps_keep_their_order_and_what_is_left_out_has_defaults(tmp_path: Path
 def test_the_recipes_of_the_docs_are_recipes(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
     texts = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    half, quick, int8 = (read(tmp_path, text) for text in texts if "vary" not in text)
+    half, quick, int8, tuned = (read(tmp_path, text) for text in texts if "vary" not in text)
     assert [type(step) for step in (*half.steps, *quick.steps)] == [Prune, Prune]
     assert quick.request.encodes == 0.3
     assert int8.steps == ()
     assert int8.quantize == Quantize()
+    assert tuned.quantize == Quantize(max_error=1.0, finetune=QuantizedTuning())
 
 
 def test_the_plans_of_the_docs_are_plans(tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_the_plans_of_the_docs_are_plans(tmp_path: Path) -> None:
     (text,) = (text for text in re.findall(r"```toml\n(.*?)```", page, re.DOTALL) if "vary" in text)
     (tmp_path / "plan.toml").write_text(text)
     space = space_of(read_struct(SearchPlan, tmp_path / "plan.toml"))
-    assert len(space.genes()) == 2 * ((6 + 1) * (2 + 1) - 1)
+    assert len(space.genes()) == 2 * (2 * (6 + 1) * (2 + 1) - 1)  # and int8 alone
     assert space.plan.rungs() == (1, 2, 4)
 
 
@@ -84,6 +86,8 @@ def test_the_plans_of_the_docs_are_plans(tmp_path: Path) -> None:
         ("[quantize]\nrequests = 32", "fewer than min_requests = 64 are refused"),
         ("[quantize]\nmax_error = 0.0", "quantize.max_error"),
         ("[quantize]\nrequest = 100", "Did you mean 'requests'"),
+        ("[quantize.finetune]\nepochs = 0", "quantize.finetune.epochs"),
+        ("[quantize.finetune]\n[finetune]\nepochs = 0\nlabels = 0.0\nlogits = 0.0\nranks = 0.0", "all 0"),
     ],
 )
 def test_a_wrong_recipe_says_where_and_what(tmp_path: Path, text: str, message: str) -> None:

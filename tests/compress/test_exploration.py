@@ -91,6 +91,25 @@ def test_those_that_may_still_pass_come_first() -> None:
     assert promoted({}) == []
 
 
+def test_int8_is_not_beaten_by_what_it_was_made_of() -> None:
+    outcomes: dict[Gene, Outcome] = {
+        (0,): Outcome(0.99, 0.5, 0.5, hopeful=True),
+        (1,): Outcome(0.98, 0.6, 0.6, hopeful=True),
+        (2,): Outcome(0.97, 0.7, 0.7, hopeful=True),
+        (3,): Outcome(0.985, 0.5, 0.5, hopeful=True, floats=0.1),
+    }
+    assert set(promoted(outcomes)) == {(0,), (3,)}
+
+
+def test_with_int8_the_order_is_repeatable_too() -> None:
+    plan = msgspec.structs.replace(PLAN, vary={"quantize": (False, {})})
+    trials = walk(plan, 40)
+    assert trials == walk(plan, 40)
+    space = space_of(plan)
+    assert [trial.gene for trial in trials[:4]] == list(space.alone())
+    assert space.recipe(trials[3].gene, 1).quantize is not None
+
+
 def test_a_round_in_which_nothing_could_be_done_does_not_end_the_search() -> None:
     exploration = explore(space_of(PLAN))
     trials = [exploration.send(None) for _ in range(12)]

@@ -15,7 +15,7 @@ from rankd import Ranker, RankRequest
 from rankd.artifact import Artifact
 from rankd.build.int8_graphs import Int8Plan
 from rankd.build.pack import BuildOptions, build_artifact
-from rankd.compress.accuracy_gate import gate_events
+from rankd.compress.accuracy_gate import AccuracyGate
 from rankd.compress.calibration import Calibration, calibration_of
 from rankd.compress.compress_run import compress, read_compression, read_int8
 from rankd.compress.compression_recipe import CompressionRecipe, FineTuning, Gate, Prune, Quantize, Structure
@@ -25,13 +25,9 @@ from rankd.engine.backend import EngineConfig, Precision
 from rankd.errors import ArtifactError, BuildError, ConfigError, DataError, GateRefused
 from rankd.gate_record import Compression, Int8Record
 from rankd.serve.v1 import describe_version
-from rankd.train.description import LogDescription
-from rankd.train.recipe import ModelChoice
-from rankd.train.run import begin_run, open_run, packaged_or_file
-from rankd.train.samples import prepare
-from rankd.train.trainer import Trainer
+from rankd.train.run import open_run
 from rankd.types import Array, Features
-from tests.train.small_log import RECIPE, small_frame
+from tests.compress.trained_run import WIDE, train_small
 
 EASY = Gate(bounds={"gauc": 0.2}, min_users=20, sampled=20)
 INT8 = Quantize(requests=24, min_requests=16, max_error=0.5)
@@ -40,15 +36,7 @@ INT8 = Quantize(requests=24, min_requests=16, max_error=0.5)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run whose layers are large enough for int8."""
-    folder = tmp_path_factory.mktemp("run")
-    data = folder / "log.parquet"
-    small_frame().write_parquet(data)
-    training = msgspec.structs.replace(RECIPE.training, epochs=2, learning_rate=5e-3)
-    choice = ModelChoice("climber", {"width": 32, "heads": 2, "layers": 2, "hidden": 16})
-    recipe = msgspec.structs.replace(RECIPE, model=choice, training=training)
-    _, log = begin_run(folder / "original", data, packaged_or_file(LogDescription, "logs", "demo"), recipe)
-    Trainer(prepare(log, recipe.shapes), recipe, folder / "original").start()
-    return folder / "original"
+    return train_small(tmp_path_factory.mktemp("run"), choice=WIDE)
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +158,9 @@ def test_a_calibration_set_of_constants_is_refused_by_the_gate_with_the_figures(
     gate = Gate(bounds={"gauc": 0.95}, min_users=20, sampled=20)
     recipe = CompressionRecipe(quantize=msgspec.structs.replace(INT8, max_error=1e9), gate=gate)
     subject = Subject(about.recipe.model, dataset.schema, model)
-    events = gate_events(dataset, gate)
+    judges = AccuracyGate(model, dataset, gate)
     verdicts = [
-        quantize_and_judge(model, subject, dataset, recipe, Calibration(requests, "a test"), events).record
+        quantize_and_judge(judges, subject, recipe, Calibration(requests, "a test")).record
         for requests in (good.requests, broken)
     ]
     assert [verdict.gate.passed for verdict in verdicts] == [True, False]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rankd.compress.compression_recipe import Criterion, Factorise, Prune, ShareLayers
+from rankd.compress.compression_recipe import Criterion, Factorise, Prune, Quantize, ShareLayers
 from rankd.compress.search_plan import RecipeSpace, SearchPlan, packaged_plan, space_of
 from rankd.config import read_struct
 from rankd.errors import ConfigError
@@ -93,11 +93,48 @@ def test_epochs_grow_to_all_of_them(tmp_path: Path, halvings: int, epochs: int, 
     assert read(tmp_path, text).rungs() == rungs
 
 
+INT8 = "[vary]\nquantize = [false, {}, { max_error = 0.5 }]\n"
+
+
+def test_int8_is_a_dimension_and_may_be_all_that_is_done(tmp_path: Path) -> None:
+    made = space(tmp_path, PLAN + INT8)
+    recipes = [made.recipe(gene, 2) for gene in made.genes()]
+    assert len(recipes) == 9 + 2 * (9 + 1)
+    (alone, wide) = (one for one in recipes if not one.steps)
+    assert (alone.quantize, wide.quantize) == (Quantize(), Quantize(max_error=0.5))
+    assert {one.finetune.epochs for one in recipes if not one.steps} == {0}  # nothing has changed that could be tuned
+    assert {one.finetune.epochs for one in recipes if one.steps} == {2}
+    labels = [made.label(gene) for gene in made.genes()]
+    assert {"share", "share + int8", "int8", "int8 max_error 0.5", "prune 0.7 taylor + int8"} <= set(labels)
+    assert len(set(labels)) == len(labels)
+    assert [made.label(gene) for gene in made.alone()][-1] == "int8"
+    assert made.has_int8()
+    assert not space(tmp_path).has_int8()
+
+
+def test_a_plan_may_vary_int8_alone(tmp_path: Path) -> None:
+    made = space(tmp_path, INT8)
+    assert [made.recipe(gene, 4).quantize for gene in made.genes()] == [Quantize(), Quantize(max_error=0.5)]
+    assert [made.label(gene) for gene in made.alone()] == ["int8"]
+    always = space(tmp_path, '[vary]\n"quantize.max_error" = [0.1, 0.5]\n')
+    assert [always.recipe(gene, 1).steps for gene in always.genes()] == [(), ()]
+    assert [always.label(gene) for gene in always.genes()] == ["int8 max_error 0.1", "int8 max_error 0.5"]
+
+
+def test_settings_of_int8_do_not_matter_where_there_is_none(tmp_path: Path) -> None:
+    made = space(tmp_path, PLAN + '[vary]\n"quantize.max_error" = [0.1, 0.5]\nquantize = [false, {}]\n')
+    assert len(made.genes()) == 9 + 2 * (9 + 1)
+    assert {one.quantize for one in (made.recipe(gene, 1) for gene in made.genes())} == {
+        None, Quantize(max_error=0.1), Quantize(max_error=0.5),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["climber", "sasrec"])
 def test_the_packaged_plans_are_plans(kind: str) -> None:
     made = space_of(packaged_plan(kind))
     genes = made.genes()
-    assert len(genes) > 300
+    assert len(genes) > 600
+    assert sum(made.recipe(gene, 1).quantize is not None for gene in genes[::25]) >= len(genes[::25]) // 3
     assert {type(step) for gene in genes[::25] for step in made.recipe(gene, 1).steps} >= {Prune, Factorise}
 
 
@@ -117,6 +154,9 @@ def test_other_models_have_no_packaged_plan() -> None:
         ('[[steps]]\nkind = "prune"\nvary = { flop = [0.5] }\n', "flop"),
         ('[[steps]]\nkind = "prune"\nvary = { flops = [] }\n', "length >= 1"),
         (PLAN + '[vary]\n"finetune.epochs" = [1, 2]\n', "epochs are the search's own"),
+        (PLAN + "[vary]\nquantize = [false, { requests = 8 }]\n", "fewer than min_requests = 64"),
+        (PLAN + '[vary]\nquantize = [false, {}]\n"quantize.max_eror" = [0.5]\n', "Did you mean 'max_error'"),
+        ("[vary]\nquantize = [false]\n", "the recipe does nothing"),
         (PLAN + '[vary]\n"finetun.ranks" = [1.0]\n', "PART of request, finetune"),
         (PLAN + '[vary]\n"finetune.rank" = [1.0]\n', "Did you mean 'ranks'"),
         ('accuracy = "ndcg"\n' + PLAN, "has no bound; .*Did you mean 'ndcg@10'"),

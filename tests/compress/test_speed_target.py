@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from rankd.compress.compress_run import Start
 from rankd.compress.compression_recipe import CompressionRecipe, Gate, ShareLayers
 from rankd.compress.measured_speed import Speed
+from rankd.compress.smaller_model import Start
 from rankd.compress.speed_target import Limit, Target, pick, read_target
 from rankd.compress.trials import Made, TrialRecord
 from rankd.errors import ConfigError, TargetMissed
-from rankd.gate_record import GatedMetric, GateRecord
+from rankd.gate_record import GatedMetric, GateRecord, Int8Record
 from rankd.train.recipe import ModelChoice
 
 GATE = Gate(bounds={"ndcg@10": 0.99, "gauc": 0.999})
@@ -87,6 +88,38 @@ def test_without_a_speed_the_fastest_that_passes_is_chosen() -> None:
     assert made.trial is MIDDLE
     assert "of 3 recipes 2 meet the gate's bounds" in made.why
     assert "p50 4 ms (the original 8 ms); ndcg@10 keeps 1.0000 of the original (95%: 0.9980 to 1.0020)" in made.why
+
+
+def in_int8(one: TrialRecord, ndcg: float, passes: float = 1.05) -> TrialRecord:
+    """The same, whose quantized graphs keep so much."""
+    assert one.made is not None
+    gate = trial("any", 1.0, ndcg, passes).made
+    assert gate is not None
+    record = Int8Record("a test", "", 64, 10, ("score: head",), 0.05, "", gate.gate)
+    return msgspec.structs.replace(one, made=msgspec.structs.replace(one.made, int8=record))
+
+
+def test_what_serves_in_int8_is_chosen_by_its_quantized_graphs() -> None:
+    narrow = in_int8(trial("narrow", 3.0, 1.02), 0.995)
+    made = pick([MIDDLE, narrow], Target(), "ndcg@10")
+    assert made.trial is narrow
+    assert "ndcg@10 keeps 0.9950 of the original" in made.why
+    assert chosen("p50<=5ms", [MIDDLE, narrow]) == "middle"  # 1.02 is what its floats keep, 0.995 what serves
+    outcome = narrow.outcome("ndcg@10")
+    assert outcome is not None
+    assert (outcome.accuracy, outcome.floats) == (0.995, 0.1)
+
+
+def test_int8_passes_only_if_it_passes_itself_and_in_floats() -> None:
+    lost = in_int8(trial("lost", 3.0, 1.02), 0.97)
+    odd = in_int8(trial("odd", 3.0, 0.97), 1.02)
+    assert chosen("p50<=5ms", [lost, odd, MIDDLE]) == "middle"
+    for one in (lost, odd):
+        with pytest.raises(TargetMissed, match="none of 1 recipes meets"):
+            chosen("p50<=5ms", [one])
+    outcome = lost.outcome("ndcg@10")
+    assert outcome is not None
+    assert not outcome.hopeful
 
 
 def test_a_choice_that_saves_no_time_says_so() -> None:

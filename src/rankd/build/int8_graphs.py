@@ -174,6 +174,28 @@ def write_int8(folder: Path, plan: Int8Plan) -> None:
             beside.with_suffix(suffix).replace(path.with_suffix(suffix))
 
 
+def product_places(folder: Path, plan: Int8Plan) -> dict[str, dict[int, float]]:
+    """{graph: {number of the product: limit}} of a plan: what it says of the same model with other weights."""
+    files = graph_files(folder)
+    return {
+        graph: {
+            number: limits[product.key]
+            for number, product in enumerate(products_of(read_graph(files[graph])))
+            if product.key in limits
+        }
+        for graph, limits in plan.limits.items()
+    }
+
+
+def plan_at(folder: Path, places: Mapping[str, Mapping[int, float]]) -> Int8Plan:
+    """The plan of `product_places` for the graphs of a folder."""
+    files, limits = graph_files(folder), {}
+    for graph, some in places.items():
+        products = products_of(read_graph(files[graph]))
+        limits[graph] = {products[number].key: limit for number, limit in some.items()}
+    return Int8Plan(limits)
+
+
 class GraphRun:
     """A graph of this process, compiled for float32 and any shape, on one thread, which returns copies."""
 

@@ -67,7 +67,7 @@ def compress(
 
     from rankd.cli.compression_search import Asked, compress_to, search_recipes, show_search
 
-    asked = Asked(run, data, plan, minutes)
+    asked = Asked(run, data, plan, minutes, calibrate)
     found = search_recipes(asked, out) if target is None else compress_to(asked, target, out, source)
     if as_json:
         document = {"run": str(found.run), "search": str(found.folder), **msgspec.to_builtins(found.report)}

@@ -21,12 +21,13 @@ CHOSEN = "chosen"
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the command was given: the run, where its log is, a plan's file, minutes."""
+    """What the command was given: the run, where its log is, a plan's file, minutes, requests for int8."""
 
     run: Path
     data: Path | None
     plan: Path | None
     minutes: float
+    calibrate: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def _opened(asked: Asked, folder: Path) -> Search:
 
     check_drawing()
     plan = None if asked.plan is None else read_struct(SearchPlan, asked.plan)
-    return Search(asked.run, folder, plan, asked.data)
+    return Search(asked.run, folder, plan, asked.data, asked.calibrate)
 
 
 def _try_recipes(search: Search, minutes: float) -> bool:
@@ -131,6 +132,7 @@ def _choose(search: Search, target: Target, out: Path, complete: bool) -> Search
     """Pick, judge once, make the run; the report says what happened, also where that ends in an error."""
     import msgspec
 
+    from rankd.compress.compress_run import served_gate
     from rankd.compress.search_report import report_of, write_report
     from rankd.compress.speed_target import pick
 
@@ -140,7 +142,7 @@ def _choose(search: Search, target: Target, out: Path, complete: bool) -> Search
         report = msgspec.structs.replace(report, chosen=chosen.trial.trial_id, why=chosen.why)
         with progress_bar("judging") as advance:
             made = search.settle(chosen, target, out, advance)
-        report = msgspec.structs.replace(report, final=made.gate)
+        report = msgspec.structs.replace(report, final=served_gate(made))
     except RankdError as error:
         report = msgspec.structs.replace(report, chosen="", why=str(error))
         raise

@@ -6,7 +6,6 @@ both, with intervals over users. Days on which anybody trained or chose weights 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -52,39 +51,44 @@ def gate_events(dataset: Dataset, gate: Gate) -> list[TestEvent]:
     return events
 
 
-def judge(
-    original: nn.Module,
-    compressed: nn.Module | Scorer,
-    dataset: Dataset,
-    gate: Gate,
-    events: Sequence[TestEvent],
-    progress: Progress = lambda done, total, line: None,
-) -> GateRecord:
-    """Score the gate's requests with both models and compare, user by user. `compressed` may be engines' graphs."""
-    theirs, mine = (scored(model, dataset, events, progress) for model in (original, compressed))
-    return verdict(theirs, mine, dataset, gate)
+class AccuracyGate:
+    """The gate of some days. The original's scores are computed for the first model that is judged, and kept.
 
+    Raises:
+        DataError: as `gate_events`.
+    """
 
-def scored(
-    model: nn.Module | Scorer, dataset: Dataset, events: Sequence[TestEvent], progress: Progress
-) -> ScoredEvents:
-    """The gate's requests as torch scores them in float32, or as a scorer does."""
-    scorer = torch_scorer(model.eval(), dataset) if isinstance(model, nn.Module) else model
-    return score_events(events, scorer, dataset.schema, True, progress, known_alone=True)
+    def __init__(self, original: nn.Module, dataset: Dataset, gate: Gate) -> None:
+        self.dataset, self.gate = dataset, gate
+        self.events = gate_events(dataset, gate)
+        self._original = original
+        self._theirs: ScoredEvents | None = None
 
+    def judge(self, compressed: nn.Module | Scorer, progress: Progress = lambda done, total, line: None) -> GateRecord:
+        """Score the gate's requests and compare with the original, user by user.
 
-def verdict(theirs: ScoredEvents, mine: ScoredEvents, dataset: Dataset, gate: Gate) -> GateRecord:
-    """The decision, from the original's and the compressed model's scores of the same requests."""
-    start, end = gate_days(dataset, gate)
-    return GateRecord(
-        since=_date(start),
-        until=_date(end),
-        num_requests=len(mine.users),
-        num_users=len(np.unique(mine.users)),
-        sampled=gate.sampled,
-        seed=gate.seed,
-        metrics=gated_metrics(theirs, mine, gate),
-    )
+        A module is scored by torch in float32; a scorer may be engines' graphs.
+
+        Raises:
+            DataError: as `gated_metrics`.
+        """
+        if self._theirs is None:
+            self._theirs = self._scored(self._original, progress)
+        mine = self._scored(compressed, progress)
+        start, end = gate_days(self.dataset, self.gate)
+        return GateRecord(
+            since=_date(start),
+            until=_date(end),
+            num_requests=len(mine.users),
+            num_users=len(np.unique(mine.users)),
+            sampled=self.gate.sampled,
+            seed=self.gate.seed,
+            metrics=gated_metrics(self._theirs, mine, self.gate),
+        )
+
+    def _scored(self, model: nn.Module | Scorer, progress: Progress) -> ScoredEvents:
+        scorer = torch_scorer(model.eval(), self.dataset) if isinstance(model, nn.Module) else model
+        return score_events(self.events, scorer, self.dataset.schema, True, progress, known_alone=True)
 
 
 def gated_metrics(original: ScoredEvents, compressed: ScoredEvents, gate: Gate) -> dict[str, GatedMetric]:

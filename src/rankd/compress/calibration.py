@@ -59,7 +59,7 @@ def calibration_of(dataset: Dataset, plan: Quantize, until: int, sampled: int, f
         events = with_candidates(dataset, samples[-plan.requests :], sampled, plan.seed)
         source, digest = "the log's newest requests before the gate's days", ""
     else:
-        events = _read_events(file, dataset, until)[-plan.requests :]
+        events = read_events(file, dataset, until)[-plan.requests :]
         source, digest = str(file), file_sha256(file)
     different = len({(event.sample.user, event.sample.time, event.rows.tobytes()) for event in events})
     if different < plan.min_requests:
@@ -103,8 +103,12 @@ def _cut(arrays: Mapping[str, Array], specs: Sequence[TensorSpec], dimension: st
     }
 
 
-def _read_events(file: Path, dataset: Dataset, until: int) -> list[TestEvent]:
-    """The requests of a file, the oldest first; those of users whom the log does not know are left out."""
+def read_events(file: Path, dataset: Dataset, until: int) -> list[TestEvent]:
+    """The requests of a file, the oldest first; those of users whom the log does not know are left out.
+
+    Raises:
+        DataError: a file that cannot be read, users or items of another model, a time in the gate's days.
+    """
     log = dataset.log
     users = {name: row for row, name in enumerate(log.user_ids)}
     items = {name: row for row, name in enumerate(log.item_ids, start=FIRST_ITEM_ROW)}

@@ -110,18 +110,26 @@ class FineTuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: Positive = 1.0
 
 
+class QuantizedTuning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Training in fake int8, on the losses of `FineTuning`: weights and activations are rounded as the graphs will."""
+
+    epochs: Count = 1
+    learning_rate: Positive = 1e-4
+
+
 class Quantize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Products with weights in int8, after all else. Scales are found on the newest `requests` requests before the
     gate's days, or on those of a file; fewer than `min_requests` different ones are refused.
 
     `max_error` is how much int8 may change a logit on these, as a share of the spread of a request's logits (both root
-    mean squares): beyond it the layers that change them most stay in float.
+    mean squares): beyond it the layers that change them most stay in float. `finetune` trains the others to int8.
     """
 
     requests: Count = 256
     min_requests: Annotated[int, Meta(ge=8)] = 64
     max_error: Positive = 0.1
     seed: Seed = 0
+    finetune: QuantizedTuning | None = None
 
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -175,8 +183,12 @@ def check_recipe(recipe: CompressionRecipe) -> None:
     for number, step in enumerate(recipe.steps):
         if isinstance(step, Prune) and (step.flops is None) == (step.predicted_ms is None):
             raise ConfigError(f"steps[{number}]: a pruning needs one of flops = SHARE and predicted_ms = MILLISECONDS")
-    if recipe.finetune.epochs and not recipe.finetune.labels + recipe.finetune.logits + recipe.finetune.ranks:
-        raise ConfigError("finetune: labels, logits and ranks are all 0; give one of them a weight, or set epochs = 0")
+    losses = recipe.finetune.labels + recipe.finetune.logits + recipe.finetune.ranks
+    if not losses and (recipe.finetune.epochs or (plan is not None and plan.finetune is not None)):
+        raise ConfigError(
+            "finetune: labels, logits and ranks are all 0; give one of them a weight, or tune nothing: epochs = 0 and "
+            "no [quantize.finetune]"
+        )
     if recipe.request.precision in (Precision.AUTO, Precision.INT8):
         raise ConfigError(
             f"request.precision is '{recipe.request.precision.value}'; say fp32 or bf16, so that the cost is of one "

@@ -3,8 +3,8 @@
 Recipes come in rounds of `width`. All are tuned for a few epochs, the better half for twice as many, and so on
 (successive halving, Jamieson and Talwalkar 2016). The first round has each step alone, so that it is known what each
 can do; later ones are half neighbours of the best found so far, half drawn anew. What is compared does not depend on
-how fast the machine is (quality, operations, parameters), so that the same seed gives the same order, and a search that
-was interrupted is repeated up to where it stood by sending it what is known.
+how fast the machine is (quality, operations, parameters, what is left in floats), so that the same seed gives the same
+order, and a search that was interrupted is repeated up to where it stood by sending it what is known.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a recipe came to. `hopeful`: no bound lies above the whole interval of its metric."""
+    """What a recipe came to. `hopeful`: no bound lies above the whole interval of its metric. `floats` is the share of
+    the layers that compute in floats: all of them, but in int8."""
 
     accuracy: float
     flops: float
     parameters: float
     hopeful: bool
+    floats: float = 1.0
 
 
 Exploration = Generator[Trial, Outcome | None, None]
@@ -86,5 +88,5 @@ def _beside_the_best(
     return list(dict.fromkeys(gene for gene in turns if gene is not None))[: space.plan.width // 2]
 
 
-def _costs(outcome: Outcome) -> tuple[float, float, float]:
-    return -outcome.accuracy, outcome.flops, outcome.parameters
+def _costs(outcome: Outcome) -> tuple[float, float, float, float]:
+    return -outcome.accuracy, outcome.flops, outcome.parameters, outcome.floats

@@ -77,7 +77,7 @@ def search_int8(
     layers = calibrate(folder, requests, progress)
     if not layers:
         raise BuildError("the model has no product with constant weights that is large enough for int8")
-    trial = _Trial(folder, requests[:: max(len(requests) // TRIED, 1)])
+    trial = _Trial(folder, some_of(requests))
     every = range(len(layers))
     if (error := trial.error(layers)) <= plan.max_error:
         return _found(layers, every, error)
@@ -96,10 +96,24 @@ def search_int8(
         raise BuildError(
             f"int8 changes the logits by {error:.3g} of their spread, and by {error_without(most):.3g} with {most} of "
             f"{len(layers)} layers in float; quantize.max_error is {plan.max_error:g}: allow more and let the gate "
-            "judge, or build in bf16"
+            "judge, tune the model to it with [quantize.finetune], or build in bf16"
         )
     chosen = harmless[: len(layers) - kept]
     return _found(layers, chosen, trial.error([layers[number] for number in chosen]))
+
+
+def int8_error(folder: Path, requests: Sequence[Features], plan: Int8Plan) -> float:
+    """See `Found.error`, of a plan for the graphs of a folder.
+
+    Raises:
+        DataError: requests whose candidates all score alike.
+    """
+    return _Trial(folder, some_of(requests)).error_of(plan.limits)
+
+
+def some_of(requests: Sequence[Features]) -> Sequence[Features]:
+    """Those on which choices are compared."""
+    return requests[:: max(len(requests) // TRIED, 1)]
 
 
 def calibrate(folder: Path, requests: Sequence[Features], progress: Progress) -> list[Layer]:
@@ -188,8 +202,11 @@ class _Trial:
             raise DataError("all candidates of the calibration requests have the same score; calibrate on other ones")
 
     def error(self, layers: Sequence[Layer]) -> float:
-        """See `Found.error`."""
-        limits = _limits(layers)
+        """See `Found.error`, with these layers in int8."""
+        return self.error_of(_limits(layers))
+
+    def error_of(self, limits: Limits) -> float:
+        """The same with limits of products."""
         runs = dict(self._plain)
         for name, some in limits.items():
             graph = read_graph(self._files[name])

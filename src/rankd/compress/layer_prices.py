@@ -20,17 +20,21 @@ import numpy as np
 from scipy.optimize import nnls
 
 from rankd.artifact import Artifact, EngineRecord, Manifest
+from rankd.build.int8_graphs import Int8Plan
 from rankd.build.pack import BuildOptions, Contents, draft
 from rankd.compress.anatomy import Anatomy
 from rankd.compress.compression_recipe import ReferenceRequest
 from rankd.compress.model_work import Work, encode_work, score_work
 from rankd.compress.surgery import Indices, Kept, KeptLayer, Subject, pruned
-from rankd.engine.backend import Backend, EngineConfig
+from rankd.engine.backend import Backend, EngineConfig, Precision
 from rankd.engine.targets import check_target, load_backend, why_not, why_not_model
 from rankd.engine.warming import Shapes, encode_ms, score_ms
 from rankd.errors import BuildError
 from rankd.features.catalogue import Catalogue
 from rankd.features.schema import FeatureSchema
+
+INT8_TARGET = "openvino"
+"""The target that computes in int8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,28 +108,31 @@ def request_ms(backend: Backend, manifest: Manifest, stick: Yardstick) -> float:
 
 
 def compiled(
-    subject: Subject, catalogue: Catalogue, request: ReferenceRequest, executors: int
+    subject: Subject,
+    catalogue: Catalogue,
+    request: ReferenceRequest,
+    executors: int,
+    int8: Int8Plan | None = None,
 ) -> tuple[Backend, Manifest]:
-    """A model on the target and in the precision of a request, without the checks of a build. 0 executors: the
-    machine's number.
+    """A model on the target and in the precision of a request, without the checks of a build; with scales in int8, on
+    the target that computes in it. 0 executors: the machine's number.
 
     Raises:
         ConfigError: no such target. BuildError: it does not run here, or not such a model.
     """
-    check_target(request.target)
+    target, precision = (request.target, request.precision) if int8 is None else (INT8_TARGET, Precision.INT8)
+    check_target(target)
     choice = subject.choice
-    reason = why_not(request.target, request.precision) or why_not_model(
-        request.target, choice.kind, choice.options, subject.schema
-    )
+    reason = why_not(target, precision) or why_not_model(target, choice.kind, choice.options, subject.schema)
     if reason:
-        raise BuildError(f"cannot measure {request.target} in {request.precision.value}: {reason}")
+        raise BuildError(f"cannot measure {target} in {precision.value}: {reason}")
     contents = Contents(subject.model, choice.kind, subject.schema, catalogue, (), choice.options)
-    options = BuildOptions("probe", "1", request.precision, (request.target,))
+    options = BuildOptions("probe", "1", precision, (target,), int8=int8)
     with tempfile.TemporaryDirectory(prefix="rankd-probe-") as name:
         folder = Path(name)
-        record = EngineRecord(request.precision.value, {request.precision.value: 0.0})
-        manifest = msgspec.structs.replace(draft(folder, contents, options), engines={request.target: record})
-        config = EngineConfig(target=request.target, precision=request.precision, executors=executors)
+        record = EngineRecord(precision.value, {precision.value: 0.0})
+        manifest = msgspec.structs.replace(draft(folder, contents, options), engines={target: record})
+        config = EngineConfig(target=target, precision=precision, executors=executors)
         return load_backend(Artifact(folder, manifest), config), manifest
 
 

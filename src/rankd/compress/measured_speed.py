@@ -15,6 +15,7 @@ from functools import partial
 import msgspec
 import numpy as np
 
+from rankd.build.int8_graphs import Int8Plan
 from rankd.compress.compression_recipe import ReferenceRequest
 from rankd.compress.layer_prices import compiled
 from rankd.compress.search_plan import SearchPlan
@@ -50,13 +51,14 @@ class SpeedMeter:
         self._catalogue, self._requests, self._timing = catalogue, requests, plan.timing
         self._original = self._compile(original, plan.request)
 
-    def measure(self, subject: Subject, request: ReferenceRequest) -> tuple[Speed, Speed]:
-        """The original's speed and the model's, on the target and in the precision of `request`, measured in turn.
+    def measure(self, subject: Subject, request: ReferenceRequest, int8: Int8Plan | None = None) -> tuple[Speed, Speed]:
+        """The original's speed and the model's, on the target and in the precision of `request`, or with scales in
+        int8, measured in turn.
 
         Raises:
             BuildError: the target does not take such a model.
         """
-        pools = (self._original, self._compile(subject, request))
+        pools = (self._original, self._compile(subject, request, int8))
         contestants = [_Contestant(pool, self._requests, self._timing.throughput_s) for pool in pools]
         for turn in range(self._timing.rounds * len(self._requests)):
             number = turn % len(self._requests)
@@ -68,9 +70,9 @@ class SpeedMeter:
         original, mine = (one.speed() for one in contestants)
         return original, mine
 
-    def _compile(self, subject: Subject, request: ReferenceRequest) -> list[Executor]:
+    def _compile(self, subject: Subject, request: ReferenceRequest, int8: Int8Plan | None = None) -> list[Executor]:
         """All executors of an engine, made once: one that is made later is compiled anew."""
-        backend, _ = compiled(subject, self._catalogue, request, executors=0)
+        backend, _ = compiled(subject, self._catalogue, request, 0, int8)
         return [backend.executor() for _ in range(backend.num_executors)]
 
 

@@ -43,7 +43,7 @@ def _room(costs: Float64Array) -> Float64Array:
     for column in costs.T:
         order = np.argsort(column, kind="stable")
         span = column[order[-1]] - column[order[0]]
-        room[order[[0, -1]]] = np.inf
-        if span > 0:
+        if span > 0:  # else there are no ends
+            room[order[[0, -1]]] = np.inf
             room[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / span
     return room

@@ -12,6 +12,7 @@ is tried.
 
     [vary]                              times two; a part of a recipe as a whole may vary too, `false` leaves it out
     "finetune.learning_rate" = [3e-4, 1e-3]
+    quantize = [false, {}]              and again: each in floats and in int8, and int8 alone
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ from rankd.config import convert, read_struct
 from rankd.errors import ConfigError, nearest
 
 MOST_RECIPES = 100_000
-PARTS = tuple(name for name in CompressionRecipe.__struct_fields__ if name not in ("steps", "gate", "quantize"))
-"""Of a recipe, which may vary. Trials are judged and timed in floats: int8 goes to a recipe that was chosen."""
+PARTS = tuple(name for name in CompressionRecipe.__struct_fields__ if name not in ("steps", "gate"))
+"""Of a recipe, which may vary."""
+QUANTIZE = "quantize"
+"""The part that a recipe may do without, and that may be all that it does."""
 Values = Annotated[tuple[Any, ...], Meta(min_length=1)]
 Gene = tuple[int, ...]
 """A recipe: for each dimension of the space the number of its value."""
@@ -75,7 +78,7 @@ class SearchPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     day in their middle) and judged once on the rest. `accuracy` is the metric of `gate.bounds` that is drawn, and kept.
     """
 
-    steps: Annotated[tuple[StepSpace, ...], Meta(min_length=1)]
+    steps: tuple[StepSpace, ...] = ()
     vary: dict[str, Values] = {}
     width: Count = 8
     halvings: Annotated[int, Meta(ge=0, le=6)] = 2
@@ -104,6 +107,16 @@ class Dimension:
     setting: str
     values: tuple[Any, ...]
 
+    @property
+    def is_of_int8(self) -> bool:
+        """Whether it is `quantize`, or a setting of it."""
+        return self.step is None and self.setting.partition(".")[0] == QUANTIZE
+
+    @property
+    def first_taken(self) -> int:
+        """The number of the first value that does not leave it out; 0 if all do."""
+        return next((number for number, value in enumerate(self.values) if value is not False), 0)
+
 
 @dataclass(frozen=True, slots=True)
 class RecipeSpace:
@@ -112,24 +125,34 @@ class RecipeSpace:
     plan: SearchPlan
     dimensions: tuple[Dimension, ...]
 
+    def has_int8(self) -> bool:
+        """Whether a recipe of it can end in int8."""
+        return any(one.is_of_int8 for one in self.dimensions)
+
     def genes(self) -> list[Gene]:
-        """Every recipe with a step once; settings of a step that is left out are those of its first value."""
+        """Every recipe that does something once; settings of what is left out are those of its first value."""
         every = itertools.product(*(range(len(one.values)) for one in self.dimensions))
-        return sorted({gene for gene in map(self.plain, every) if self._taken(gene)})
+        return sorted({gene for gene in map(self.plain, every) if self.does_something(gene)})
 
     def plain(self, gene: Gene) -> Gene:
         """The same recipe, with the first value wherever the value does not matter."""
-        taken = self._taken(gene)
-        return tuple(
-            value if one.step is None or not one.setting or one.step in taken else 0
-            for one, value in zip(self.dimensions, gene, strict=True)
-        )
+        taken, int8 = self._taken(gene), self._quantizes(gene)
+
+        def matters(one: Dimension) -> bool:
+            if one.step is None:
+                return int8 or not one.is_of_int8 or one.setting == QUANTIZE
+            return not one.setting or one.step in taken
+
+        return tuple(value if matters(one) else 0 for one, value in zip(self.dimensions, gene, strict=True))
 
     def alone(self) -> Iterator[Gene]:
-        """For each step the recipe that takes it with middle values, and nothing optional beside it."""
+        """For each step the recipe that takes it with middle values, and nothing optional beside it; then int8 so."""
         for wanted in range(len(self.plan.steps)):
             gene = (len(one.values) // 2 if one.step == wanted else 0 for one in self.dimensions)
             yield self.plain(tuple(gene))
+        int8 = tuple(one.first_taken if one.setting == QUANTIZE else 0 for one in self.dimensions)
+        if self._quantizes(int8):
+            yield self.plain(int8)
 
     def neighbours(self, gene: Gene) -> list[Gene]:
         """The recipes that differ in one dimension."""
@@ -138,24 +161,26 @@ class RecipeSpace:
             for place, one in enumerate(self.dimensions)
             for value in range(len(one.values))
         )
-        return sorted({other for other in changed if self._taken(other)} - {gene})
+        return sorted({other for other in changed if self.does_something(other)} - {gene})
 
     def recipe(self, gene: Gene, epochs: int) -> CompressionRecipe:
-        """The recipe as `rankd compress --recipe` takes it."""
-        plan, taken = self.plan, self._taken(gene)
+        """The recipe as `rankd compress --recipe` takes it. Without steps there is nothing to tune for `epochs`."""
+        plan, taken, int8 = self.plan, self._taken(gene), self._quantizes(gene)
         steps: list[dict[str, Any]] = [{"kind": step.kind, **step.settings} for step in plan.steps]
         document: dict[str, Any] = {
             "request": msgspec.to_builtins(plan.request),
-            "finetune": {**msgspec.to_builtins(plan.finetune), "epochs": epochs},
+            "finetune": {**msgspec.to_builtins(plan.finetune), "epochs": epochs if taken else 0},
             "gate": msgspec.to_builtins(plan.gate),
         }
         for one, number in zip(self.dimensions, gene, strict=True):
             value = copy.deepcopy(one.values[number])
             if one.step is None:
                 part, _, setting = one.setting.partition(".")
+                if value is False or (one.is_of_int8 and not int8):
+                    continue
                 if setting:
                     document.setdefault(part, {})[setting] = value
-                elif value is not False:
+                else:
                     document[part] = value
             elif one.setting:
                 steps[one.step][one.setting] = value
@@ -165,23 +190,38 @@ class RecipeSpace:
         return recipe
 
     def label(self, gene: Gene) -> str:
-        """What a recipe is called: its steps, with the settings that others have otherwise."""
-        taken = self._taken(gene)
+        """What a recipe is called: its steps and int8, with the settings that others have otherwise."""
+        taken, int8 = self._taken(gene), self._quantizes(gene)
         parts = {number: [self.plan.steps[number].kind] for number in taken}
-        rest = []
+        rest, narrow = list[str](), ["int8"] if int8 else []
         for one, number in zip(self.dimensions, gene, strict=True):
+            value = one.values[number]
             if len(one.values) == 1 or not one.setting:
                 continue
-            if one.step is None and one.values[number] is not False:
-                rest.append(f"{one.setting.rpartition('.')[2]} {_short(one.values[number])}".strip())
-            elif one.step is not None and one.step in taken:
-                parts[one.step].append(_short(one.values[number]))
-        return " + ".join([" ".join(parts[number]) for number in sorted(parts)] + rest)
+            if one.step is not None:
+                if one.step in taken:
+                    parts[one.step].append(_short(value))
+            elif value is not False and (int8 or not one.is_of_int8):
+                name = "" if one.setting == QUANTIZE else one.setting.rpartition(".")[2]
+                (narrow if one.is_of_int8 else rest).append(f"{name} {_short(value)}".strip())
+        words = [" ".join(parts[number]) for number in sorted(parts)] + rest + [" ".join(filter(None, narrow))]
+        return " + ".join(filter(None, words))
 
     def _taken(self, gene: Gene) -> set[int]:
         """The steps that are taken."""
         optional = {one.step: value for one, value in zip(self.dimensions, gene, strict=True) if not one.setting}
         return {number for number in range(len(self.plan.steps)) if optional.get(number, 1)}
+
+    def _quantizes(self, gene: Gene) -> bool:
+        """Whether it ends in int8."""
+        values = {
+            one.setting: one.values[number] for one, number in zip(self.dimensions, gene, strict=True) if one.is_of_int8
+        }
+        return bool(values) and values.get(QUANTIZE) is not False
+
+    def does_something(self, gene: Gene) -> bool:
+        """Whether it has a step, or int8."""
+        return bool(self._taken(gene)) or self._quantizes(gene)
 
 
 def space_of(plan: SearchPlan) -> RecipeSpace:
@@ -195,12 +235,11 @@ def space_of(plan: SearchPlan) -> RecipeSpace:
         if step.optional:
             dimensions.append(Dimension(number, "", (0, 1)))
         dimensions += [Dimension(number, setting, tuple(values)) for setting, values in step.vary.items()]
-    for setting, values in plan.vary.items():
+    for setting, values in sorted(plan.vary.items(), key=lambda item: "." in item[0]):  # parts before their settings
         if setting.partition(".")[0] not in PARTS or setting in ("finetune", "finetune.epochs"):
             raise ConfigError(
                 f"vary.'{setting}': give a part of a recipe or a setting of one, PART or PART.NAME, with PART of "
-                f"{', '.join(PARTS)}; epochs are the search's own, what belongs to a step varies there, and "
-                "[quantize] goes to the recipe that was chosen"
+                f"{', '.join(PARTS)}; epochs are the search's own, and what belongs to a step varies there"
             )
         dimensions.append(Dimension(None, setting, tuple(values)))
     space = RecipeSpace(plan, tuple(dimensions))
@@ -230,12 +269,14 @@ def packaged_plan(kind: str) -> SearchPlan:
 
 
 def _try_values(space: RecipeSpace) -> None:
-    """Make a recipe of all steps with each value of each setting."""
-    all_steps = tuple(0 if one.setting else 1 for one in space.dimensions)
-    space.recipe(all_steps, space.plan.finetune.epochs)
+    """Make a recipe of all steps, and int8, with each value of each setting."""
+    whole = tuple((one.first_taken if one.step is None else 0) if one.setting else 1 for one in space.dimensions)
+    space.recipe(whole, space.plan.finetune.epochs)
     for place, one in enumerate(space.dimensions):
         for value in range(len(one.values)) if one.setting else ():
-            space.recipe((*all_steps[:place], value, *all_steps[place + 1 :]), space.plan.finetune.epochs)
+            gene = (*whole[:place], value, *whole[place + 1 :])
+            if space.does_something(gene):
+                space.recipe(gene, space.plan.finetune.epochs)
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ against a speed, and a picture of them.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from rankd.compress.pareto import front
 from rankd.compress.speed_target import SPEEDS, Target
 from rankd.compress.trials import Made, TrialRecord
 from rankd.errors import MissingExtra
-from rankd.gate_record import GatedMetric, GateRecord
+from rankd.gate_record import GatedMetric, GateRecord, Int8Record
 from rankd.picture import new_picture
 
 AXES = {
@@ -34,7 +35,8 @@ CHOSEN, PASSED, REFUSED, ORIGINAL = "#d62728", "#1f6fb4", "#9aa5b1", "#111111"
 
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A trial: shares of the original's operations and parameters, the gate on the choosing days, speeds; `fronts` are
-    the speeds (AXES) in which nothing else is both faster and more accurate."""
+    the speeds (AXES) in which nothing else is both faster and more accurate. In int8 (`int8` says how) gate and speeds
+    are those of the quantized graphs."""
 
     trial_id: str
     label: str
@@ -46,6 +48,7 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     speed: Speed
     original_speed: Speed
     fronts: tuple[str, ...]
+    int8: Int8Record | None = None
 
 
 class SearchReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,16 +119,17 @@ def draw_front(path: Path, report: SearchReport, target: Target) -> None:
 
 def _panel(axes: Any, axis: str, report: SearchReport, target: Target) -> None:
     """One speed: refused and passed points, the front, the original, the bound, the target, the chosen point."""
-    for passed, colour, label in (
-        (False, REFUSED, "refused by the gate"),
-        (True, PASSED, "passed on the choosing days"),
-    ):
-        points = [one for one in report.points if one.passed is passed]
+    for passed, int8 in itertools.product((False, True), (False, True)):
+        points = [one for one in report.points if (one.passed, one.int8 is not None) == (passed, int8)]
         x, y, bars = _places(points, axis, report.accuracy)
-        face = colour if passed else "white"
+        colour, label = (PASSED, "passed on the choosing days") if passed else (REFUSED, "refused by the gate")
+        face, label = colour if passed else "white", label + (", int8" if int8 else "")
         if points:
             axes.errorbar(x, y, bars, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.55, zorder=1)
-            axes.scatter(x, y, s=26, facecolor=face, edgecolor=colour, linewidth=1.1, label=label, zorder=3)
+            marker, size = ("s", 24) if int8 else ("o", 26)
+            axes.scatter(
+                x, y, s=size, marker=marker, facecolor=face, edgecolor=colour, linewidth=1.1, label=label, zorder=3
+            )
     on_front = sorted((one for one in report.points if axis in one.fronts), key=lambda one: _figure(one.speed, axis))
     x, y, _ = _places(on_front, axis, report.accuracy)
     axes.plot(x, y, color=PASSED, linewidth=1.3, alpha=0.8, label="Pareto front", zorder=2)
@@ -160,7 +164,7 @@ def _fronts(made: Sequence[Made], original: Speed, accuracy: str) -> list[tuple[
     on: list[list[str]] = [[] for _ in made]
     for axis in AXES:
         sign = -1.0 if axis == "throughput" else 1.0
-        costs = [(-one.gate.metrics[accuracy].kept, sign * _figure(one.speed, axis)) for one in made]
+        costs = [(-one.served_gate.metrics[accuracy].kept, sign * _figure(one.speed, axis)) for one in made]
         for number in front(np.asarray([*costs, (-1.0, sign * _figure(original, axis))])):
             if number < len(made):
                 on[number].append(axis)
@@ -168,8 +172,7 @@ def _fronts(made: Sequence[Made], original: Speed, accuracy: str) -> list[tuple[
 
 
 def _point(trial: TrialRecord, made: Made, target: Target, fronts: tuple[str, ...]) -> Point:
-    gate = target.judged(made.gate)
-    start = made.start
+    start, gate = made.start, target.judged(made.served_gate)
     return Point(
         trial_id=trial.trial_id,
         label=f"{trial.label}, {trial.recipe.finetune.epochs} epochs",
@@ -177,10 +180,11 @@ def _point(trial: TrialRecord, made: Made, target: Target, fronts: tuple[str, ..
         flops=start.flops,
         parameters=start.parameters,
         gate=gate,
-        passed=gate.passed,
+        passed=all(target.judged(one).passed for one in made.gates),
         speed=made.speed,
         original_speed=made.original_speed,
         fronts=fronts,
+        int8=made.int8,
     )
 
 

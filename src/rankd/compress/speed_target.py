@@ -187,14 +187,14 @@ def _bound(text: str, word: str, sign: str, value: float, unit: str) -> float:
 
 def _shortfall(made: Made, target: Target) -> float:
     """By how much a trial misses speeds and bounds, in shares of them; 0 if it meets all."""
-    bounds = target.judged(made.gate).metrics.values()
-    return sum(one.shortfall(made.speed) for one in target.limits) + sum(
-        max(one.bound / one.low - 1, 0.0) if one.low > 0 else 1.0 for one in bounds
+    return sum(one.shortfall(made.speed) for one in target.limits) + max(
+        sum(max(one.bound / one.low - 1, 0.0) if one.low > 0 else 1.0 for one in target.judged(gate).metrics.values())
+        for gate in made.gates
     )
 
 
 def _kept(made: Made, accuracy: str) -> float:
-    return made.gate.metrics[accuracy].kept
+    return made.served_gate.metrics[accuracy].kept
 
 
 def _figures(made: Made, target: Target, accuracy: str) -> str:
@@ -204,7 +204,7 @@ def _figures(made: Made, target: Target, accuracy: str) -> str:
         f"{one.word} {one.figure(one.of(made.speed))} (the original {one.figure(one.of(made.original_speed))})"
         for one in limits
     ]
-    gate = target.judged(made.gate)
+    gate = target.judged(made.served_gate)
     shown = {accuracy: gate.metrics[accuracy]} | {name: one for name, one in gate.metrics.items() if not one.passed}
     for name, one in shown.items():
         missed = "" if one.passed else f", allowed is {one.bound:g} at the lower end"

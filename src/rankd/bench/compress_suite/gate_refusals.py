@@ -20,6 +20,7 @@ from rankd.errors import EngineFailure, RankdError
 DAYS = 10
 """Of the test time: a refusal needs no narrow interval."""
 FEW_USERS = 50
+BOUNDS = {"gauc": 0.999}
 REQUESTS = 128
 UNTUNED = FineTuning(epochs=0)
 NEXT_TO_NOTHING = {"width": 8, "heads": 1, "layers": 1}
@@ -34,7 +35,7 @@ def gate_refusals(run: Path, original: Trained, data: Path | None, folder: Path,
     """
     dataset = original.dataset
     start, _ = gate_days(dataset, Gate())
-    gate = Gate(until=_day(start + DAYS * DAY_S), min_users=FEW_USERS)
+    gate = Gate(BOUNDS, until=_day(start + DAYS * DAY_S), min_users=FEW_USERS)
     too_strong = CompressionRecipe((Student(NEXT_TO_NOTHING),), finetune=UNTUNED, gate=gate)
     seen = Gate(since=_day(dataset.train_until - DAYS * DAY_S))
     cases: Mapping[str, tuple[CompressionRecipe, Path | None]] = {

@@ -120,7 +120,7 @@ def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None
     if not waiting.runnable:
         return None
     first = int(waiting.turn[: waiting.size].argmin())
-    largest = largest_bucket(waiting, first, idle, now, rules)
+    largest = largest_bucket(waiting, first, idle, waiting.runnable - 1, now, rules)
     return call_for(waiting, first, largest, idle, rules, waiting.tail)
 
 
@@ -140,9 +140,9 @@ def call_for(waiting: Waiting, first: int, largest: int, idle: int, rules: Rules
     return Call(slots[: 1 << (len(slots).bit_length() - 1)], bucket)  # calls are warmed for 1, 2, 4, 8 users
 
 
-def largest_bucket(waiting: Waiting, first: int, idle: int, now: float, rules: Rules) -> int:
-    """The largest bucket that a call for the request in slot `first` may have."""
-    cutter, rows, others = rules.cutter, int(waiting.rows[first]), waiting.runnable - 1
+def largest_bucket(waiting: Waiting, first: int, idle: int, others: int, now: float, rules: Rules) -> int:
+    """The largest bucket that a call for the request in slot `first` may have, while `others` want executors too."""
+    cutter, rows = rules.cutter, int(waiting.rows[first])
     largest = cutter.even(rows, rules.largest)
     if rules.spread and others < idle - 1 and rows > cutter.buckets[0]:
         helpers = idle - others

@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from heapq import heapreplace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from rankd.bench.report import Report, Row, commit, machine, percentile
+from rankd.bench.report import Report, Row, commit, machine
+from rankd.bench.schedule_suite.queue_kernels import threshold_latencies
 from rankd.bench.schedule_suite.simulated_schedule import (
     NO_LIMITS,
     STEPS,
@@ -47,6 +47,7 @@ from rankd.schedule.packing import SIZES
 from rankd.schedule.policy import Rules
 from rankd.schedule.schedule_config import ScheduleConfig, make_rules
 from rankd.schedule.simulation import Arrival, simulate
+from rankd.types import Array
 
 SHARES = (0.3, 0.5, 0.7, 0.85, 0.95)
 """Of the threshold's highest rate: where latencies are compared."""
@@ -90,7 +91,7 @@ def run_mixed(
         load = sweep.load(arrivals)
         threshold = load.best()
         about = {"table": f"at {share:.0%} of the threshold's highest rate", "share": share, "rate": share * best}
-        theirs = about | figures(arrivals, load.latencies(threshold), 0.0, options.bound_ms) | threshold.about(kinds)
+        theirs = about | figures(arrivals, load.latencies(threshold).tolist(), 0.0, options.bound_ms) | threshold.about(kinds)
         ours = about | figures(arrivals, *_rankd(Mix(kinds), None, arrivals), options.bound_ms)
         results += [{"contestant": "best threshold"} | theirs, {"contestant": "rankd, mixed"} | ours]
         gains.append((share, theirs["p99_ms"] / ours["p99_ms"], theirs["p50_ms"] / ours["p50_ms"]))
@@ -160,8 +161,9 @@ class ThresholdLoad:
     def __init__(
         self, arrivals: Sequence[Arrival], takes_ms: Sequence[Sequence[float]], executors: Sequence[int]
     ) -> None:
-        self.arrivals, self._takes_ms, self._executors = arrivals, takes_ms, executors
-        self._rows, self._takes = np.asarray([one.rows for one in arrivals]), np.asarray(takes_ms)
+        self._executors = executors
+        self._at, self._takes_s = np.asarray([one.at for one in arrivals]), np.asarray(takes_ms) / 1e3
+        self._rows = np.asarray([one.rows for one in arrivals], np.int64)
 
     def thresholds(self) -> list[Threshold]:
         """All that differ."""
@@ -170,35 +172,32 @@ class ThresholdLoad:
 
     def best(self) -> Threshold:
         """The one with the lowest p99."""
-        rate = len(self.arrivals) / max(self.arrivals[-1].at, 1e-3)
+        rate = len(self._at) / max(self._at[-1], 1e-3)
         possible = [one for one in self.thresholds() if self.limit(one) > 0.95 * rate]
         return min(possible or self.thresholds(), key=self.p99_ms)
 
     def p99_ms(self, threshold: Threshold) -> float:
         """Of all requests."""
-        return percentile(self.latencies(threshold), 0.99)
+        return float(np.quantile(self.latencies(threshold), 0.99))
 
-    def latencies(self, threshold: Threshold) -> list[float]:
+    def latencies(self, threshold: Threshold) -> Array:
         """Milliseconds of each request."""
-        found, lines = list[float](), [[0.0] * count for count in self._executors]
-        kinds = np.where(self._rows <= threshold.rows, threshold.small, 1 - threshold.small).tolist()
-        takes_ms = np.where(np.asarray(kinds) == 0, self._takes[0], self._takes[1]).tolist()
-        for arrival, kind, ms in zip(self.arrivals, kinds, takes_ms, strict=True):
-            line = lines[kind]
-            end = max(line[0], arrival.at) + ms / 1e3
-            heapreplace(line, end)
-            found.append((end - arrival.at) * 1e3)
-        return found
+        free = np.full((2, max(self._executors)), np.inf)
+        for line, count in zip(free, self._executors, strict=True):
+            line[:count] = 0.0
+        taken_s = np.empty_like(self._at)
+        threshold_latencies(self._at, self._rows, self._takes_s, threshold.rows, threshold.small, free, taken_s)
+        return taken_s * 1e3
 
     def limit(self, threshold: Threshold) -> float:
         """Requests a second with which the busier kind has no idle moment."""
         small = self._rows <= threshold.rows
         of_kind = (small, ~small) if threshold.small == 0 else (~small, small)
         busy_s = [
-            float(takes[here].sum()) / 1e3 / count
-            for takes, here, count in zip(self._takes, of_kind, self._executors, strict=True)
+            float(takes[here].sum()) / count
+            for takes, here, count in zip(self._takes_s, of_kind, self._executors, strict=True)
         ]
-        return len(self.arrivals) / max(*busy_s, 1e-9)
+        return len(self._at) / max(*busy_s, 1e-9)
 
 
 def _rankd(rules: Rules | Mix, kind: int | None, arrivals: Sequence[Arrival]) -> tuple[list[float], float]:

@@ -133,7 +133,8 @@ class _Split:
         buckets = [one for one in self.here.cutter.buckets if one <= largest and one < share]
         longer = bisect_left(buckets, True, key=lambda one: self._ends_here(one) >= self._ends_there(rows, one))
         ends = {one: self._ends(rows, one) for one in buckets[max(longer - 1, 0) : longer + 1]}
-        ends[min(self.here.cutter.bucket_for(share), largest)] = self._ends_here(share)
+        whole = min(self.here.cutter.bucket_for(share), largest)
+        ends[whole] = min(self._ends_here(share), ends.get(whole, NEVER))
         found = min(ends, key=ends.__getitem__)
         return found if ends[found] <= bound else 0
 

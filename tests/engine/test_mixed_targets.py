@@ -125,7 +125,7 @@ def test_any_cut_across_kinds_is_the_whole_and_states_of_one_are_good_for_the_ot
 
 
 def test_requests_are_answered_as_by_one_target_whoever_works_on_them(mixed: Ranker, plain: Ranker) -> None:
-    most = mixed.schema.max_candidates
+    most = min(mixed.schema.max_candidates, len(ITEMS))
     sizes = [1 + 37 * number % most for number in range(120)]
     asked = [request(f"user {number % 30}", size, 4 + number % 9, number) for number, size in enumerate(sizes)]
     futures = [mixed.submit(one) for one in asked]

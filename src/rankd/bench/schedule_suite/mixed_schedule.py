@@ -1,7 +1,7 @@
 """`rankd bench schedule --simulate` with executors of two kinds: the schedule beside a threshold between them.
 
-In: a workload that declares two kinds, or a mix of targets that is measured here. Out: a Report. The same arrivals go,
-in made-up time, through
+In: a workload that declares two kinds, or a mix of targets that is measured here. Out: a Report. The same requests go,
+in made-up time and as quickly as is asked, through
 
     rankd, mixed        both kinds under `schedule.mixed_policy`
     best threshold      requests of up to t candidates go to the one kind, larger ones to the other, first come first
@@ -70,8 +70,8 @@ def run_mixed(
     if len(kinds) != 2:
         raise ConfigError(f"a threshold is between two kinds of executors, and {len(kinds)} are given: name two")
     prepare_ms = [(rules.costs.prepare(True), rules.costs.warmed.most_encode_ms) for rules in kinds]
-    at = partial(arrivals_of, workload, prepare_ms, options)
     most = 1.1 * sum(most_requests(workload, rules) for rules in kinds)
+    at = same_at_rates(arrivals_of(workload, prepare_ms, options, most / 2), most / 2)
     advance(1, 3, "thresholds")
     sweep = ThresholdSweep(kinds, at)
     best, found = sweep.highest_rate(options.bound_ms, most)
@@ -103,6 +103,16 @@ def run_mixed(
     for share, p99, p50 in gains:
         ratios |= {f"mixed_p99_vs_best_threshold_{share:.0%}": p99, f"mixed_p50_vs_best_threshold_{share:.0%}": p50}
     return Report("schedule", _about(workload, kinds, options), surroundings, commit(), {}, results, ratios)
+
+
+def same_at_rates(arrivals: Sequence[Arrival], rate: float) -> Callable[[float], list[Arrival]]:
+    """The requests that come at a rate, at any other: what differs is how quickly they come, so that rates of
+    contestants differ by nothing else."""
+
+    def at(other: float) -> list[Arrival]:
+        return [replace(one, at=one.at * rate / other) for one in arrivals]
+
+    return at
 
 
 @dataclass(frozen=True, slots=True)

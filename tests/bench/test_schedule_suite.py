@@ -93,7 +93,8 @@ def test_a_threshold_is_two_queues() -> None:
     assert load.best() in (mixed_schedule.Threshold(0, 16), mixed_schedule.Threshold(0, 1024))
     everything = load.latencies(mixed_schedule.Threshold(1, 1024))
     assert everything[2] > everything[1] > everything[0] > 10.0
-    assert {(one.small, one.rows) for one in load.thresholds()} == {(kind, size) for kind in (0, 1) for size in (0, 16, 1024)}
+    sizes = (0, 16, 1024)
+    assert {(one.small, one.rows) for one in load.thresholds()} == {(kind, size) for kind in (0, 1) for size in sizes}
 
 
 def test_the_sweep_finds_the_threshold_that_does_the_most() -> None:

@@ -93,7 +93,11 @@ def request(user: str, candidates: int, events: int = 12, first: int = 0) -> Ran
 
 @settings(max_examples=20, deadline=None)
 @given(
-    events=st.integers(0, 30), rows=st.integers(2, 16), seed=st.integers(0, 99), encoder=st.integers(0, 1), data=st.data()
+    events=st.integers(0, 30),
+    rows=st.integers(2, 16),
+    seed=st.integers(0, 99),
+    encoder=st.integers(0, 1),
+    data=st.data(),
 )
 def test_any_cut_across_kinds_is_the_whole_and_states_of_one_are_good_for_the_other(
     mixed: Ranker, events: int, rows: int, seed: int, encoder: int, data: st.DataObject

@@ -119,7 +119,8 @@ def poisson(rate: float, seconds: float) -> list[Arrival]:
     draws = np.random.default_rng(7)
     times = np.cumsum(draws.exponential(1 / rate, int(rate * seconds)))
     rows = np.where(draws.random(len(times)) < 0.8, draws.integers(10, 60, len(times)), 900)
-    return [Arrival(at, size, prepare_by_kind=(0.2, 0.2)) for at, size in zip(times.tolist(), rows.tolist(), strict=True)]
+    pairs = zip(times.tolist(), rows.tolist(), strict=True)
+    return [Arrival(at, size, prepare_by_kind=(0.2, 0.2)) for at, size in pairs]
 
 
 def test_two_kinds_do_what_neither_does_alone() -> None:

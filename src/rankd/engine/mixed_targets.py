@@ -47,9 +47,10 @@ class MixedBackend:
         """
         types = {kind.target: kind.state_type.value for kind in kinds}
         if len(set(types.values())) > 1:
+            given = ", ".join(f"{one} on {target}" for target, one in types.items())
             raise ConfigError(
-                f"engine.mix: states are {', '.join(f'{one} on {target}' for target, one in types.items())}; targets of "
-                "a mix keep them in the same type: set states.storage to one that all of them have, or leave one out"
+                f"engine.mix: states are {given}; targets of a mix keep them in the same type: set states.storage to one "
+                "that all of them have, or leave one out"
             )
         self.kinds = tuple(kinds)
         self.target = " + ".join(f"{kind.target}:{kind.num_executors}" for kind in kinds)
@@ -134,6 +135,6 @@ def check_threads(parts: Sequence[PartConfig]) -> None:
     wanted = sum(part.executors * part.threads for part in parts if part.target not in OFF_CPU)
     if wanted > allowed:
         raise ConfigError(
-            f"engine.mix: its executors have {wanted} threads, and this process may use {allowed} cpus; what calls take "
-            "could not be predicted. Take fewer executors or threads"
+            f"engine.mix: its executors have {wanted} threads, and this process may use {allowed} cpus; what calls "
+            "take could not be predicted. Take fewer executors or threads"
         )

@@ -1,4 +1,5 @@
-"""The targets there are, and which one, or which several, a configuration means. The only file that knows all backends by name."""
+"""The targets there are, and which one, or which several, a configuration means. The only file that knows all backends
+by name."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def _load_mix(artifact: Artifact, config: EngineConfig, state_type: StateType | 
     check_threads(parts)
     wanted = {part.target: _precision(artifact, choose_target(artifact, part), part) for part in parts}
     if len(set(wanted.values())) > 1:
-        common = [one for one in _checked_in_all(artifact, wanted) if all(not why_not(target, one) for target in wanted)]
+        checked = _checked_in_all(artifact, wanted)
+        common = [one for one in checked if not any(why_not(target, one) for target in wanted)]
         advice = f'set engine.precision = "{common[0].value}"' if common else "no precision is common to them"
         raise ConfigError(
             f"engine.mix: {', '.join(f'{target} would compute in {one.value}' for target, one in wanted.items())}; "

@@ -111,7 +111,7 @@ KIND_COUNTERS: tuple[tuple[str, str, Callable[[KindFigures], float]], ...] = (
 )
 KIND_GAUGES: tuple[tuple[str, str, Callable[[KindFigures], float]], ...] = (
     ("rankd_executors", "Executors of a kind.", lambda f: f.num_executors),
-    ("rankd_executor_prediction_error", "Mean |actual - predicted| / actual of a kind's calls.", lambda f: f.errors.score),
+    ("rankd_executor_prediction_error", "Mean |actual - predicted| / actual, by kind.", lambda f: f.errors.score),
     ("rankd_executor_slowdown", "What a kind's calls take against their time at warm-up.", lambda f: f.errors.slowdown),
 )
 OUTCOMES = ("refused", "finished", "failed", "late", "cancelled")

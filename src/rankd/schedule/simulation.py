@@ -1,8 +1,8 @@
 """The schedule without executors: made-up arrivals, made-up time, the same ledger and the same policy.
 
-In: arrivals with what they take, and rules of one kind of executors or of several. Out: how each of them ended, faster than real time (an hour of requests in
-seconds). What is simulated: admission, order, cuts, calls for several users, deadlines. What is not: the network, the
-interpreter, and executors that slow each other down.
+In: arrivals with what they take, and rules of one kind of executors or of several. Out: how each of them ended, faster
+than real time (an hour of requests in seconds). What is simulated: admission, order, cuts, calls for several users,
+deadlines. What is not: the network, the interpreter, and executors that slow each other down.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def run_mixed(
         load = sweep.load(arrivals)
         threshold = load.best()
         about = {"table": f"at {share:.0%} of the threshold's highest rate", "share": share, "rate": share * best}
-        theirs = about | figures(arrivals, load.latencies(threshold).tolist(), 0.0, options.bound_ms) | threshold.about(kinds)
+        latencies = load.latencies(threshold).tolist()
+        theirs = about | figures(arrivals, latencies, 0.0, options.bound_ms) | threshold.about(kinds)
         ours = about | figures(arrivals, *_rankd(Mix(kinds), None, arrivals), options.bound_ms)
         results += [{"contestant": "best threshold"} | theirs, {"contestant": "rankd, mixed"} | ours]
         gains.append((share, theirs["p99_ms"] / ours["p99_ms"], theirs["p50_ms"] / ours["p50_ms"]))

@@ -316,9 +316,7 @@ class Ranker:
 
     def _rules(self, kind: ExecutorKind, warmed: Warmed) -> Rules:
         buckets, backend = self.schema.candidate_buckets, kind.backend
-        rules = make_rules(
-            self._config, buckets, warmed, lambda bucket: kind.packing.most(bucket), len(kind.executors)
-        )
+        rules = make_rules(self._config, buckets, warmed, lambda bucket: kind.packing.most(bucket), len(kind.executors))
         return replace(rules, name=backend.target)
 
     def _another_executor(self, kind: ExecutorKind) -> Executor:

@@ -49,8 +49,8 @@ class MixedBackend:
         if len(set(types.values())) > 1:
             given = ", ".join(f"{one} on {target}" for target, one in types.items())
             raise ConfigError(
-                f"engine.mix: states are {given}; targets of a mix keep them in the same type: set states.storage to one "
-                "that all of them have, or leave one out"
+                f"engine.mix: states are {given}; targets of a mix keep them in the same type: set states.storage to "
+                "one that all of them have, or leave one out"
             )
         self.kinds = tuple(kinds)
         self.target = " + ".join(f"{kind.target}:{kind.num_executors}" for kind in kinds)

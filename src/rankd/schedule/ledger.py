@@ -124,9 +124,7 @@ class Ledger(Generic[Item]):
             self.waiting.let_run(job.slot)
             self._set_tail(job)
 
-    def next(
-        self, idle: int, now: float, kind: int = 0, standings: Sequence[Standing] = ()
-    ) -> Work[Item] | None:
+    def next(self, idle: int, now: float, kind: int = 0, standings: Sequence[Standing] = ()) -> Work[Item] | None:
         """What one of `idle` executors does now; None: nothing can be run. Where there are several kinds of executors
         it is one of a `kind`, and `standings` are those of all of them; then None may also be that what waits is left
         to others, and `again` says when to ask once more."""

@@ -25,8 +25,8 @@ from rankd.observe.schedule_metrics import KindCounts, ScheduleFigures, worst
 from rankd.schedule.admission import Limits
 from rankd.schedule.core_sharing import Cores, Sharer
 from rankd.schedule.endings import Answers, guarded
-from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.kinds import Mix
+from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Rules
 from rankd.schedule.seats import Seat, kind_figures, seats_of, standings
 from rankd.schedule.served import Asked, Part, Served, When

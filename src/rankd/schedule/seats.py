@@ -47,8 +47,7 @@ def seats_of(executors: Sequence[Executor], kinds: Sequence[Rules]) -> list[Seat
     """Seats for executors, those of the first kind first, as many of each as its rules are for."""
     numbers = [kind for kind, rules in enumerate(kinds) for _ in range(rules.num_executors)]
     return [
-        Seat(number, executor, kind)
-        for number, (executor, kind) in enumerate(zip(executors, numbers, strict=True))
+        Seat(number, executor, kind) for number, (executor, kind) in enumerate(zip(executors, numbers, strict=True))
     ]
 
 

@@ -14,8 +14,8 @@ from itertools import count
 
 from rankd.errors import DeadlineExceeded, Overloaded
 from rankd.schedule.admission import Limits
-from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.kinds import Mix, Standing
+from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Priority, Rules
 from rankd.schedule.served import Asked
 from rankd.schedule.waiting import NEVER
@@ -76,9 +76,7 @@ class _Executors:
 
 
 class _Simulation:
-    def __init__(
-        self, rules: Rules | Mix, limits: Limits, calls_ms: Sequence[Callable[[int, int], float]]
-    ) -> None:
+    def __init__(self, rules: Rules | Mix, limits: Limits, calls_ms: Sequence[Callable[[int, int], float]]) -> None:
         self._ledger: Ledger[Outcome] = Ledger(rules, limits)
         self.executors = [
             _Executors(kind, one, call_ms, one.num_executors)
@@ -99,7 +97,7 @@ class _Simulation:
             for job in self._ledger.late(now):
                 _ends(job, now, "late")
             happens(now)
-            while any([self._give(executors, now) for executors in self.executors]):
+            while any(self._give(executors, now) for executors in self.executors):
                 pass
         return now
 

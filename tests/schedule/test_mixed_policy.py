@@ -123,7 +123,7 @@ def test_a_history_is_encoded_where_that_is_quicker() -> None:
     waiting = waiting_for(KINDS, 30, resident=False)
     assert next_call(waiting, WIDE, Standing(1)) == Call((0,), 32)
     assert next_call(waiting, QUICK, Standing(1)) is None
-    assert next_call(waiting, QUICK, busy(30.0)) == Call((0,), 64)
+    assert next_call(waiting, QUICK, busy(30.0)) == Call((0,), 0)
 
 
 def test_when_to_ask_again() -> None:

@@ -19,7 +19,7 @@ from rankd import Event, Ranker, RankRequest
 from rankd.build.pack import BuildOptions, build_artifact
 from rankd.config import read_config
 from rankd.engine import mixed_targets
-from rankd.engine.backend import EngineConfig, Isolation, Precision, StateType
+from rankd.engine.backend import EngineConfig, Executor, Isolation, Precision, StateType
 from rankd.engine.mixed_targets import MixedBackend, kinds_of, parts_of
 from rankd.engine.targets import load_backend, why_not
 from rankd.engine.thread_plan import plan
@@ -80,6 +80,12 @@ def plain(artifact: Path) -> Iterator[Ranker]:
         yield ranker
 
 
+@pytest.fixture(scope="module")
+def executors(mixed: Ranker) -> list[Executor]:
+    """One more of each kind: the ranker's own are its schedule's."""
+    return [kind.executor() for kind in kinds_of(mixed.backend)]
+
+
 def history(events: int) -> tuple[Event, ...]:
     start = DATASET.schema.log_end - 10_000
     kinds = DATASET.schema.event_types
@@ -100,17 +106,25 @@ def request(user: str, candidates: int, events: int = 12, first: int = 0) -> Ran
     data=st.data(),
 )
 def test_any_cut_across_kinds_is_the_whole_and_states_of_one_are_good_for_the_other(
-    mixed: Ranker, events: int, rows: int, seed: int, encoder: int, data: st.DataObject
+    mixed: Ranker,
+    executors: list[Executor],
+    events: int,
+    rows: int,
+    seed: int,
+    encoder: int,
+    data: st.DataObject,
 ) -> None:
-    shapes, kinds = Shapes(mixed.manifest, mixed.backend.state_type), kinds_of(mixed.backend)
-    executors = [kind.executor() for kind in kinds]
+    shapes = Shapes(mixed.manifest, mixed.backend.state_type)
     room, bucket = shapes.rooms[-1], mixed.schema.candidate_buckets[0]
     tokens = shapes.history(room)
     draws = np.random.default_rng(seed)
     tokens["history_item"][...] = draws.integers(2, len(ITEMS), tokens["history_item"].shape)
     tokens["history_length"][...] = min(events, room)
     lengths = (min(events, room),) * mixed.schema.num_sub_sequences
-    states = [UserState(executor.encode(tokens), lengths) for executor in executors]
+    states = [
+        UserState({name: array.copy() for name, array in executor.encode(tokens).items()}, lengths)
+        for executor in executors
+    ]
     for name, array in states[0].arrays.items():
         assert (array.dtype, array.shape) == (states[1].arrays[name].dtype, states[1].arrays[name].shape)
     rows = min(rows, bucket)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -21,6 +22,7 @@ from rankd.artifact import Artifact
 from rankd.embeddings.pooling import TableSource
 from rankd.engine import thread_plan
 from rankd.engine.backend import Backend, EngineConfig, Executor
+from rankd.engine.mixed_targets import kinds_of
 from rankd.engine.targets import load_backend
 from rankd.engine.warming import Shapes, encode_ms, most_new_tokens, score_ms, warm
 from rankd.errors import InvalidRequest, Unavailable
@@ -39,8 +41,9 @@ from rankd.observe.tracing import RequestTrace
 from rankd.request_path import RankItem, RequestPath
 from rankd.schedule.core_sharing import Cores
 from rankd.schedule.costs import Warmed
+from rankd.schedule.kinds import Mix
 from rankd.schedule.packing import Packing, measure
-from rankd.schedule.policy import Priority
+from rankd.schedule.policy import Priority, Rules
 from rankd.schedule.schedule_config import ScheduleConfig, make_rules
 from rankd.schedule.scheduler import Scheduler
 from rankd.schedule.served import Asked
@@ -55,6 +58,15 @@ ASKING_THREADS = 2
 threads that say so are the event loop's and the store's, which may not wait."""
 COMPUTE_RESERVE = 2.0
 """A request with a deadline keeps so many times its predicted work for its own computation."""
+
+
+@dataclass(slots=True, eq=False)
+class ExecutorKind:
+    """The executors of one backend, which are alike, and how many users their calls serve."""
+
+    backend: Backend
+    executors: list[Executor]
+    packing: Packing
 
 
 class Ranker:
@@ -77,7 +89,11 @@ class Ranker:
         self.path = RequestPath(
             artifact.manifest, catalogue, features, states, self._begin, self._embedded, backend.host_memory
         )
-        self._executors = [backend.executor() for _ in range(backend.num_executors)]
+        self._kinds = [
+            ExecutorKind(one, [one.executor() for _ in range(one.num_executors)], Packing())
+            for one in kinds_of(backend)
+        ]
+        self._executors = [executor for kind in self._kinds for executor in kind.executors]
         self._shapes = Shapes(self.manifest, backend.state_type, backend.host_memory)
         self._own_service: FeatureService | None = None
         self._config, self._cores = schedule or ScheduleConfig(), cores
@@ -136,37 +152,40 @@ class Ranker:
 
     def start(self) -> None:
         """Warm every shape on every executor, measure what they take, then accept requests."""
-        shapes, buckets, first = self._shapes, self.schema.candidate_buckets, self._executors[0]
-        packing = measure(lambda bucket, users: score_ms(first, shapes, bucket, users), buckets)
-        rooms = shapes.rooms if self.manifest.split else ()
-        narrow_ms = {room: encode_ms(first, shapes, room) for room in rooms}
-        warmed = Warmed(packing.call_ms, narrow_ms, encode_ms(first, shapes, shapes.rooms[-1], wide=True))
+        shapes = self._shapes
+        warmed = [self._measured(kind) for kind in self._kinds]
         assembly.warm(self.schema, self.features.items)
-        self.use_packing(packing)
-        for executor in self._executors:
-            self._warm(executor)
-        self.states.extend_up_to(most_new_tokens(first, shapes, warmed.encode_ms))
-        self.open(warmed)
+        extends = []
+        for kind, measured in zip(self._kinds, warmed, strict=True):
+            self.path.use_packing(kind.packing, kind.executors)
+            for executor in kind.executors:
+                self._warm(executor, kind)
+            extends.append(most_new_tokens(kind.executors[0], shapes, measured.encode_ms))
+        self.states.extend_up_to({room: min(most[room] for most in extends) for room in shapes.rooms})
+        self.open(*warmed)
 
     def use_packing(self, packing: Packing) -> None:
         """Say how many users share a call, and make room for their inputs; not while requests are served."""
-        self.path.use_packing(packing, self._executors)
+        for kind in self._kinds:
+            kind.packing = packing
+            self.path.use_packing(packing, kind.executors)
 
-    def open(self, warmed: Warmed) -> None:
-        """Accept requests, on executors that are warm. `warmed` is what calls were measured to take."""
-        path, num_executors = self.path, len(self._executors)
-        buckets = self.schema.candidate_buckets
-        rules = make_rules(self._config, buckets, warmed, lambda bucket: path.packing.most(bucket), num_executors)
+    def open(self, *warmed: Warmed) -> None:
+        """Accept requests, on executors that are warm. `warmed` is what calls of each kind of executors were measured
+        to take."""
+        rules = [self._rules(kind, one) for kind, one in zip(self._kinds, warmed, strict=True)]
+        another, *others = (partial(self._another_executor, kind) for kind in self._kinds)
         self._schedule = Scheduler(
             self._executors,
             self.path,
-            rules,
+            rules[0] if len(rules) == 1 else Mix(rules),
             self._config.limits(),
-            self._another_executor,
+            another,
             self._config.hang_seconds,
             self.manifest.name,
             on_start=partial(thread_plan.apply, self.backend.plan),
             cores=self._cores,
+            new_others=others,
         )
         self._schedule.start()
 
@@ -234,8 +253,7 @@ class Ranker:
     def work_ms(self, request: RankRequest, resident: bool) -> float:
         """What a request is predicted to take, in milliseconds of one executor; `resident`: as if there were a state of
         its user. It has at most as many candidates as the schema allows."""
-        rules = self.schedule.rules
-        return rules.work_ms(len(request.candidates), rules.costs.prepare(resident, _tokens(request)))
+        return self.schedule.all_rules.estimates(len(request.candidates), resident, _tokens(request))[0]
 
     def state_counts(self) -> StateCounts:
         """What the user states did and hold."""
@@ -262,7 +280,7 @@ class Ranker:
     def _ready_by(self, request: RankRequest, deadline: float | None) -> float | None:
         if deadline is None:
             return None
-        return deadline - COMPUTE_RESERVE * self.schedule.rules.work_ms(len(request.candidates), 0.0) / 1e3
+        return deadline - COMPUTE_RESERVE * self.schedule.all_rules.left_ms(len(request.candidates)) / 1e3
 
     def _when_ready(self, item: RankItem, fetch: Fetch, resident: bool, then: Callable[[], None]) -> None:
         """Call `then` when a request can come to its turn; one that has to be encoded needs no rows for that. Shards
@@ -288,16 +306,29 @@ class Ranker:
 
         self.features.when_ready(fetch, resident, have_features)
 
-    def _another_executor(self) -> Executor:
-        """One in place of an executor that was lost, warm."""
-        executor = self.backend.executor()
-        self.path.make_room(executor)
-        self._warm(executor)
+    def _measured(self, kind: ExecutorKind) -> Warmed:
+        """What calls of a kind of executors take; how many users share them is noted."""
+        shapes, first = self._shapes, kind.executors[0]
+        kind.packing = measure(lambda bucket, users: score_ms(first, shapes, bucket, users), shapes.candidate_buckets)
+        rooms = shapes.rooms if self.manifest.split else ()
+        narrow_ms = {room: encode_ms(first, shapes, room) for room in rooms}
+        return Warmed(kind.packing.call_ms, narrow_ms, encode_ms(first, shapes, shapes.rooms[-1], wide=True))
+
+    def _rules(self, kind: ExecutorKind, warmed: Warmed) -> Rules:
+        buckets, backend = self.schema.candidate_buckets, kind.backend
+        rules = make_rules(self._config, buckets, warmed, lambda bucket: kind.packing.most(bucket), len(kind.executors))
+        return replace(rules, name=backend.target)
+
+    def _another_executor(self, kind: ExecutorKind) -> Executor:
+        """One in place of an executor that was lost, of the same kind, warm."""
+        executor = kind.backend.executor()
+        self.path.use_packing(kind.packing, [executor])
+        self._warm(executor, kind)
         return executor
 
-    def _warm(self, executor: Executor) -> None:
-        packing = self.path.packing
-        warm(executor, self._shapes, {bucket: packing.sizes(bucket) for bucket in self.schema.candidate_buckets})
+    def _warm(self, executor: Executor, kind: ExecutorKind) -> None:
+        sizes = {bucket: kind.packing.sizes(bucket) for bucket in self.schema.candidate_buckets}
+        warm(executor, self._shapes, sizes)
 
     def append_events(self, user_id: str, events: tuple[Event, ...]) -> tuple[int, tuple[str, ...]]:
         """Append events to a user's history; the next `rank` sees them.

@@ -93,8 +93,9 @@ class RequestPath:
     ) -> None:
         self.manifest, self.schema, self.catalogue = manifest, manifest.schema, catalogue
         self.features, self.states, self._begin, self._embedded = features, states, begin, embedded
-        self.packing, self._memory = Packing(), memory
-        self._staging = WeakKeyDictionary[Executor, InputBuffers]()  # of executors that are in use
+        self._memory = memory
+        self._packing = WeakKeyDictionary[Executor, Packing]()  # of executors that are in use
+        self._staging = WeakKeyDictionary[Executor, InputBuffers]()
         self._weights = np.asarray([task.rank_weight for task in self.schema.tasks], np.float32)
 
     @property
@@ -103,16 +104,11 @@ class RequestPath:
         return self._embedded is not None and not self._embedded.local
 
     def use_packing(self, packing: Packing, executors: Sequence[Executor]) -> None:
-        """Say how many users share a call, and make room for the inputs of some executors, of no others."""
-        self.packing = packing
-        self._staging.clear()
+        """Say how many users share a call of some executors, and make room for their inputs."""
         for executor in executors:
-            self.make_room(executor)
-
-    def make_room(self, executor: Executor) -> None:
-        """Input buffers for one more executor."""
-        most = {bucket: self.packing.most(bucket) for bucket in self.schema.candidate_buckets}
-        self._staging[executor] = InputBuffers(self.schema, most, self._memory)
+            most = {bucket: packing.most(bucket) for bucket in self.schema.candidate_buckets}
+            self._packing[executor] = packing
+            self._staging[executor] = InputBuffers(self.schema, most, self._memory)
 
     def prepare(self, item: RankItem, executor: Executor, alone: bool, wide: bool) -> When | None:
         """Find a request's history, state, rows and user features; a When if one of them is not there yet.
@@ -187,9 +183,10 @@ class RequestPath:
 
     def score(self, parts: Sequence[Part[RankItem]], bucket: int, executor: Executor) -> list[Float32Array]:
         """Logits (count, K) of each part, in calls of as many users as were warmed."""
-        inputs, logits = self._staging[executor].candidates(bucket), list[Float32Array]()
+        inputs, packing = self._staging[executor].candidates(bucket), self._packing[executor]
+        logits = list[Float32Array]()
         while len(logits) < len(parts):
-            size = self.packing.fits(bucket, len(parts) - len(logits))
+            size = packing.fits(bucket, len(parts) - len(logits))
             called = parts[len(logits) : len(logits) + size]
             states, begun = [_held(part.item).state for part in called], time.perf_counter()
             logits.extend(executor.score(states, inputs.call(len(logits), size)))

@@ -7,12 +7,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from rankd.bench.schedule_suite import mixed_schedule
 from rankd.bench.schedule_suite.live_schedule import SHARES
 from rankd.bench.schedule_suite.simulated_schedule import fine_buckets
+from rankd.bench.workload import DeclaredExecutors, load_workload
 from rankd.cli.benchmarks import bench
+from rankd.errors import ConfigError
+from rankd.schedule.policy import Rules
+from rankd.schedule.simulation import Arrival
 
 from .test_serving import TINY
 
@@ -37,6 +43,92 @@ def test_a_simulated_schedule_ends_with_the_contract(tmp_path: Path) -> None:
     assert 0 < ratios["scheduler_us_p50"] <= ratios["scheduler_us"]
     assert ratios["throughput_gain_padded_simulated"] > 0
     assert ratios["padding_waste"] >= 0
+
+
+KINDS = """
+[[executors]]
+name = "quick"
+count = 2
+call_ms = 0.2
+row_ms = 0.1
+encode_ms = 2.0
+
+[[executors]]
+name = "wide"
+count = 1
+call_ms = 2.0
+row_ms = 0.01
+encode_ms = 1.0
+most_users = 4
+"""
+
+
+def test_two_kinds_of_executors_beside_the_best_threshold(tmp_path: Path) -> None:
+    document = run(tmp_path, ["schedule", "--seconds", "0.5", "--simulate", "--bound-ms", "20"], WIDER + KINDS)
+    ratios, rows = document["ratios"], document["results"]
+    names = {"rankd, mixed", "best threshold", "rankd, quick", "rankd, wide"}
+    assert {row["contestant"] for row in rows} == names
+    assert ratios["mixed_vs_best_threshold"] > 0.9  # of 3 s of arrivals
+    assert ratios["mixed_vs_best_alone"] > 1.0
+    highest = {row["contestant"]: row["rate"] for row in rows if row["table"] == "highest rates"}
+    assert set(highest) == names
+    assert ratios["mixed_vs_best_threshold"] == highest["rankd, mixed"] / highest["best threshold"]
+    assert all(ratios[f"mixed_p99_vs_best_threshold_{share:.0%}"] > 0 for share in mixed_schedule.SHARES)
+    assert set(document["workload"]["executors"]) == {"quick", "wide"}
+
+
+def declared(name: str, count: int, call_ms: float, row_ms: float) -> Rules:
+    executors = DeclaredExecutors(name, count, call_ms, row_ms, 0.0)
+    return mixed_schedule.declared_rules(load_workload("two-kinds"), executors)
+
+
+def test_a_threshold_is_two_queues() -> None:
+    kinds = [declared("quick", 1, 1.0, 0.1), declared("wide", 1, 10.0, 0.01)]
+    arrivals = [Arrival(at, rows, prepare_by_kind=(0.0, 0.0)) for at, rows in ((0.0, 16), (0.0, 1024), (0.001, 16))]
+    load = mixed_schedule.ThresholdSweep(kinds, lambda rate: arrivals).load(arrivals)
+    short, long = (kinds[kind].costs.score(rows) for kind, rows in ((0, 16), (1, 1024)))
+    rows_ms = kinds[0].costs.rows(16), kinds[1].costs.rows(1024)
+    found = load.latencies(mixed_schedule.Threshold(0, 16))
+    assert found == pytest.approx([short + rows_ms[0], long + rows_ms[1], 2 * (short + rows_ms[0]) - 1.0])
+    assert load.best() in (mixed_schedule.Threshold(0, 16), mixed_schedule.Threshold(0, 1024))
+    everything = load.latencies(mixed_schedule.Threshold(1, 1024))
+    assert everything[2] > everything[1] > everything[0] > 10.0
+    sizes = (0, 16, 1024)
+    assert {(one.small, one.rows) for one in load.thresholds()} == {(kind, size) for kind in (0, 1) for size in sizes}
+
+
+def test_the_sweep_finds_the_threshold_that_does_the_most() -> None:
+    """Half of the requests with 16 candidates, half with 1,024: each kind does one half by far the best."""
+    kinds = [declared("quick", 1, 0.1, 0.1), declared("wide", 1, 5.0, 0.0)]
+    gaps = np.random.default_rng(0).exponential(1.0, 2000)
+
+    def at(rate: float) -> list[Arrival]:
+        times = np.cumsum(gaps) / rate
+        return [Arrival(t, (16, 1024)[n % 2], prepare_by_kind=(0.0, 0.0)) for n, t in enumerate(times.tolist())]
+
+    rate, threshold = mixed_schedule.ThresholdSweep(kinds, at).highest_rate(50.0, 1000.0)
+    assert threshold == mixed_schedule.Threshold(0, 16)
+    long_ms = kinds[1].costs.score(1024) + kinds[1].costs.rows(1024)
+    assert 0.7 * 2e3 / long_ms < rate < 2e3 / long_ms
+
+
+def test_a_mix_needs_two_kinds_and_made_up_time(tmp_path: Path) -> None:
+    workload = tmp_path / "tiny.toml"
+    workload.write_text(WIDER + KINDS + KINDS.split("[[")[1].join(("[[", "")))
+    for arguments, says in (
+        (["--simulate", "--workload", str(workload)], "3 are given"),
+        (["--workload", "small", "--mix", "openvino:1,onnxruntime:1"], "give --simulate too"),
+    ):
+        done = CliRunner().invoke(bench, ["schedule", *arguments])
+        assert isinstance(done.exception, ConfigError)
+        assert says in str(done.exception)
+
+
+@pytest.mark.real_run
+def test_two_targets_of_this_machine_are_measured(tmp_path: Path) -> None:
+    document = run(tmp_path, ["schedule", "--seconds", "0.3", "--simulate", "--mix", "openvino:1,onnxruntime:1"])
+    assert set(document["workload"]["executors"]) == {"openvino", "onnxruntime"}
+    assert document["ratios"]["mixed_vs_best_threshold"] > 0
 
 
 @pytest.mark.real_run
@@ -90,10 +182,10 @@ def test_mlperf_keeps_its_logs(tmp_path: Path, scenario: str) -> None:
     assert (logs / "mlperf_log_detail.txt").stat().st_size > 0
 
 
-def run(folder: Path, arguments: list[str]) -> Any:
+def run(folder: Path, arguments: list[str], text: str = WIDER) -> Any:
     """The last line of a suite over a tiny workload."""
     workload = folder / "tiny.toml"
-    workload.write_text(WIDER)
+    workload.write_text(text)
     suite, *options = arguments
     done = CliRunner().invoke(bench, [suite, "--workload", str(workload), *options, "--json"], catch_exceptions=False)
     assert done.exit_code == 0

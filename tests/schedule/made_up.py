@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from rankd.schedule.admission import Limits
 from rankd.schedule.costs import CostModel, Warmed
 from rankd.schedule.cutting import Cutter
+from rankd.schedule.kinds import Mix
 from rankd.schedule.policy import Rules
 
 BUCKETS = (16, 64, 256)
@@ -29,3 +31,16 @@ def rules_of(
     costs = CostModel(Warmed(score_ms, encode_ms={64: scale * 5.0}))
     cutter = Cutter(BUCKETS, costs.score, most_rows)
     return Rules(cutter, costs, most_users, num_executors, largest, stretch, fairness_ms, batch_ms)
+
+
+def wide_rules(num_executors: int = 1, **more: Any) -> Rules:
+    """A kind that takes 4 ms for any call, hardly longer for a long one, and whose calls serve four users."""
+    score_ms = {(bucket, users): 4.0 + 0.002 * bucket * users for bucket in (32, 1024) for users in (1, 2, 4)}
+    costs = CostModel(Warmed(score_ms, encode_ms={64: 2.0}))
+    cutter = Cutter((32, 1024), costs.score, 1024)
+    return Rules(cutter, costs, lambda bucket: 4, num_executors, 1024, 4.0, 100.0, 1000.0, name="wide", **more)
+
+
+def two_kinds(quick: int = 2, wide: int = 1) -> Mix:
+    """So many executors as in `rules_of`, which are quick with short lists, and of the kind above."""
+    return Mix([rules_of(num_executors=quick), wide_rules(wide)])

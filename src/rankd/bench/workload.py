@@ -78,10 +78,23 @@ class Buckets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     candidates: Annotated[tuple[Count, ...], Meta(min_length=1)]
 
 
+class DeclaredExecutors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Executors of a kind that this machine need not have, for schedules in made-up time: a call takes `call_ms` and
+    `row_ms` for each of its rows, whose users are at most `most_users`; encoding a history takes `encode_ms`."""
+
+    name: Annotated[str, Meta(min_length=1)]
+    count: Count
+    call_ms: Annotated[float, Meta(ge=0)]
+    row_ms: Positive
+    encode_ms: Annotated[float, Meta(ge=0)]
+    most_users: Count = 1
+
+
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of `workloads/`. `history` is the law of a user's stored events, of which each of the model's N blocks
     reads an N-th (a block is a behaviour, and behaviours alternate); `candidates` is the law of a request's C.
-    Candidates are drawn evenly from `items` items, without repetition within a request.
+    Candidates are drawn evenly from `items` items, without repetition within a request. `executors` are of two kinds
+    that serve it together in `rankd bench schedule --simulate`.
     """
 
     name: str
@@ -93,6 +106,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     buckets: Buckets
     items: Count = 20_000
     seed: int = 1
+    executors: tuple[DeclaredExecutors, ...] = ()
 
     @property
     def block_tokens(self) -> int:

@@ -10,6 +10,7 @@ import click
 
 from rankd.cli.compression_benchmark import compress
 from rankd.cli.table_benchmarks import shards, tables
+from rankd.errors import ConfigError
 
 if TYPE_CHECKING:
     from rankd.bench.arrivals import Arrivals
@@ -244,6 +245,11 @@ def features(
 @bench.command()
 @workload_option("mixed")
 @click.option("--simulate", is_flag=True, help="In made-up time, with what calls take on this machine.")
+@click.option(
+    "--mix",
+    default="",
+    help="With --simulate: two targets at once, like openvino:1,onnxruntime:1, beside the best threshold.",
+)
 @click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each measurement.")
 @click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Searches for the highest rates.")
 @click.option("--bound-ms", type=click.FloatRange(1), default=100.0, show_default=True, help="The p99 to keep.")
@@ -269,6 +275,7 @@ def features(
 def schedule(
     name: str,
     simulate: bool,
+    mix: str,
     seconds: float,
     runs: int,
     bound_ms: float,
@@ -289,6 +296,7 @@ def schedule(
     from rankd.bench.peers.peer_process import parse_peer
     from rankd.bench.schedule_suite.latency_curves import draw_curves
     from rankd.bench.schedule_suite.live_schedule import LiveOptions, run_live
+    from rankd.bench.schedule_suite.mixed_schedule import run_mixed
     from rankd.bench.schedule_suite.simulated_schedule import SimulationOptions, run_simulated
     from rankd.bench.workload import load_workload
     from rankd.cli.progress import progress_bar
@@ -296,11 +304,17 @@ def schedule(
     from rankd.picture import check_picture
 
     workload, arrivals, others = load_workload(name), arrivals_of(trace, trace_column), tuple(map(parse_peer, peers))
+    if mix and not simulate:
+        raise ConfigError(f"--mix {mix} is for schedules in made-up time: give --simulate too")
     if picture is not None:
         check_picture(picture)
     with progress_bar("schedule") as advance:
         if simulate:
-            report = run_simulated(workload, SimulationOptions(6 * seconds, bound_ms, arrivals), advance)
+            simulation = SimulationOptions(6 * seconds, bound_ms, arrivals)
+            if mix or workload.executors:
+                report = run_mixed(workload, tuple(filter(None, mix.split(","))), simulation, advance)
+            else:
+                report = run_simulated(workload, simulation, advance)
         else:
             options = LiveOptions(seconds, runs, bound_ms, overload_seconds, others, arrivals, without)
             report = run_live(workload, options, advance)

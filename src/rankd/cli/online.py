@@ -17,6 +17,7 @@ from rankd.errors import InvalidRequest
 if TYPE_CHECKING:
     from rankd.types import RankRequest, Scores
 
+ENGINE = ("target", "mix", "precision", "executors", "threads", "isolation")
 PRECISIONS = click.Choice(["auto", "fp32", "bf16", "int8"])
 
 
@@ -29,6 +30,11 @@ PRECISIONS = click.Choice(["auto", "fp32", "bf16", "int8"])
 @click.option("--model", "names", multiple=True, help="Load only this model; may be given several times.")
 @click.option(
     "--target", help="openvino, native, cuda, onnxruntime or reference; auto takes the fastest one measured here."
+)
+@click.option(
+    "--mix",
+    callback=lambda _, __, text: text.split(",") if text else None,
+    help="Several targets at once, with their executors and threads: openvino:1,onnxruntime:2x1.",
 )
 @click.option("--precision", type=PRECISIONS, help="Over what the artifacts were built for.")
 @click.option("--executors", type=click.IntRange(0), help="Requests computed at once; one for each core by default.")
@@ -58,7 +64,7 @@ def serve(models: Path, config: Path | None, names: tuple[str, ...], **flags: An
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    engine = {f"engine.{key}": flags.pop(key) for key in ("target", "precision", "executors", "threads", "isolation")}
+    engine = {f"engine.{key}": flags.pop(key) for key in ENGINE}
     states = {"states.budget_mib": flags.pop("states_mib"), "states.spill": flags.pop("states_spill")}
     features = {"features.store.url": flags.pop("store"), "features.outbox": flags.pop("outbox")}
     given = {**flags, **engine, **states, **features, "models": list(names) or None}

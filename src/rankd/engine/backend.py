@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from rankd.engine import thread_plan
 from rankd.engine.thread_plan import ThreadPlan, unpinned
-from rankd.engine.topology import read_topology
+from rankd.engine.topology import Topology, read_topology
 from rankd.types import Allocate, Array, Float32Array, UserState
 
 log = logging.getLogger("rankd")
@@ -63,6 +63,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `target` "auto" is the one that `rankd bench engine` found the fastest on this machine. `fall_back` is the target to
     take where `target` cannot be had, for want of a GPU or of its memory; "" for none: then the start is refused.
+
+    `mix` are several targets that serve a version together, in place of `target`, `executors` and `threads`: each
+    "target:executors" or "target:executors x threads", without spaces (`mixed_targets.py`).
     """
 
     target: str = "auto"
@@ -75,6 +78,11 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_copies_mib: Annotated[int, Meta(ge=0)] = 1024
     static_shapes: bool = False
     fall_back: str = ""
+    mix: tuple[str, ...] = ()
+
+    def plan(self, topology: Topology) -> ThreadPlan:
+        """The cpus of its executors, where they are pinned at all."""
+        return thread_plan.plan(topology, self.executors, self.threads)
 
     def wide_threads(self, num_executors: int) -> int:
         """How many threads a history may be encoded on while nothing else is computed."""
@@ -86,7 +94,7 @@ def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:
 
     `by_node` is for an engine whose threads can be held to a node but not to a core.
     """
-    chosen = thread_plan.plan(read_topology(), config.executors, config.threads)
+    chosen = config.plan(read_topology())
     if config.pinning is Pinning.OFF:
         chosen = unpinned(chosen.num_executors, 'engine.pinning is "off"')
     elif by_node:

@@ -1,4 +1,5 @@
-"""The targets there are, and which one a configuration means. The only file that knows all backends by name."""
+"""The targets there are, and which one, or which several, a configuration means. The only file that knows all backends
+by name."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from rankd.artifact import Artifact
 from rankd.engine.backend import Backend, EngineConfig, Isolation, Precision, StateType
 from rankd.engine.cuda import gpu_presence
 from rankd.engine.machine_choice import fastest_target
+from rankd.engine.mixed_targets import MixedBackend, check_threads, parts_of
 from rankd.engine.native import support as native
 from rankd.errors import ArtifactError, ConfigError, EngineFailure, nearest
 from rankd.features.schema import FeatureSchema
@@ -85,11 +87,14 @@ def load_backend(artifact: Artifact, config: EngineConfig, state_type: StateType
     """Compile an opened artifact for the configured target. `state_type` None: that of the precision.
 
     Where that cannot be done here and `config.fall_back` names a target, that one is taken, and the reason is logged.
+    With `config.mix` it is compiled for several, and the backend is a `MixedBackend`.
 
     Raises:
-        ConfigError: no such target, or a GPU with too little memory.
+        ConfigError: no such target, a GPU with too little memory, or a mix of what does not go together.
         ArtifactError: the artifact was not built for that target or precision, or its graphs do not compile here.
     """
+    if config.mix:
+        return _load_mix(artifact, config, state_type)
     if not config.fall_back:
         return _load(artifact, config, state_type)
     check_target(config.fall_back)
@@ -120,6 +125,38 @@ def _load(artifact: Artifact, config: EngineConfig, state_type: StateType | None
     kind = getattr(importlib.import_module(module), name)
     backend: Backend = kind.load(artifact, config, precision, state_type or _own_state_type(target, precision))
     return backend
+
+
+def _load_mix(artifact: Artifact, config: EngineConfig, state_type: StateType | None) -> MixedBackend:
+    """All targets of a mix, in one precision: states, parts and scores of one are good for the others."""
+    parts = parts_of(config)
+    for part in parts:
+        check_target(part.target)
+    check_threads(parts)
+    wanted = {part.target: _precision(artifact, choose_target(artifact, part), part) for part in parts}
+    if len(set(wanted.values())) > 1:
+        checked = _checked_in_all(artifact, wanted)
+        common = [one for one in checked if not any(why_not(target, one) for target in wanted)]
+        advice = f'set engine.precision = "{common[0].value}"' if common else "no precision is common to them"
+        raise ConfigError(
+            f"engine.mix: {', '.join(f'{target} would compute in {one.value}' for target, one in wanted.items())}; "
+            f"targets of a mix compute in the same: {advice}"
+        )
+    backends = list[Backend]()
+    try:
+        for part in parts:
+            backends.append(_load(artifact, part, state_type))
+        return MixedBackend(backends)
+    except BaseException:
+        for backend in backends:
+            backend.close()
+        raise
+
+
+def _checked_in_all(artifact: Artifact, targets: Mapping[str, object]) -> list[Precision]:
+    """The precisions for which an artifact was checked on all of these targets."""
+    checked = [artifact.manifest.engines[target].parity for target in targets]
+    return [one for one in Precision if all(one.value in parity for parity in checked)]
 
 
 def _own_state_type(target: str, precision: Precision) -> StateType:

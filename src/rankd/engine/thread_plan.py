@@ -54,6 +54,10 @@ class ThreadPlan:
         """How many executors the plan is for."""
         return len(self.cpus)
 
+    def part(self, first: int, count: int) -> ThreadPlan:
+        """That of `count` of its executors, from `first` on."""
+        return replace(self, cpus=self.cpus[first : first + count], nodes=self.nodes[first : first + count])
+
     def by_node(self) -> ThreadPlan:
         """The same with each executor anywhere on its node or nodes."""
         return replace(self, cpus=self.nodes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -45,10 +45,37 @@ class ScheduleCounts:
         setattr(self, what, getattr(self, what) + 1)
 
 
+def worst(errors: Sequence[CostErrors]) -> CostErrors:
+    """Of each figure the largest."""
+    return CostErrors(*(max(getattr(one, name) for one in errors) for name in ("score", "prepare", "slowdown")))
+
+
+@dataclass(slots=True)
+class KindCounts:
+    """What the executors of one kind did since the start: calls that scored, their candidates, and the seconds that
+    they were at work."""
+
+    calls: int = 0
+    rows: int = 0
+    busy_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KindFigures:
+    """A kind of executors: the `name` of its target, how many there are, what they did, and how wrong predictions of
+    its calls are."""
+
+    name: str
+    num_executors: int
+    counts: KindCounts
+    errors: CostErrors
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduleFigures:
     """A snapshot: counts, what waits (requests, candidates, predicted milliseconds), how wrong predictions are, and
-    what is added to them for that before they are held against a deadline."""
+    what is added to them for that before they are held against a deadline. `kinds` are those of its executors; `errors`
+    the worst of them."""
 
     counts: ScheduleCounts = field(default_factory=ScheduleCounts)
     unfinished: int = 0
@@ -56,6 +83,7 @@ class ScheduleFigures:
     waiting_ms: float = 0.0
     errors: CostErrors = field(default_factory=CostErrors)
     margin: float = 0.0
+    kinds: tuple[KindFigures, ...] = ()
 
 
 COUNTERS: tuple[tuple[str, str, Callable[[ScheduleFigures], float]], ...] = (
@@ -76,6 +104,16 @@ GAUGES: tuple[tuple[str, str, Callable[[ScheduleFigures], float]], ...] = (
     ("rankd_admission_margin", "Part of a prediction that is added to it against a deadline.", lambda f: f.margin),
     ("rankd_engine_slowdown", "What calls take against their time at warm-up.", lambda f: f.errors.slowdown),
 )
+KIND_COUNTERS: tuple[tuple[str, str, Callable[[KindFigures], float]], ...] = (
+    ("rankd_executor_calls", "Calls that scored candidates, by kind of executors.", lambda f: f.counts.calls),
+    ("rankd_executor_rows", "Candidates scored, by kind of executors.", lambda f: f.counts.rows),
+    ("rankd_executor_busy_seconds", "Time at work of all executors of a kind.", lambda f: f.counts.busy_seconds),
+)
+KIND_GAUGES: tuple[tuple[str, str, Callable[[KindFigures], float]], ...] = (
+    ("rankd_executors", "Executors of a kind.", lambda f: f.num_executors),
+    ("rankd_executor_prediction_error", "Mean |actual - predicted| / actual, by kind.", lambda f: f.errors.score),
+    ("rankd_executor_slowdown", "What a kind's calls take against their time at warm-up.", lambda f: f.errors.slowdown),
+)
 OUTCOMES = ("refused", "finished", "failed", "late", "cancelled")
 
 
@@ -95,4 +133,11 @@ class ScheduleCollector(ShownFigures[Key, ScheduleFigures]):
                 family = kind(name, text, labels=labels)
                 for key, figures in self._shown.items():
                     family.add_metric(key, figure(figures))
+                yield family
+        for kind, by_kind in ((CounterMetricFamily, KIND_COUNTERS), (GaugeMetricFamily, KIND_GAUGES)):
+            for name, text, of_kind in by_kind:
+                family = kind(name, text, labels=(*labels, "target"))
+                for key, figures in self._shown.items():
+                    for one in figures.kinds:
+                        family.add_metric((*key, one.name), of_kind(one))
                 yield family

@@ -16,12 +16,21 @@ from rankd.schedule.waiting import NEVER, Waiting
 @dataclass(slots=True, eq=False)
 class Sharer:
     """One schedule: its requests, how many executors it has and how many of them are idle, and whom to tell when one of
-    them may have something to do."""
+    them may have something to do. Where they are of several `kinds`, all are told: what the one leaves to others is for
+    them."""
 
     waiting: Waiting
     num_executors: int
     changed: threading.Condition
     idle: int = 0
+    kinds: int = 1
+
+    def tell(self) -> None:
+        """Under the lock: there may be something to do for an executor that is idle."""
+        if self.kinds == 1:
+            self.changed.notify()
+        else:
+            self.changed.notify_all()
 
     def first(self, beside: int = 0) -> float:
         """The place of its first request that can run, if somebody is there to run it, `beside` so many that are idle
@@ -75,7 +84,7 @@ class Cores:
             return min(sharer.idle, free)
         first = min(others, key=Sharer.first)
         if first.first() < sharer.first():
-            first.changed.notify()
+            first.tell()
             return 0
         return 1
 
@@ -96,4 +105,4 @@ class Cores:
         if len(self._sharers) > 1 and len(self._taken) < self.count:
             places = [one.first(int(one is taking)) for one in self._sharers]
             if min(places) < NEVER:
-                self._sharers[places.index(min(places))].changed.notify()
+                self._sharers[places.index(min(places))].tell()

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from rankd.errors import DeadlineExceeded
-from rankd.schedule import admission, policy
+from rankd.schedule import admission, mixed_policy, policy
 from rankd.schedule.admission import Limits, Margin, Wish
+from rankd.schedule.kinds import Mix, Standing
 from rankd.schedule.policy import Rules
 from rankd.schedule.served import Asked, Part
 from rankd.schedule.waiting import NEVER, Waiting
@@ -67,11 +68,16 @@ class Work(Generic[Item]):
 
 
 class Ledger(Generic[Item]):
-    """Not thread-safe. `waitings` gives all that waits for the same cores, its own among it; None: its own alone."""
+    """Not thread-safe. `rules` are of one kind of executors, or of several. `waitings` gives all that waits for the
+    same cores, its own among it; None: its own alone."""
 
-    def __init__(self, rules: Rules, limits: Limits, waitings: Callable[[], Sequence[Waiting]] | None = None) -> None:
-        self.rules, self.limits = rules, limits
-        self.waiting, self.margin = Waiting(), Margin(limits.margin)
+    def __init__(
+        self, rules: Rules | Mix, limits: Limits, waitings: Callable[[], Sequence[Waiting]] | None = None
+    ) -> None:
+        self.rules, self._all, self.limits = rules.kinds[0], rules, limits
+        self.waiting, self.margin = Waiting(kinds=len(rules.kinds)), Margin(limits.margin)
+        self.again = NEVER
+        """When an executor that was given nothing, though something can be run, should ask once more (seconds)."""
         self._waitings = waitings or (lambda: (self.waiting,))
         self._jobs: dict[int, Job[Item]] = {}
 
@@ -86,18 +92,17 @@ class Ledger(Generic[Item]):
         Raises:
             Overloaded, DeadlineExceeded: see `admission.check`.
         """
-        rules = self.rules
-        prepare_ms = rules.costs.prepare(asked.resident, asked.tokens)
-        work_ms, alone_ms = rules.work_ms(asked.rows, prepare_ms), rules.shortest_ms(asked.rows, prepare_ms)
+        rules = self._all
+        work_ms, alone_ms = rules.estimates(asked.rows, asked.resident, asked.tokens)
         deadline = NEVER if asked.deadline is None else asked.deadline
         latest = deadline - alone_ms / 1e3
-        place = policy.place(now, work_ms, asked.priority, latest, rules)
+        place = policy.place(now, work_ms, asked.priority, latest, self.rules)
         wish = Wish(now, place, asked.rows, work_ms, alone_ms, deadline)
         try:
             waitings, margin = self._waitings(), self.margin.value
             close = admission.check(waitings, self.limits, margin, rules.num_executors, wish)
         except DeadlineExceeded:
-            rules.costs.doubt()
+            rules.doubt()
             raise
         return place, latest, work_ms, close
 
@@ -119,15 +124,20 @@ class Ledger(Generic[Item]):
             self.waiting.let_run(job.slot)
             self._set_tail(job)
 
-    def next(self, idle: int, now: float) -> Work[Item] | None:
-        """What one of `idle` executors does now; None: nothing can be run."""
-        waiting = self.waiting
-        call = policy.decide(waiting, idle, now, self.rules)
+    def next(self, idle: int, now: float, kind: int = 0, standings: Sequence[Standing] = ()) -> Work[Item] | None:
+        """What one of `idle` executors does now; None: nothing can be run. Where there are several kinds of executors
+        it is one of a `kind`, and `standings` are those of all of them; then None may also be that what waits is left
+        to others, and `again` says when to ask once more."""
+        waiting, rules = self.waiting, self._all.kinds[kind]
+        if standings:
+            call, self.again = mixed_policy.decide(waiting, idle, now, kind, self._all.kinds, standings)
+        else:
+            call = policy.decide(waiting, idle, now, rules)
         if call is None:
             return None
         jobs = [self._jobs[slot] for slot in call.slots]
         unprepared = [job for job in jobs if not waiting.prepared[job.slot]]
-        costs = self.rules.costs
+        costs = rules.costs
         predicted_ms = sum(costs.prepare(job.asked.resident, job.asked.tokens) for job in unprepared)
         predicted_ms += costs.score(call.bucket, len(jobs)) if call.bucket else 0.0
         parts = []
@@ -248,7 +258,7 @@ class Ledger(Generic[Item]):
                 self._set_latest(job)
         else:
             waiting.hold(slot)
-            waiting.tail[slot] = 0
+            waiting.no_tail(slot)
         return Part(job.item, first, count)
 
     def _give_back(self, job: Job[Item], part: Part[Item]) -> None:
@@ -262,18 +272,20 @@ class Ledger(Generic[Item]):
 
     def _set_left(self, job: Job[Item]) -> None:
         """What is left of a prepared request."""
-        self.waiting.left_ms[job.slot] = self.rules.work_ms(job.asked.rows - job.done, 0.0)
+        self.waiting.left_ms[job.slot] = self._all.left_ms(job.asked.rows - job.done)
 
     def _set_latest(self, job: Job[Item]) -> None:
         """When what nobody works on of a prepared request has to begin; the other parts are under way meanwhile."""
         waiting, slot, deadline = self.waiting, job.slot, job.asked.deadline
         if deadline is not None:
-            waiting.latest[slot] = deadline - self.rules.shortest_ms(int(waiting.rows[slot]), 0.0) / 1e3
+            waiting.latest[slot] = deadline - self._all.soonest_ms(int(waiting.rows[slot])) / 1e3
 
     def _set_tail(self, job: Job[Item]) -> None:
         """A part that may share a call with those of other users: all that is left, of one that is no trouble."""
-        waiting, slot, cutter = self.waiting, job.slot, self.rules.cutter
+        waiting, slot = self.waiting, job.slot
         rows = int(waiting.rows[slot])
         ready = bool(waiting.prepared[slot] or waiting.resident[slot]) and not job.losses and not job.again
-        bucket = cutter.first(rows, cutter.buckets[-1]) if rows else 0
-        waiting.tail[slot] = bucket if ready and rows <= bucket else 0
+        for rules, tail in zip(self._all.kinds, waiting.tails, strict=True):
+            cutter = rules.cutter
+            bucket = cutter.first(rows, cutter.buckets[-1]) if rows else 0
+            tail[slot] = bucket if ready and rows <= bucket else 0

@@ -1,7 +1,7 @@
 """What an idle executor does next: a pure function of what waits, how many executors are idle, and the time.
 
 In: `Waiting`, `Rules`. Out: a `Call`. The real schedule (`scheduler.py`) and the simulated one (`simulation.py`) ask
-the same functions.
+the same functions. Where executors are of several kinds, `mixed_policy.py` says whether one takes what is first at all.
 
 - *Order.* A request's place is fixed when it comes: its arrival plus a patience that grows with its work, so that short
   ones pass long ones, but never one that came more than `fairness_ms` before them. A deadline moves it forward.
@@ -24,6 +24,7 @@ import numpy as np
 from rankd.schedule.costs import CostModel
 from rankd.schedule.cutting import Cutter
 from rankd.schedule.waiting import NEVER, Waiting
+from rankd.types import Int64Array
 
 CALL_MS = 0.1
 """What a call takes beside the engine: deciding, handing over, booking."""
@@ -41,7 +42,11 @@ class Priority(Enum):
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What the policy goes by. `largest` is the bucket of the quantum; `most_users(bucket)` is how many users a call
-    of a bucket may serve; with `encode_wide` a history is encoded on the threads of all executors if all are idle."""
+    of a bucket may serve; with `encode_wide` a history is encoded on the threads of all executors if all are idle.
+
+    They are of one kind of executors, called `name`. What a `kinds.Mix` of several kinds is asked, these answer too:
+    `kinds`, `estimates`, `left_ms`, `soonest_ms` and `doubt`.
+    """
 
     cutter: Cutter
     costs: CostModel
@@ -53,6 +58,29 @@ class Rules:
     batch_ms: float
     spread: bool = True
     encode_wide: bool = False
+    name: str = ""
+
+    @property
+    def kinds(self) -> tuple[Rules, ...]:
+        """Those of each kind of executors."""
+        return (self,)
+
+    def estimates(self, rows: int, resident: bool, tokens: int | None) -> tuple[float, float]:
+        """All that a request takes, and how soon it can be done if all executors work for it, in milliseconds."""
+        prepare_ms = self.costs.prepare(resident, tokens)
+        return self.work_ms(rows, prepare_ms), self.shortest_ms(rows, prepare_ms)
+
+    def left_ms(self, rows: int) -> float:
+        """All that so many candidates of a prepared request take."""
+        return self.work_ms(rows, 0.0)
+
+    def soonest_ms(self, rows: int) -> float:
+        """How soon so many candidates of a prepared request can be done if all executors work for them."""
+        return self.shortest_ms(rows, 0.0)
+
+    def doubt(self) -> None:
+        """Somebody was sent away because of the predictions (`CostModel.doubt`)."""
+        self.costs.doubt()
 
     def work_ms(self, rows: int, prepare_ms: float) -> float:
         """All that a request takes, in pieces."""
@@ -92,22 +120,28 @@ def decide(waiting: Waiting, idle: int, now: float, rules: Rules) -> Call | None
     if not waiting.runnable:
         return None
     first = int(waiting.turn[: waiting.size].argmin())
+    largest = largest_bucket(waiting, first, idle, waiting.runnable - 1, now, rules)
+    return call_for(waiting, first, largest, idle, rules, waiting.tail)
+
+
+def call_for(waiting: Waiting, first: int, largest: int, idle: int, rules: Rules, tail: Int64Array) -> Call:
+    """The call that begins with the request in slot `first`, none of its buckets above `largest`. `tail` is the column
+    of who may join it."""
     rows, others = int(waiting.rows[first]), waiting.runnable - 1
-    largest = _largest(waiting, first, idle, others, now, rules)
     bucket = rules.cutter.first(rows, largest)
     if not (waiting.prepared[first] or waiting.resident[first]):
         alone = idle > 1 or rows > bucket or others > 0
         wide = rules.encode_wide and not others and idle == rules.num_executors
         return Call((first,), 0, wide) if alone else Call((first,), bucket)
     most = rules.most_users(bucket)
-    if waiting.tail[first] != bucket or most == 1 or not others:
+    if tail[first] != bucket or most == 1 or not others:
         return Call((first,), bucket)
-    slots = (first, *_joining(waiting, first, bucket, most - 1))
+    slots = (first, *_joining(waiting, tail, first, bucket, most - 1))
     return Call(slots[: 1 << (len(slots).bit_length() - 1)], bucket)  # calls are warmed for 1, 2, 4, 8 users
 
 
-def _largest(waiting: Waiting, first: int, idle: int, others: int, now: float, rules: Rules) -> int:
-    """The largest bucket that a call for `first` may have."""
+def largest_bucket(waiting: Waiting, first: int, idle: int, others: int, now: float, rules: Rules) -> int:
+    """The largest bucket that a call for the request in slot `first` may have, while `others` want executors too."""
     cutter, rows = rules.cutter, int(waiting.rows[first])
     largest = cutter.even(rows, rules.largest)
     if rules.spread and others < idle - 1 and rows > cutter.buckets[0]:
@@ -137,10 +171,10 @@ def _in_time(waiting: Waiting, first: int, largest: int, now: float, rules: Rule
     return min(ends, key=lambda bucket: (late[bucket], -bucket))
 
 
-def _joining(waiting: Waiting, first: int, bucket: int, most: int) -> list[int]:
+def _joining(waiting: Waiting, tail: Int64Array, first: int, bucket: int, most: int) -> list[int]:
     """Up to `most` others whose rest is one piece of this bucket, in their order."""
     turns = waiting.turn[: waiting.size]
-    fitting = np.flatnonzero((waiting.tail[: waiting.size] == bucket) & (turns < NEVER))
+    fitting = np.flatnonzero((tail[: waiting.size] == bucket) & (turns < NEVER))
     fitting = fitting[fitting != first]
     if fitting.size > most:
         fitting = fitting[np.argpartition(turns[fitting], most - 1)[:most]]

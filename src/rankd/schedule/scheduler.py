@@ -21,13 +21,14 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from rankd.errors import EngineFailure, RankdError, Unavailable
-from rankd.observe.schedule_metrics import ScheduleFigures
+from rankd.observe.schedule_metrics import KindCounts, ScheduleFigures, worst
 from rankd.schedule.admission import Limits
 from rankd.schedule.core_sharing import Cores, Sharer
 from rankd.schedule.endings import Answers, guarded
+from rankd.schedule.kinds import Mix
 from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Rules
-from rankd.schedule.seats import Seat
+from rankd.schedule.seats import Seat, kind_figures, seats_of, standings
 from rankd.schedule.served import Asked, Part, Served, When
 from rankd.schedule.waiting import NEVER
 from rankd.schedule.watch import Watch
@@ -41,15 +42,16 @@ JOIN_SECONDS = 0.2
 
 
 class Scheduler(Generic[Item, Result, Executor]):
-    """Runs requests on executors. `on_start` is called on each executor's thread, with its number, before the first
-    call. `new_executor` makes one in place of one that was lost. `cores` are those that it shares with others; None:
-    with nobody."""
+    """Runs requests on executors: of one kind, or of as many as there are `rules.kinds`, those of the first first.
+    `on_start` is called on each executor's thread, with its number, before the first call. `new_executor` makes one in
+    place of one that was lost, `new_others` do that for the other kinds. `cores` are those that it shares with others;
+    None: with nobody."""
 
     def __init__(
         self,
         executors: Sequence[Executor],
         served: Served[Item, Result, Executor],
-        rules: Rules,
+        rules: Rules | Mix,
         limits: Limits,
         new_executor: Callable[[], Executor],
         hang_seconds: float = 10.0,
@@ -57,16 +59,18 @@ class Scheduler(Generic[Item, Result, Executor]):
         clock: Callable[[], float] = time.perf_counter,
         on_start: Callable[[int], None] = lambda number: None,
         cores: Cores | None = None,
+        new_others: Sequence[Callable[[], Executor]] = (),
     ) -> None:
-        self.rules, self._served, self._clock, self._name = rules, served, clock, name
-        self._new_executor, self._on_start, self._hang_seconds = new_executor, on_start, hang_seconds
+        self.rules, self.all_rules, self._served, self._clock, self._name = rules.kinds[0], rules, served, clock, name
+        self._new_executors, self._on_start, self._hang_seconds = (new_executor, *new_others), on_start, hang_seconds
         self._cores = cores or Cores()
         self._ledger: Ledger[Item] = Ledger(rules, limits, self._cores.waitings)
-        self._seats = [Seat[Item, Executor](number, executor) for number, executor in enumerate(executors)]
+        self._seats: list[Seat[Item, Executor]] = seats_of(executors, rules.kinds)
+        self._kind_counts = [KindCounts() for _ in rules.kinds]
         self._closed = True
         self._lock = self._cores.lock  # guards everything above
         self._changed, self._all_ended = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._sharer = Sharer(self._ledger.waiting, len(self._seats), self._changed)
+        self._sharer = Sharer(self._ledger.waiting, len(self._seats), self._changed, kinds=len(rules.kinds))
         self._answers: Answers[Item, Result] = Answers(self._lock, self._ledger, served, self._some_ended, clock)
         self._watch = Watch(self._lock, self._look, self._due, f"{name}-watch")
 
@@ -107,15 +111,10 @@ class Scheduler(Generic[Item, Result, Executor]):
     def figures(self) -> ScheduleFigures:
         """A snapshot."""
         with self._lock:
-            waiting, errors = self._ledger.waiting, self.rules.costs.errors()
-            return ScheduleFigures(
-                replace(self._answers.counts),
-                waiting.count,
-                waiting.total_rows(),
-                waiting.total_ms(),
-                errors,
-                self._ledger.margin.value,
-            )
+            waiting, kinds = self._ledger.waiting, kind_figures(self.all_rules.kinds, self._kind_counts)
+            counts, margin = replace(self._answers.counts), self._ledger.margin.value
+            before = waiting.count, waiting.total_rows(), waiting.total_ms()
+            return ScheduleFigures(counts, *before, worst([one.errors for one in kinds]), margin, kinds)
 
     def check_room(self, asked: Asked) -> None:
         """Do nothing if a request would be accepted now.
@@ -167,7 +166,7 @@ class Scheduler(Generic[Item, Result, Executor]):
     def _come(self, job: Job[Item]) -> None:
         """Under the lock."""
         self._ledger.comes(job)
-        self._changed.notify()
+        self._sharer.tell()
 
     def _some_ended(self) -> None:
         """Under the lock, whenever requests have: on a close everybody waits for the last one."""
@@ -217,21 +216,30 @@ class Scheduler(Generic[Item, Result, Executor]):
         while not seat.lost:
             started = self._clock()
             late = self._ledger.late(started)
-            idle = self._cores.idle_for(self._sharer)
-            work = self._ledger.next(idle, started) if idle else None
+            work = self._decide(seat, started)
             self._answers.counts.decisions += 1
             self._answers.counts.decision_seconds += self._clock() - started
             if work is not None:
                 seat.work, seat.since = work, started
                 self._cores.take(seat, self._sharer)
                 if self._sharer.idle > 1:
-                    self._changed.notify()  # there may be something for another one too
+                    self._sharer.tell()  # there may be something for another one too
             if late or work is not None:
                 return late, False
             if self._closed and self._ledger.empty:
                 return [], True
-            self._changed.wait()
+            again = self._ledger.again
+            self._changed.wait(None if again == NEVER else max(again - started, 0.0))
         return [], True
+
+    def _decide(self, seat: Seat[Item, Executor], now: float) -> Work[Item] | None:
+        """Under the lock: what the seat's executor does now."""
+        self._ledger.again, kinds = NEVER, len(self._kind_counts)
+        idle = self._cores.idle_for(self._sharer)
+        if not idle or kinds == 1:
+            return self._ledger.next(idle, now) if idle else None
+        standing = standings(self._seats, kinds)
+        return self._ledger.next(min(idle, standing[seat.kind].idle), now, seat.kind, standing)
 
     def _run(self, work: Work[Item], seat: Seat[Item, Executor]) -> None:
         """A call: prepare who is not prepared, assemble, score.
@@ -271,11 +279,13 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._some_ended()
             self._answers.counts.calls += 1
             self._answers.counts.rows += rows
+            self._kind_counts[seat.kind].calls += 1
+            self._kind_counts[seat.kind].rows += rows
             self._answers.counts.padded_rows += work.bucket * len(parts) - rows
         for job in ended:
             self._answers.finish(job)
         milliseconds = (assembled - started) * 1e3, (scored - assembled) * 1e3
-        self.rules.costs.saw_score(work.bucket, len(parts), rows, *milliseconds)
+        self.all_rules.kinds[seat.kind].costs.saw_score(work.bucket, len(parts), rows, *milliseconds)
 
     def _prepare(self, job: Job[Item], work: Work[Item], seat: Seat[Item, Executor]) -> None:
         started = self._clock()
@@ -291,20 +301,21 @@ class Scheduler(Generic[Item, Result, Executor]):
                 return
             if when is None:
                 self._ledger.prepared(job)
-                self._changed.notify()
+                self._sharer.tell()
             else:
                 self._ledger.waits(work, job)
                 free = self._ledger.leave([job])
         if when is None:
             asked, taken_ms = job.asked, (self._clock() - started) * 1e3
             if not work.wide:  # predictions are for a machine with more to do
-                self.rules.costs.saw_prepare(asked.resident, asked.tokens, taken_ms)
+                self.all_rules.kinds[seat.kind].costs.saw_prepare(asked.resident, asked.tokens, taken_ms)
         else:
             self._answers.drop(free)
             self._call_when(when, job)
 
     def _leave(self, work: Work[Item], seat: Seat[Item, Executor]) -> None:
         with self._lock:
+            self._kind_counts[seat.kind].busy_seconds += self._clock() - seat.since
             seat.work, seat.since = None, NEVER
             self._cores.give_back(seat)
             free = self._ledger.leave(work.jobs)
@@ -366,7 +377,8 @@ class Scheduler(Generic[Item, Result, Executor]):
         seat = None
         while seat is None and not self._watch.ended:
             try:
-                seat = Seat[Item, Executor](lost.number, self._new_executor(), threading.current_thread())
+                executor = self._new_executors[lost.kind]()
+                seat = Seat[Item, Executor](lost.number, executor, lost.kind, threading.current_thread())
             except Exception:
                 log.exception("executor %d of '%s' could not be replaced", lost.number, self._name)
                 with self._lock:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
+from rankd.observe.schedule_metrics import KindCounts, KindFigures
+from rankd.schedule.kinds import Standing
 from rankd.schedule.ledger import Work
+from rankd.schedule.policy import Rules
 from rankd.schedule.waiting import NEVER
 
 Item = TypeVar("Item")
@@ -17,10 +21,12 @@ PREDICTED_TIMES = 20.0
 
 @dataclass(slots=True, eq=False)
 class Seat(Generic[Item, Executor]):
-    """`work` since `since` (seconds). A `lost` one has been given up: its thread ends when it comes back, if ever."""
+    """`work` since `since` (seconds). A `lost` one has been given up: its thread ends when it comes back, if ever.
+    `kind` is the place of its executor's kind among the rules."""
 
     number: int
     executor: Executor
+    kind: int = 0
     thread: threading.Thread | None = None
     work: Work[Item] | None = None
     since: float = NEVER
@@ -35,3 +41,32 @@ class Seat(Generic[Item, Executor]):
         if self.work is None or self.lost:
             return False
         return now - self.since > max(hang_seconds, PREDICTED_TIMES * self.work.predicted_ms / 1e3)
+
+
+def seats_of(executors: Sequence[Executor], kinds: Sequence[Rules]) -> list[Seat[Any, Executor]]:
+    """Seats for executors, those of the first kind first, as many of each as its rules are for."""
+    numbers = [kind for kind, rules in enumerate(kinds) for _ in range(rules.num_executors)]
+    return [
+        Seat(number, executor, kind) for number, (executor, kind) in enumerate(zip(executors, numbers, strict=True))
+    ]
+
+
+def kind_figures(kinds: Sequence[Rules], counts: Sequence[KindCounts]) -> tuple[KindFigures, ...]:
+    """A snapshot of each kind: what its executors did, and how good predictions are."""
+    return tuple(
+        KindFigures(rules.name, rules.num_executors, replace(one), rules.costs.errors())
+        for rules, one in zip(kinds, counts, strict=True)
+    )
+
+
+def standings(seats: Sequence[Seat[Any, Any]], kinds: int) -> list[Standing]:
+    """How each of so many kinds stands; executors that are being replaced count for nothing."""
+    idle, busy_until = [0] * kinds, list[list[float]]([] for _ in range(kinds))
+    for seat in seats:
+        if seat.lost:
+            continue
+        if seat.work is None:
+            idle[seat.kind] += 1
+        else:
+            busy_until[seat.kind].append(seat.since + seat.work.predicted_ms / 1e3)
+    return [Standing(one, tuple(until)) for one, until in zip(idle, busy_until, strict=True)]

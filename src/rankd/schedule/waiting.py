@@ -40,7 +40,8 @@ class Waiting:
     latest    when what nobody works on has to begin to be in time
     left_ms   predicted work that is not finished
     rows      candidates that no executor has been given yet
-    tail      the bucket of the rest if that may share a call: one piece, of a user who is prepared or resident; else 0
+    tail      the bucket of the rest if that may share a call: one piece, of a user who is prepared or resident; else 0.
+              `tails` has the column of each kind of executors, which cut lists each in its way; `tail` is the first's
     prepared  the state is there
     resident  (before it is prepared) it is in memory, so that preparing it is quick
 
@@ -48,7 +49,7 @@ class Waiting:
     a thousand of them for each newcomer is a quarter of all that the schedule does for it.
     """
 
-    def __init__(self, capacity: int = FIRST_CAPACITY) -> None:
+    def __init__(self, capacity: int = FIRST_CAPACITY, kinds: int = 1) -> None:
         self.size = 0
         self.count = 0
         self.runnable = 0
@@ -60,12 +61,17 @@ class Waiting:
         self.latest = np.full(capacity, NEVER)
         self.left_ms = np.zeros(capacity)
         self.rows = np.zeros(capacity, np.int64)
-        self.tail = np.zeros(capacity, np.int64)
+        self.tails = [np.zeros(capacity, np.int64) for _ in range(kinds)]
         self.prepared = np.zeros(capacity, bool)
         self.resident = np.zeros(capacity, bool)
         self._order = np.zeros(capacity, np.int64)
         self._places = np.full(capacity, NEVER)
         self._found = np.zeros(capacity, np.int64)
+
+    @property
+    def tail(self) -> Int64Array:
+        """Of the first kind of executors, which often is the only one."""
+        return self.tails[0]
 
     @property
     def order(self) -> Int64Array:
@@ -99,10 +105,16 @@ class Waiting:
         self.hold(slot)
         self.place[slot] = self.deadline[slot] = self.latest[slot] = NEVER
         self.left_ms[slot] = 0.0
-        self.rows[slot] = self.tail[slot] = 0
+        self.rows[slot] = 0
+        self.no_tail(slot)
         self.prepared[slot] = self.resident[slot] = False
         self._free.append(slot)
         self.count -= 1
+
+    def no_tail(self, slot: int) -> None:
+        """Nobody shares a call with it."""
+        for tail in self.tails:
+            tail[slot] = 0
 
     def let_run(self, slot: int) -> None:
         """An executor may be given it, when it is its turn."""
@@ -147,8 +159,9 @@ class Waiting:
     def _grow(self) -> None:
         for name in ("turn", "place", "deadline", "latest", "_places"):
             setattr(self, name, _longer(getattr(self, name), NEVER))
-        for name in ("left_ms", "rows", "tail", "prepared", "resident", "_order", "_found"):
+        for name in ("left_ms", "rows", "prepared", "resident", "_order", "_found"):
             setattr(self, name, _longer(getattr(self, name), 0))
+        self.tails = [_longer(tail, 0) for tail in self.tails]
 
 
 def backlog_of(waitings: Sequence[Waiting], place: float, factor: float, now: float) -> Backlog:

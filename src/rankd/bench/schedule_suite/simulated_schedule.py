@@ -17,6 +17,7 @@ import heapq
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,14 +77,16 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
         "rankd": lambda arrivals: _rankd(arrivals, rules),
     }
     results: list[Row] = []
-    highest = {name: _highest(one, workload, rules, encode_ms, options) for name, one in schedules.items()}
+    at = partial(_arrivals, workload, rules, encode_ms, options)
+    most = 1.1 * most_requests(workload, rules)
+    highest = {name: highest_rate(one, at, most, options.bound_ms) for name, one in schedules.items()}
     for name, one in schedules.items():
         for share in SHARES:
             rate = share * highest["rankd"]
-            arrivals = _arrivals(workload, rules, encode_ms, options, rate)
+            arrivals = at(rate)
             results.append(
                 {"contestant": name, "table": f"at {share:.0%} of rankd's highest rate", "share": share, "rate": rate}
-                | _figures(arrivals, one, options)
+                | figures(arrivals, *one(arrivals), options.bound_ms)
             )
     goodput, refused = _goodput(workload, rules, encode_ms, options, highest["rankd"])
     advance(2, 3, "decisions")
@@ -116,11 +119,13 @@ def fine_buckets(most: int) -> tuple[int, ...]:
     return (*sorted(step for step in steps if step < most), most)
 
 
-def build_with_buckets(workload: Workload, root: Path, buckets: tuple[int, ...]) -> Path:
-    """The workload's model with other candidate buckets, on OpenVINO, in bfloat16 where the machine has it."""
+def build_with_buckets(
+    workload: Workload, root: Path, buckets: tuple[int, ...], targets: tuple[str, ...] = ("openvino",)
+) -> Path:
+    """The workload's model with other candidate buckets, in bfloat16 where the machine has it on all targets."""
     changed = msgspec.structs.replace(workload.buckets, candidates=buckets)
-    precision = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
-    return build_model(msgspec.structs.replace(workload, buckets=changed), root, ("openvino",), precision)
+    precision = Precision.FP32 if any(why_not(one, Precision.BF16) for one in targets) else Precision.BF16
+    return build_model(msgspec.structs.replace(workload, buckets=changed), root, targets, precision)
 
 
 def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
@@ -130,8 +135,9 @@ def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
         path = build_with_buckets(workload, Path(folder), buckets)
         with Ranker.load(path) as ranker:
             warmed = ranker.schedule.rules.costs.warmed
+            most_users = {bucket: ranker.schedule.rules.most_users(bucket) for bucket in buckets}
             flops = workload.flops()
-            packing, executors = ranker.path.packing, ranker.backend.num_executors
+            executors = ranker.backend.num_executors
             about: dict[str, Any] = {
                 "name": workload.name,
                 "use": workload.use,
@@ -145,13 +151,21 @@ def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
                 "score_ms": {f"{bucket} x {users}": ms for (bucket, users), ms in warmed.score_ms.items()},
                 "encode_ms": warmed.most_encode_ms,
             }
-    return make_rules(ScheduleConfig(), buckets, warmed, packing.most, executors), warmed.most_encode_ms, about
+    rules = make_rules(ScheduleConfig(), buckets, warmed, most_users.__getitem__, executors)
+    return rules, warmed.most_encode_ms, about
 
 
 def _arrivals(
     workload: Workload, rules: Rules, encode_ms: float, options: SimulationOptions, rate: float
 ) -> list[Arrival]:
-    """Requests of the workload; a user's first visit encodes the history, later ones find the state."""
+    return arrivals_of(workload, [(rules.costs.prepare(True), encode_ms)], options, rate)
+
+
+def arrivals_of(
+    workload: Workload, prepare_ms: Sequence[tuple[float, float]], options: SimulationOptions, rate: float
+) -> list[Arrival]:
+    """Requests of the workload; a user's first visit encodes the history, later ones find the state. `prepare_ms` says
+    of each kind of executors what finding takes, and what encoding does on top of it."""
     random = np.random.default_rng(workload.seed)
     times = options.arrivals.times(rate, options.seconds, workload.seed) or [0.0]
     count = len(times)
@@ -160,8 +174,8 @@ def _arrivals(
     made = []
     for at, rows, user in zip(times, sizes.tolist(), users.tolist(), strict=True):
         resident = user in warm
-        prepare_ms = rules.costs.prepare(True) + (0.0 if resident else encode_ms)
-        made.append(Arrival(at, rows, prepare_ms, resident))
+        by_kind = tuple(found_ms + (0.0 if resident else encode_ms) for found_ms, encode_ms in prepare_ms)
+        made.append(Arrival(at, rows, by_kind[0], resident, prepare_by_kind=by_kind))
     return made
 
 
@@ -184,32 +198,37 @@ def _rankd(arrivals: Sequence[Arrival], rules: Rules) -> tuple[list[float], floa
     return [one.latency_ms for one in simulated.outcomes], simulated.padded_rows / max(simulated.rows, 1)
 
 
-def _highest(
-    schedule: Simulate, workload: Workload, rules: Rules, encode_ms: float, options: SimulationOptions
-) -> float:
-    """The highest rate whose p99 stays under the bound, by bisection between nothing and what no schedule can do."""
+def most_requests(workload: Workload, rules: Rules) -> float:
+    """Requests a second that executors of a kind can do, if they find all states."""
     sizes = draw(workload.candidates, np.random.default_rng(workload.seed), 10_000)
     mean_ms = float(np.mean([rules.work_ms(int(rows), 0.0) for rows in sizes.tolist()]))
-    low, high = 0.0, 1.1e3 * rules.num_executors / mean_ms
+    return 1e3 * rules.num_executors / mean_ms
+
+
+def highest_rate(
+    schedule: Simulate, arrivals_at: Callable[[float], list[Arrival]], most: float, bound_ms: float
+) -> float:
+    """The highest rate whose p99 stays under the bound, by bisection between nothing and what no schedule can do."""
+    low, high = 0.0, most
     for _ in range(STEPS):
         rate = (low + high) / 2
-        latencies, _ = schedule(_arrivals(workload, rules, encode_ms, options, rate))
-        if percentile(latencies, 0.99) <= options.bound_ms:
+        latencies, _ = schedule(arrivals_at(rate))
+        if percentile(latencies, 0.99) <= bound_ms:
             low = rate
         else:
             high = rate
     return float(max(low, high / 2**STEPS))
 
 
-def _figures(arrivals: Sequence[Arrival], schedule: Simulate, options: SimulationOptions) -> Row:
-    latencies, padding = schedule(arrivals)
+def figures(arrivals: Sequence[Arrival], latencies: Sequence[float], padding: float, bound_ms: float) -> Row:
+    """Latencies of requests, all of them and the short ones, and how many keep the bound."""
     short = [ms for ms, arrival in zip(latencies, arrivals, strict=True) if arrival.rows <= SHORT_ROWS] or latencies
     return {
         "p50_ms": percentile(latencies, 0.5),
         "p99_ms": percentile(latencies, 0.99),
         "short_p99_ms": percentile(short, 0.99),
         "padding": padding,
-        "in_time": sum(ms <= options.bound_ms for ms in latencies) / len(latencies),
+        "in_time": sum(ms <= bound_ms for ms in latencies) / len(latencies),
     }
 
 

@@ -90,7 +90,7 @@ def run_mixed(
         arrivals = at(share * best)
         load = sweep.load(arrivals)
         threshold = load.best()
-        about = {"table": f"at {share:.0%} of the threshold's highest rate", "share": share, "rate": share * best}
+        about: Row = {"table": f"at {share:.0%} of the threshold's highest rate", "share": share, "rate": share * best}
         latencies = load.latencies(threshold).tolist()
         theirs = about | figures(arrivals, latencies, 0.0, options.bound_ms) | threshold.about(kinds)
         ours = about | figures(arrivals, *_rankd(Mix(kinds), None, arrivals), options.bound_ms)

@@ -29,8 +29,8 @@ class Event:
 
 
 class InterpretedDevice:
-    """`counts` are how often memory was taken, something sent or fetched, recorded, launched, waited for; `done` is what
-    has happened, in its order."""
+    """`counts` are how often memory was taken, something sent or fetched, recorded, launched, waited for; `done` is
+    what has happened, in its order."""
 
     def __init__(self, memory_bytes: int = 1 << 40, measures: bool = False, eager: Way | None = None) -> None:
         self.counts = dict.fromkeys(("taken", "transfers", "recorded", "launched", "waits"), 0)
@@ -44,7 +44,11 @@ class InterpretedDevice:
         self._take(prod(shape) * dtype.itemsize)
         if self.measures:
             return torch.zeros(tuple(shape), dtype=dtype)
-        huge = {torch.uint8: 0x7F, torch.int32: 0x7F7F7F7F, torch.float8_e4m3fn: 448.0}  # 0x7F7F.. is huge as floats too
+        huge = {
+            torch.uint8: 0x7F,
+            torch.int32: 0x7F7F7F7F,
+            torch.float8_e4m3fn: 448.0,
+        }  # 0x7F7F.. is huge as floats too
         return torch.full(tuple(shape), huge.get(dtype, 1e30), dtype=dtype)
 
     def pinned(self, num_bytes: int) -> Tensor:

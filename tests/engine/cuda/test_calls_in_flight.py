@@ -61,7 +61,10 @@ def test_a_backend_has_k_executors_for_each_of_its_streams() -> None:
     assert executors[:2] == made[:2]  # they have compiled already
     assert [one._device for one in executors] == [opened[0], opened[0], opened[1], opened[1]]
     assert len({id(one._pool) for one in executors}) == 1
-    assert CudaBackend(MODEL, open_device, EngineConfig(gpu_state_mib=1, executors=1, calls_in_flight=3)).num_executors == 3
+    assert (
+        CudaBackend(MODEL, open_device, EngineConfig(gpu_state_mib=1, executors=1, calls_in_flight=3)).num_executors
+        == 3
+    )
 
 
 def test_k_is_measured_on_calls_that_are_computed() -> None:

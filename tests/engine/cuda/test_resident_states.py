@@ -66,7 +66,8 @@ def test_a_state_of_another_mark_is_sent_and_stays() -> None:
     named = UserState(state.arrays, state.lengths, b"mine")
     assert (executor.score([named], candidates) == logits).all()
     before = device.counts["transfers"]
-    assert (executor.score([unreadable(state, b"mine")] * 2, doubled(candidates)) == logits).all()
+    both = executor.score([unreadable(state, b"mine")] * 2, repeated(candidates, 2))
+    near(both, np.concatenate([logits] * 2), 1e-6)
     assert device.counts["transfers"] == before + 2
 
 
@@ -81,7 +82,8 @@ def test_an_extended_state_is_never_taken_for_the_one_before(there: bool) -> Non
     short = executor.score([before], candidates)
     executor.extend(unreadable(before, b"15"), rest)
     executor.keep(b"20")
-    longer = UserState({"keys_values": np.zeros((1, 1, 2, 2, 0, 24), np.float32), "lengths": np.array([[20]])}, (20,), b"20")
+    nothing = np.zeros((1, 1, 2, 2, 0, 24), np.float32)
+    longer = UserState({"keys_values": nothing, "lengths": np.array([[20]])}, (20,), b"20")
     expected = climber.score(climber.encode(tensors(whole)), tensors(candidates)).numpy()
     near(executor.score([longer], candidates), expected, 1e-5)
     assert (executor.score([before], candidates) == short).all()  # the host has it still, and sends it again
@@ -101,9 +103,8 @@ def test_what_got_no_name_is_found_by_nobody_and_leaves_first() -> None:
 def test_states_come_one_after_the_other_in_whatever_order_the_gpu_does_things(eager: Way | None) -> None:
     device = InterpretedDevice(eager=eager)
     _, executor, _ = made(SCHEMA, ONE_LAYER, torch.float32, device)
-    candidates, states = candidates_of(SCHEMA, 3), []
-    for seed in range(4):  # twice as many as there are turns
-        states.append(state_of(executor, history_of(SCHEMA, 20, [17 + seed], seed)))
+    candidates = candidates_of(SCHEMA, 3)  # and twice as many users as there are turns
+    states = [state_of(executor, history_of(SCHEMA, 20, [17 + seed], seed)) for seed in range(4)]
     alone = [executor.score([state], candidates) for state in states]
     together = executor.score(states, repeated(candidates, 4))
     near(together, np.concatenate(alone), 1e-6)
@@ -149,9 +150,7 @@ def test_one_call_is_sent_while_the_one_before_is_computed() -> None:
     pool = StatePool(device, shape, 4 * shape.pages_a_user)
     executors = [CudaExecutor(model, pool, device) for _ in range(2)]
     candidates = candidates_of(SCHEMA, 3)
-    states = [
-        marked(one, history_of(SCHEMA, 20, [20], seed), bytes([seed + 1])) for seed, one in enumerate(executors)
-    ]
+    states = [marked(one, history_of(SCHEMA, 20, [20], seed), bytes([seed + 1])) for seed, one in enumerate(executors)]
     alone = [one.score([state], candidates) for one, state in zip(executors, states, strict=True)]
     device.done, device.both = [], threading.Barrier(2)
     made_of: dict[int, Float32Array] = {}
@@ -194,10 +193,6 @@ def test_pages_arrive_in_their_places_and_nowhere_else(kind: PageType) -> None:
     for place in (1, 2):
         assert (states.keys_values[place].float() == before[0][place]).all()
         assert (states.times[place] == before[1][place]).all()
-
-
-def doubled(candidates: dict[str, Array]) -> dict[str, Array]:
-    return repeated(candidates, 2)
 
 
 def repeated(candidates: dict[str, Array], users: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pool of states in GPU memory: nobody finds a stale or foreign state, pages have one owner, and the coldest leave."""
+"""The pool of states in GPU memory: nobody finds a stale or foreign state, pages have one owner, the coldest leave."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def measured(
     rates = {number: rate(calls[:number], seconds, clock) for number in range(1, most + 1)}
     chosen = choose(rates)
     said = ", ".join(f"{number}: {rate:.0f}" for number, rate in rates.items())
-    log.info("%d calls in flight for each executor; calls a second of the largest call by their number: %s", chosen, said)
+    log.info("%d calls in flight for each executor; calls a second, with the longest list, by k: %s", chosen, said)
     return chosen
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from rankd.artifact import Artifact, Manifest
 from rankd.engine.backend import (
@@ -144,8 +143,8 @@ def open_pool(model: CudaModel, device: Device, config: EngineConfig, executors:
             if pages == shape.pages_a_user:
                 raise ConfigError(
                     f"the GPU has {free / MIB:.1f} MiB free, and the longest state of one user takes "
-                    f"{shape.pages_a_user * shape.page_bytes / MIB:.1f}; end what else runs on this GPU, choose another "
-                    "with CUDA_VISIBLE_DEVICES, or take another target"
+                    f"{shape.pages_a_user * shape.page_bytes / MIB:.1f}; end what else runs on this GPU, choose "
+                    "another with CUDA_VISIBLE_DEVICES, or take another target"
                 ) from error
             pages = max(pages // 2, shape.pages_a_user)
     have = pages * shape.page_bytes

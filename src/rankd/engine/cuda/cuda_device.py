@@ -118,8 +118,8 @@ class CudaStreams:
             target.copy_(source, non_blocking=True)
 
     def event(self) -> Any:
-        """One that the thread that waits for it sleeps on."""
-        return torch.cuda.Event(blocking=True)
+        """One that is waited for as quickly as can be."""
+        return torch.cuda.Event()
 
     def record(self, event: Any, way: Way) -> None:
         """On the way's stream."""

@@ -258,9 +258,7 @@ class CudaExecutor(InThisProcess):
 
     def _prepare_score(self, bucket: Bucket) -> _Prepared:
         model, device = self._model, self._device
-        staging = CallStaging(
-            device, score_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block)
-        )
+        staging = CallStaging(device, score_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block))
         steps = ScoreSteps(device, model.weights, self._pool, staging.there, model.block)
         return self._recorded(bucket, staging, steps, steps.logits)
 

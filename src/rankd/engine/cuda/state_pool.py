@@ -1,4 +1,4 @@
-"""User states that stay in GPU memory: pages under a byte budget, which state lies in which, and which leave for others.
+"""User states that stay in GPU memory: pages under a byte budget, which state lies in which, and which leave.
 
 In: marks (`UserState.mark`) and lengths. Out: `PlacedState`s, held while a call reads or writes them. The host's cache
 owns the truth: a state is found here only under the mark of its contents, so neither a stale nor a foreign one is ever.

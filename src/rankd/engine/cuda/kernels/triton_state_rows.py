@@ -115,7 +115,8 @@ def store_rows(states: PagedStates, fresh: Tensor, qkv: Tensor, rows: HistoryRow
     head, num_tiles = width // heads, rows.tiles.shape[1]
     _store[(num_tiles, heads, blocks)](
         states.keys_values, states.scales, states.times, states.table, fresh, qkv, rows.tiles, rows.known,
-        rows.times, rows.times.stride(0), layer, states.layers, num_tiles, states.table.shape[2], qkv.stride(0), fresh.shape[3],
+        rows.times, rows.times.stride(0),
+        layer, states.layers, num_tiles, states.table.shape[2], qkv.stride(0), fresh.shape[3],
         HEADS=heads, HEAD=head, ROOM=room_of(head), PAGE=states.page, FP8=states.fp8, block_rows=rows.block,
         num_warps=8,  # 4 spill registers at 64 rows
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The dense model under each of torch's attentions computes what the split model does, on the processor in eager mode."""
+"""The dense model under each of torch's attentions computes what the split model does: on the processor, uncompiled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rankd.artifact import Artifact
 from rankd.bench.engine_suite.contestant_messages import CONTESTANTS, GPU, Family, Load, Work, pack_features
 from rankd.bench.engine_suite.contestants import load_calls
 from rankd.bench.engine_suite.dense_attention import Attention
@@ -16,7 +17,6 @@ from rankd.bench.engine_suite.engine import best_peer, ratios
 from rankd.bench.engine_suite.gpu_contestants import torch_calls
 from rankd.bench.flops import Flops
 from rankd.bench.parity import torch_logits
-from rankd.artifact import Artifact
 from rankd.demo import MODELS
 from rankd.engine.backend import Precision
 from rankd.errors import EngineFailure
@@ -51,7 +51,9 @@ def test_users_side_by_side_have_masks_of_their_own(attention: Attention) -> Non
         (tensors(history_of(schema, 20, [length], seed)), tensors(candidates_of(schema, 4)))
         for seed, length in enumerate((20, 6))
     ]
-    together = [{name: torch.cat([side[name] for side in part]) for name in part[0]} for part in zip(*sides, strict=True)]
+    together = [
+        {name: torch.cat([side[name] for side in part]) for name in part[0]} for part in zip(*sides, strict=True)
+    ]
     alone = torch.cat([model(*side) for side in sides])
     torch.testing.assert_close(model(*together), alone, rtol=1e-4, atol=1e-4)
 

@@ -34,8 +34,8 @@ OWN = tuple(
 
 
 class Family(Enum):
-    """Who computes. All but `compile` on a processor, which is the split model, and our own engine are torch and exports
-    of it under one dense mask; `sdpa` and `flex` are torch with a fused attention, `tensorrt` is it under ONNX Runtime."""
+    """Who computes. Our own engine and, on a processor, `compile` run the split model; the others are torch and exports
+    of it under one dense mask: `sdpa` and `flex` with a fused attention, `tensorrt` by way of ONNX Runtime."""
 
     EAGER = "eager"
     SDPA = "sdpa"

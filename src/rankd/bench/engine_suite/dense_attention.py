@@ -32,7 +32,7 @@ class Attention(Enum):
 class DenseTokens:
     """S = T + C tokens of one block: their place in the history and their moment (B, S); length (B,) of the history.
 
-    Candidates stand right after the history, all at the same place. `tokens` is T; `positions` distances are told apart.
+    Candidates stand right after the history, all at the same place. `tokens` is T; so many `positions` are told apart.
     """
 
     place: Tensor

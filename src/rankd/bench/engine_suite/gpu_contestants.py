@@ -7,7 +7,6 @@ come back, as for our engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from rankd.artifact import Artifact

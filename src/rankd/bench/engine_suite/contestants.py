@@ -8,6 +8,7 @@ Next: `contestant_process.py` is the other end of the pipes.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import shutil
 import sys
@@ -162,13 +163,20 @@ def rankd_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
     def score(i: int, state: UserState) -> Float32Array:
         return executor.score([state], requests[i].candidates)[0, : requests[i].num_candidates]
 
+    def named(state: UserState) -> UserState:
+        """What was encoded last, which the engine may keep where it computes."""
+        mark = next(marks).to_bytes(8, "little")
+        executor.keep(mark)
+        return UserState(state.arrays, state.lengths, mark)
+
     def cold(i: int) -> Float32Array:
-        return score(i, encode(i))
+        return score(i, named(encode(i)))
 
     def warm(i: int) -> Float32Array:
         return score(i, kept[i])
 
-    kept = [copy_of(encode(i)) for i in range(len(requests))]
+    marks = itertools.count()
+    kept = [copy_of(named(encode(i))) for i in range(len(requests))]
     return {
         Work.COLD: Calls(cold, cold),
         Work.WARM: Calls(warm, warm),
@@ -216,7 +224,7 @@ def shortened(history: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
 
 def copy_of(state: UserState) -> UserState:
     """A state to keep: what an executor hands out is its own until its next call."""
-    return UserState({name: np.array(array) for name, array in state.arrays.items()}, state.lengths)
+    return UserState({name: np.array(array) for name, array in state.arrays.items()}, state.lengths, state.mark)
 
 
 MAKERS: Mapping[Family, Callable[[Load, Sequence[Features]], dict[Work, Calls]]] = {

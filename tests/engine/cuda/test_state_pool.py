@@ -183,6 +183,14 @@ def test_a_state_that_grows_takes_its_pages_along_unless_somebody_reads_it() -> 
 
 def test_a_call_waits_for_pages_and_says_so_if_there_are_never_any(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pool_of(1)
+    bring(pool, b"c")
+    held = pool.hold([(b"b", (32, 32))])
+    monkeypatch.setattr(state_pool, "WAIT_SECONDS", 0.01)
+    with pytest.raises(EngineFailure, match="all 6 pages"):
+        pool.hold([(b"a", (48, 48))])
+    assert pool.has(b"c")  # it would not have been enough: nobody had to leave for that
+    pool.release(held, False)
+    monkeypatch.setattr(state_pool, "WAIT_SECONDS", 10.0)
     held = pool.hold([(b"a", (48, 48))])
     threading.Timer(0.05, lambda: pool.release(held, True)).start()
     held = pool.hold([(b"b", (48, 48))])

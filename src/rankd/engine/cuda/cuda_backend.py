@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -164,7 +165,7 @@ def measured_in_flight(manifest: Manifest, model: CudaModel, make: Callable[[], 
     history["history_length"][...] = room
     state = UserState(executors[0].encode(history), (room,) * manifest.schema.num_sub_sequences, mark)
     executors[0].keep(mark)
-    calls = [lambda one=one: one.score([state], candidates) for one in executors]
+    calls = [partial(one.score, [state], candidates) for one in executors]
     for call in calls:
         call()
     return measured(calls)

@@ -127,6 +127,7 @@ class StatePool:
                 made.mark = mark
                 self._list(made)
                 self._give_if_unused(made)
+                self._changed.notify_all()
 
     def forget(self, made: PlacedState) -> None:
         """What was made got no name, and gets none any more."""
@@ -175,7 +176,7 @@ class StatePool:
         grown = []
         for number, (_, known, whole) in enumerate(wanted):
             before = taken_over.get(number)
-            old = before.pages if before is not None else tuple([] for _ in whole)
+            old: tuple[list[int], ...] = tuple([] for _ in whole) if before is None else before.pages
             pages = tuple(had + more for had, more in zip(old, self._take(whole, old), strict=True))
             grown.append(PlacedState(known, pages, there=before is not None or not any(known)))
             self._found += before is not None
@@ -193,16 +194,20 @@ class StatePool:
         return made
 
     def _make_room(self, pages: int) -> bool:
-        """Whether so many pages are free, after the coldest states that nobody reads have left."""
-        leaving = [placed for placed in self._listed.values() if placed.readers == 0] if pages > len(self._free) else []
-        for placed in leaving:
-            if pages <= len(self._free):
+        """Whether so many pages are free, after the coldest states that nobody reads have left; if not, none has."""
+        leaving, room = [], len(self._free)
+        for placed in self._listed.values():
+            if room >= pages:
                 break
+            if placed.readers == 0:
+                leaving.append(placed)
+                room += sum(map(len, placed.pages))
+        for placed in leaving if room >= pages else ():
             del self._listed[placed.key]
             placed.listed = False
             self._give_if_unused(placed)
             self._evicted += bool(placed.mark)
-        return pages <= len(self._free)
+        return room >= pages
 
     def _list(self, placed: PlacedState) -> None:
         """Let it be found, unless nothing is kept or the same state was brought twice."""

@@ -340,12 +340,12 @@ def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
         return made
 
     rates: dict[str, dict[int, float]] = {}
-    for name, executors, found in (
+    for name, executors, there in (
         ("k in flight, states found", shared, True),
         ("k in flight, states sent", shared, False),
         ("k executors, states found", apart, True),
     ):
-        ready = calls(executors, found)
+        ready = calls(executors, there)
         rates[name] = {k: rate(ready[:k], RATE_SECONDS) for k in range(1, MOST_IN_FLIGHT + 1)}
     plain = rate(calls([launched], True), RATE_SECONDS)
     spent = parts_ms(shared[0], FLIGHT_USERS)

@@ -20,6 +20,10 @@ from rankd.engine.cuda.cuda_device import Way, out_of_memory
 from rankd.errors import EngineFailure
 
 
+INTERPRETER = threading.RLock()
+"""Triton's interpreter computes for one thread at a time."""
+
+
 class Event:
     """How often it was recorded, how often it has happened."""
 
@@ -37,7 +41,7 @@ class InterpretedDevice:
         self.memory_bytes, self.measures, self._eager = memory_bytes, measures, eager
         self.done: list[str] = []
         self._ways: dict[Way, deque[Callable[[], object]]] = {way: deque() for way in Way}
-        self._lock = threading.RLock()
+        self._lock = INTERPRETER
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the GPU: garbage until it is written, or zeros where what is measured would be garbage too."""
@@ -98,7 +102,8 @@ class InterpretedDevice:
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run it once; what is returned runs it again, when its turn comes."""
         self.counts["recorded"] += 1
-        work()
+        with self._lock:
+            work()
 
         def replay() -> None:
             self.counts["launched"] += 1

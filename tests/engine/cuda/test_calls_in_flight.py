@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from rankd.artifact import Artifact
@@ -13,6 +15,7 @@ from rankd.demo import MODELS
 from rankd.engine.backend import EngineConfig, GpuStorage, Precision
 from rankd.engine.cuda.calls_in_flight import choose, measured
 from rankd.engine.cuda.cuda_backend import CudaBackend, measured_in_flight, model_of
+from rankd.engine.cuda.cuda_executor import CudaExecutor
 from rankd.errors import ConfigError
 from tests.engine.cuda.interpreted_device import InterpretedDevice
 
@@ -49,10 +52,10 @@ def test_a_backend_has_k_executors_for_each_of_its_streams() -> None:
         return opened[-1]
 
     config = EngineConfig(gpu_state_mib=1, executors=2)
-    made = []
+    made: list[CudaExecutor] = []
 
-    def two_pay(make: object) -> int:
-        made.extend(make() for _ in range(3))  # type: ignore[operator]
+    def two_pay(make: Callable[[], CudaExecutor]) -> int:
+        made.extend(make() for _ in range(3))
         return 2
 
     backend = CudaBackend(MODEL, open_device, config, two_pay)
@@ -69,13 +72,15 @@ def test_a_backend_has_k_executors_for_each_of_its_streams() -> None:
 
 def test_k_is_measured_on_calls_that_are_computed() -> None:
     backend = CudaBackend(MODEL, InterpretedDevice, EngineConfig(gpu_state_mib=1, calls_in_flight=1))
-    made = []
+    made: list[CudaExecutor] = []
 
-    def make() -> object:
+    def make() -> CudaExecutor:
         made.append(backend.executor())
         return made[-1]
 
-    assert measured_in_flight(ARTIFACT.manifest, MODEL, make) in (1, 2, 3)  # type: ignore[arg-type]
+    replace, manifest = msgspec.structs.replace, ARTIFACT.manifest
+    small = replace(manifest, schema=replace(manifest.schema, history_buckets=(4,), candidate_buckets=(2,)))
+    assert measured_in_flight(small, MODEL, make) in (1, 2, 3)
     assert len(made) == 3
     counts = made[0]._pool.counts()
     assert (counts.sent, counts.states) == (0, 1)

@@ -19,7 +19,6 @@ from torch import Tensor
 from rankd.engine.cuda.cuda_device import Way, out_of_memory
 from rankd.errors import EngineFailure
 
-
 INTERPRETER = threading.RLock()
 """Triton's interpreter computes for one thread at a time."""
 

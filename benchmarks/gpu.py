@@ -3,13 +3,15 @@
     python benchmarks/gpu.py [--out gpu.json] [--skip-tests]
 
 From the root of a checkout with the extras `dev` and `cuda`. Parity first: the tests of the kernels run on the GPU, and
-models are built for it, which checks the whole executor against torch. Then the GPU's own limits, kernels alone, and
-whole requests beside torch in one run. A part that fails is named in the file and the others go on.
+models are built for it, which checks the whole executor against torch. Then the GPU's own limits, whole requests
+beside torch in one run, states in GPU memory beside states that travel, calls in flight, and kernels alone. A part that
+fails is named in the file and the others go on; what has to be compiled is left out when the time is up.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -28,9 +30,10 @@ import numpy as np
 from rankd.artifact import Artifact
 from rankd.bench.report import commit, machine
 from rankd.bench.workload import Workload, load_workload
-from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.backend import MOST_IN_FLIGHT, EngineConfig, Precision
 from rankd.engine.cuda import gpu_presence
 from rankd.engine.targets import load_backend
+from rankd.errors import EngineFailure
 from rankd.features.schema import TensorSpec
 from rankd.types import Array, UserState
 
@@ -38,12 +41,21 @@ ROOT = Path(__file__).resolve().parents[1]
 USERS = (1, 8, 32)
 WORKLOADS = ("base", "long")
 CALLS = 30
-TEST_SECONDS = 240
+TEST_SECONDS = 200
+COMPILE_BEFORE = 360.0
+"""Seconds from the start after which nothing more is compiled by torch: the script has ten minutes."""
+RATE_SECONDS = 0.5
+FLIGHT_USERS = 8
+BOUND = 0.5
+"""Of a logit, as `bench.parity.BOUNDS` has it for bf16."""
 OWED = (
-    "executors in parallel (dso_gain), the share of hidden transfers (h2d_share), states in tiers, HSTU as a model, "
-    "FlexAttention, TensorRT and ONNX Runtime as contestants are not measured by this script yet"
+    "HSTU as a model is not measured by this script; TensorRT and ONNX Runtime are contestants of `rankd bench engine` "
+    "where they are installed"
 )
+STARTED = time.perf_counter()
+MARKS = itertools.count(1)
 Parts = dict[str, Any]
+Call = Callable[[], object]
 
 
 def main() -> int:
@@ -165,15 +177,22 @@ def whole_requests(workload: Workload, parts: Parts) -> dict[str, Any]:
         made: dict[str, Any] = {"parity": artifact.manifest.engines["cuda"].parity, "users": {}}
         peak = parts.get("limits", {}).get("bf16_tflops")
         for users in USERS:
-            took = whole_ms(contestants(artifact, workload, users))
+            calls, left_out, parity = contestants(artifact, workload, users)
+            took = whole_ms(calls)
             useful = workload.flops().useful * users
+            peers = [name for name in took if not name.startswith("rankd") and name != EAGER]
             made["users"][users] = {
                 "ms": took,
-                "speedup_cold": took["eager bf16, dense mask"] / took["rankd cold"],
-                "speedup_warm": took["eager bf16, dense mask"] / took["rankd warm"],
-                "over_compile": took["torch.compile bf16, dense mask"] / took["rankd cold"],
+                "left_out": left_out,
+                "parity": parity,
+                "speedup_cold": took[EAGER] / took["rankd cold"],
+                "speedup_warm": took[EAGER] / took["rankd warm"],
+                "speedup_warm_sent": took[EAGER] / took["rankd warm, states sent"],
+                "gpu_hit_gain": took["rankd warm, states sent"] / took["rankd warm"],
+                "over_best_peer_cold": min(took[name] for name in peers) / took["rankd cold"] if peers else None,
                 "peak_share": useful / took["rankd cold"] / 1e9 / peak if peak else None,
             }
+        attempt(parts, f"{workload.name} in flight", partial(in_flight, artifact, workload))
         made["attention"] = attention_alone(workload, peak)
     return made
 
@@ -193,39 +212,172 @@ def built(workload: Workload, folder: Path) -> Path:
     return Path(done.stdout.splitlines()[-1])
 
 
-def contestants(artifact: Artifact, workload: Workload, users: int) -> dict[str, Callable[[], object]]:
-    """Calls on the same inputs: torch under one dense mask, and ours with and without the users' states."""
+EAGER = "eager bf16, dense mask"
+TORCH = {
+    EAGER: ("plain", False),
+    "sdpa bf16, dense mask": ("sdpa", False),
+    "torch.compile bf16, dense mask": ("plain", True),
+    "flex attention bf16, compiled": ("flex", True),
+}
+"""How each of torch's contestants attends, and whether it is compiled."""
+
+
+def contestants(
+    artifact: Artifact, workload: Workload, users: int
+) -> tuple[dict[str, Call], dict[str, str], dict[str, float]]:
+    """Calls on the same inputs, the reasons of those that are left out, and by how much logits differ from torch's."""
     import torch
 
+    from rankd.bench.engine_suite.dense_attention import Attention
     from rankd.bench.engine_suite.dense_model import dense_form
     from rankd.bench.parity import torch_model
 
     histories, candidates = inputs_of(artifact, workload, users)
-    executor: Any = load_backend(artifact, EngineConfig("cuda", Precision.BF16, executors=1)).executor()
-    lengths = [tuple(history["history_length"][0].tolist()) for history in histories]
-    nothing = [None] * users
-
-    def states() -> list[UserState]:
-        made = executor.encode_all(histories, nothing)
-        return [UserState(arrays, length) for arrays, length in zip(made, lengths, strict=True)]
-
-    kept = states()
-    model = dense_form(torch_model(artifact)).eval().cuda()
     together = {name: np.concatenate([history[name] for history in histories]) for name in histories[0]}
     sides = [{n: torch.from_numpy(a).cuda() for n, a in side.items()} for side in (together, candidates)]
+    with torch.inference_mode():
+        expected = dense_form(torch_model(artifact)).eval().cuda()(*sides).cpu().numpy()
 
-    def eager(run: Any) -> Callable[[], object]:
+    def autocast(run: Any) -> Call:
         def call() -> object:
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
-                return run(*sides).float().cpu()
+                return run(*sides).float().cpu().numpy()
 
         return call
 
+    calls = rankd_calls(artifact, histories, candidates)
+    left_out, parity = dict[str, str](), dict[str, float]()
+    for name, (attention, compiled) in TORCH.items():
+        if compiled and time.perf_counter() - STARTED > COMPILE_BEFORE:
+            left_out[name] = "no time left to compile it"
+            continue
+        torch._dynamo.reset()
+        model = dense_form(torch_model(artifact), Attention(attention)).eval().cuda()
+        calls[name] = autocast(torch.compile(model) if compiled else model)
+    for name in list(calls):
+        try:
+            parity[name] = differs(expected, calls[name]())
+        except Exception as error:  # noqa: BLE001 - the others are measured without it
+            left_out[name] = f"{type(error).__name__}: {error}"[:500]
+            del calls[name]
+    return calls, left_out, parity
+
+
+def differs(expected: Array, made: Any) -> float:
+    """The largest difference of a logit.
+
+    Raises:
+        EngineFailure: it is above BOUND.
+    """
+    worst = float(np.abs(expected - made).max())
+    if not worst <= BOUND:
+        raise EngineFailure(f"its scores differ from torch by {worst:.3g}; allowed is {BOUND:g}")
+    return worst
+
+
+def rankd_calls(
+    artifact: Artifact, histories: Sequence[dict[str, Array]], candidates: dict[str, Array]
+) -> dict[str, Call]:
+    """Ours: states made anew, found in GPU memory, and sent from the host's."""
+    executor: Any = load_backend(artifact, EngineConfig("cuda", Precision.BF16, 1, calls_in_flight=1)).executor()
+    kept = marked_states(executor, histories)
+    sent = [UserState(state.arrays, state.lengths) for state in kept]
+
+    def cold() -> object:
+        made = executor.encode_all(histories, [None] * len(histories))
+        marks = [next(MARKS).to_bytes(8, "little") for _ in histories]
+        executor.keep_all(marks)
+        states = [UserState(a, one.lengths, m) for a, one, m in zip(made, kept, marks, strict=True)]
+        return executor.score(states, candidates)
+
     return {
-        "eager bf16, dense mask": eager(model),
-        "torch.compile bf16, dense mask": eager(torch.compile(model)),
-        "rankd cold": lambda: executor.score(states(), candidates),
+        "rankd cold": cold,
         "rankd warm": lambda: executor.score(kept, candidates),
+        "rankd warm, states sent": lambda: executor.score(sent, candidates),
+    }
+
+
+def marked_states(executor: Any, histories: Sequence[dict[str, Array]]) -> list[UserState]:
+    """States that are in GPU memory under marks of their own."""
+    made = executor.encode_all(histories, [None] * len(histories))
+    marks = [next(MARKS).to_bytes(8, "little") for _ in histories]
+    executor.keep_all(marks)
+    lengths = [tuple(history["history_length"][0].tolist()) for history in histories]
+    return [UserState(*one) for one in zip(made, lengths, marks, strict=True)]
+
+
+def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
+    """Calls of FLIGHT_USERS users a second: k on the same streams, executors with streams of their own, and one without
+    graphs. `h2d_share` is the share of the transfers' time that is hidden behind computing with so many under way."""
+    from rankd.engine.cuda.calls_in_flight import rate
+    from rankd.engine.cuda.cuda_backend import CudaBackend, model_of, open_pool
+    from rankd.engine.cuda.cuda_device import CudaStreams
+    from rankd.engine.cuda.cuda_executor import CudaExecutor
+
+    class Launched(CudaStreams):
+        """Without graphs."""
+
+        def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+            """Every kernel is launched by itself."""
+            super().captured(work)
+            return work
+
+    model = model_of(artifact, Precision.BF16, lambda tensor: tensor.cuda())
+    histories, candidates = inputs_of(artifact, workload, FLIGHT_USERS)
+    alone = EngineConfig("cuda", Precision.BF16, executors=1, calls_in_flight=MOST_IN_FLIGHT)
+    streams = EngineConfig("cuda", Precision.BF16, executors=MOST_IN_FLIGHT, calls_in_flight=1)
+    backends = [CudaBackend(model, CudaStreams, config) for config in (alone, streams)]
+    shared, apart = ([backend.executor() for _ in range(MOST_IN_FLIGHT)] for backend in backends)
+    launched_on = Launched()
+    launched = CudaExecutor(model, open_pool(model, launched_on, alone, 1), launched_on)
+
+    def calls(executors: Sequence[CudaExecutor], found: bool) -> list[Call]:
+        kept = marked_states(executors[0], histories)
+        states = kept if found else [UserState(state.arrays, state.lengths) for state in kept]
+        made: list[Call] = [partial(executor.score, states, candidates) for executor in executors]
+        for call in made:
+            call()
+        return made
+
+    rates: dict[str, dict[int, float]] = {}
+    for name, executors, there in (
+        ("k in flight, states found", shared, True),
+        ("k in flight, states sent", shared, False),
+        ("k executors, states found", apart, True),
+    ):
+        ready = calls(executors, there)
+        rates[name] = {k: rate(ready[:k], RATE_SECONDS) for k in range(1, MOST_IN_FLIGHT + 1)}
+    plain = rate(calls([launched], True), RATE_SECONDS)
+    spent = parts_ms(shared[0], FLIGHT_USERS)
+    found, sent = (rates[f"k in flight, states {how}"] for how in ("found", "sent"))
+
+    def hidden(k_rates: dict[int, float], transfers: float) -> float:
+        exposed = 1e3 / max(k_rates.values()) - spent["compute"]
+        return min(max(1.0 - exposed / transfers, 0.0), 1.0)
+
+    return {
+        "calls_a_second": rates | {"one executor without graphs": plain},
+        "device_ms": spent,
+        "dso_gain": max(rates["k executors, states found"].values()) / plain,
+        "in_flight_gain": max(found.values()) / found[1],
+        "in_flight_gain_sent": max(sent.values()) / sent[1],
+        "h2d_share": hidden(found, spent["in"] + spent["out"]),
+        "h2d_share_sent": hidden(sent, spent["in"] + spent["out"] + spent["states in"]),
+    }
+
+
+def parts_ms(executor: Any, users: int) -> dict[str, float]:
+    """What the GPU spends on each part of the call that the executor ran last: copies, and all kernels."""
+    prepared, turn = next(iter(executor._scoring.values())), executor._arriving._turns[0]
+
+    def copied(staging: Any) -> float:
+        return device_ms(lambda: staging._block.copy_(staging._pinned, non_blocking=True))
+
+    return {
+        "compute": device_ms(prepared.launch),
+        "in": copied(prepared.staging),
+        "out": device_ms(lambda: prepared.result.copy_(prepared.made, non_blocking=True)),
+        "states in": users * copied(turn.staging),
     }
 
 

@@ -108,11 +108,13 @@ class Features:
 class UserState:
     """What `encode` made of a history: arrays named and shaped as the artifact's `state` says, with a B of 1.
 
-    An array with a T dimension has room for a bucket of tokens; of block n the first `lengths[n]` are real.
+    An array with a T dimension has room for a bucket of tokens; of block n the first `lengths[n]` are real. `mark`
+    names what the arrays hold: of one model version two states with the same mark hold the same. Empty: unknown.
     """
 
     arrays: Mapping[str, Array]
     lengths: tuple[int, ...]
+    mark: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rankd.artifact import Artifact
 from rankd.bench.workload import load_workload
@@ -15,7 +16,10 @@ from rankd.demo import MODELS
 from rankd.engine.backend import EngineConfig, Precision, StateType
 from rankd.engine.cuda import gpu_presence
 from rankd.engine.reference_backend import ReferenceBackend
+from rankd.errors import EngineFailure
 from rankd.types import UserState
+from tests.engine.cuda.test_cuda_executor import OPTIONS, made, near
+from tests.engine.test_native_climber import candidates_of, history_of, schema_of
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -58,3 +62,29 @@ def test_its_inputs_are_scored(script: Any) -> None:
     logits = executor.score(states, candidates)
     assert logits.shape == (2, 200, 2)
     assert np.isfinite(logits).all()
+
+
+def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = schema_of(1)
+    _, executor, device = made(schema, OPTIONS | {"layers": 1}, torch.float32)
+    monkeypatch.setattr(script, "load_backend", lambda *_: executor)
+    monkeypatch.setattr(type(executor), "executor", lambda self: self, raising=False)
+    histories = [history_of(schema, 8, [length], length) for length in (8, 5)]
+    candidates = {name: np.concatenate([array] * 2) for name, array in candidates_of(schema, 3).items()}
+    calls = script.rankd_calls(None, histories, candidates)
+    cold = calls["rankd cold"]()
+    transfers = []
+    for name in ("rankd warm", "rankd warm, states sent"):
+        before = device.counts["transfers"]
+        near(calls[name](), cold, 1e-6)
+        transfers.append(device.counts["transfers"] - before)
+    assert transfers == [2, 4]
+
+
+def test_a_contestant_with_other_scores_is_left_out(script: Any) -> None:
+    assert script.differs(np.zeros(2), np.array([0.1, -0.2])) == pytest.approx(0.2)
+    for wrong in (1.0, np.nan):
+        with pytest.raises(EngineFailure, match="its scores differ from torch by"):
+            script.differs(np.zeros(2), np.array([0.0, wrong]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -19,7 +19,12 @@ from rankd.engine.thread_plan import ThreadPlan, unpinned
 from rankd.engine.topology import Topology, read_topology
 from rankd.types import Allocate, Array, Float32Array, UserState
 
+if TYPE_CHECKING:
+    from rankd.observe.state_metrics import GpuCounts
+
 log = logging.getLogger("rankd")
+MOST_IN_FLIGHT = 3
+"""Calls that one executor of a GPU can have under way: one that is sent, one that is computed, one that comes back."""
 
 
 class Precision(Enum):
@@ -54,6 +59,14 @@ class Isolation(Enum):
     PROCESSES = "processes"
 
 
+class GpuStorage(Enum):
+    """How states lie in GPU memory. AUTO is the type that the engine computes with; FP8 is e4m3 with a scale for each
+    token and head: a byte a number."""
+
+    AUTO = "auto"
+    FP8 = "fp8"
+
+
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is computed. 0 executors: one for each physical core that this process may use and has the time for
     (`thread_plan.default_executors`); threads are those of one call. OpenVINO packs weights for each executor by itself
@@ -66,6 +79,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `mix` are several targets that serve a version together, in place of `target`, `executors` and `threads`: each
     "target:executors" or "target:executors x threads", without spaces (`mixed_targets.py`).
+
+    On a GPU (docs/gpu.md) states stay in up to `gpu_state_mib` of its memory, as `gpu_storage` has them; 0: they travel
+    with each call. Each executor has `calls_in_flight` calls under way; 0: as many as were measured to pay.
     """
 
     target: str = "auto"
@@ -79,6 +95,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     static_shapes: bool = False
     fall_back: str = ""
     mix: tuple[str, ...] = ()
+    gpu_state_mib: Annotated[int, Meta(ge=0)] = 4096
+    gpu_storage: GpuStorage = GpuStorage.AUTO
+    calls_in_flight: Annotated[int, Meta(ge=0, le=MOST_IN_FLIGHT)] = 0
 
     def plan(self, topology: Topology) -> ThreadPlan:
         """The cpus of its executors, where they are pinned at all."""
@@ -103,11 +122,27 @@ def plan_threads(config: EngineConfig, by_node: bool = False) -> ThreadPlan:
     return chosen
 
 
+class GpuStates(Protocol):
+    """User states that an engine keeps in memory of its own, by their marks (`UserState.mark`). Thread-safe."""
+
+    def has(self, mark: bytes) -> bool:
+        """Whether a call with this state would find it there, as things are."""
+        ...
+
+    def counts(self) -> GpuCounts:
+        """A snapshot."""
+        ...
+
+
 class InThisProcess:
-    """What backends and executors have in common that compute in this process."""
+    """What backends and executors have in common that compute in this process, in its own memory."""
 
     host_memory: Allocate | None = None
+    gpu_states: GpuStates | None = None
     encode_wide = False
+
+    def keep(self, mark: bytes) -> None:
+        """Whoever called has the state; here nothing is left of it."""
 
     def close(self) -> None:
         """Memory goes with the last reference; a call that is under way cannot be ended."""
@@ -137,6 +172,11 @@ class Executor(Protocol):
         """
         ...
 
+    def keep(self, mark: bytes) -> None:
+        """What the last `encode` or `extend` led to is the state of this mark (`UserState.mark`): an engine that still
+        has it in memory of its own may keep it there, and read nothing of the arrays of a state that is so marked."""
+        ...
+
     def score(self, states: Sequence[UserState], candidates: Mapping[str, Array]) -> Float32Array:
         """Logits (B, C, K) of all candidate rows, padding included; a copy. One state for each of the B users."""
         ...
@@ -149,7 +189,7 @@ class Executor(Protocol):
 
 class Backend(Protocol):
     """An artifact compiled for a target. `host_memory` makes memory that its executors read and write in place; None:
-    they do so with any."""
+    they do so with any. `gpu_states` are those that it keeps where it computes, if it does."""
 
     target: str
     precision: Precision
@@ -157,6 +197,7 @@ class Backend(Protocol):
     plan: ThreadPlan
     num_executors: int
     host_memory: Allocate | None
+    gpu_states: GpuStates | None
 
     def executor(self) -> Executor:
         """A new executor; at most `num_executors` are in use at once. The first one made is the plan's first, and so on

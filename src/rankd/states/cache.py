@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rankd.engine.backend import Executor
+from rankd.engine.backend import Executor, GpuStates
 from rankd.engine.state_arrays import APPEND_BUCKETS, copy_tokens, empty_state, write_additions
 from rankd.errors import DeadlineExceeded
 from rankd.features.assembly import appended_tokens
@@ -35,7 +35,7 @@ from rankd.states.entries import Claim, Entry, Wanted
 from rankd.states.eviction import make_order
 from rankd.states.fingerprints import of_history
 from rankd.states.lending import NO_TABLES, HeldState, Origin, StateBusy, Tokens, TokenTables, nothing_of, of_its_own
-from rankd.states.spill import SpilledHeader, SpillTier, id_bytes
+from rankd.states.spill import SpillTier
 from rankd.states.state_config import MIB, StateConfig
 from rankd.states.storage import StateLayout
 from rankd.types import Allocate, Array, UserHistory, UserState
@@ -47,7 +47,8 @@ class StateCache:
     """States in an arena under a byte budget, with a tier on disk if there is one. Thread-safe.
 
     `rooms` are the history buckets: how many tokens a block a state may have room for. `extends`: whether the model can
-    append to a state. `budget_bytes` is that of the configuration unless given; `allocate` makes the memory.
+    append to a state. `budget_bytes` is that of the configuration unless given; `allocate` makes the memory. `gpu`:
+    the states that the engine has, too.
 
     Raises:
         ConfigError: the budget is smaller than one state.
@@ -62,8 +63,9 @@ class StateCache:
         spill: SpillTier | None,
         budget_bytes: int | None = None,
         allocate: Allocate | None = None,
+        gpu: GpuStates | None = None,
     ) -> None:
-        self.layout, self._spill = layout, spill
+        self.layout, self._spill, self._gpu = layout, spill, gpu
         self._most_new = dict.fromkeys(rooms, APPEND_BUCKETS[-1] if extends else 0)
         self._size_of = {room: layout.size_bytes(room) for room in rooms}
         budget = config.budget_mib * MIB if budget_bytes is None else budget_bytes
@@ -74,7 +76,7 @@ class StateCache:
         self._computing: dict[str, Claim] = {}
         self._changed = threading.Condition()  # guards everything above
         self._origins = dict.fromkeys(Origin, 0)
-        self._evicted = self._waited = self._unkept = 0
+        self._evicted = self._waited = self._unkept = self._in_gpu = 0
 
     @contextmanager
     def held(
@@ -171,6 +173,8 @@ class StateCache:
                 self._arena.used_bytes,
                 self._arena.capacity_bytes,
                 spilled,
+                self._in_gpu,
+                *(() if self._gpu is None else (self._gpu.counts(),)),
             )
 
     def close(self) -> None:
@@ -196,6 +200,7 @@ class StateCache:
                 entry.readers += 1
                 self._order.touch(user)
                 self._origins[Origin.CACHED] += 1
+                self._in_gpu += self._gpu is not None and self._gpu.has(entry.tokens_mark)
                 return entry
             self._computing[user] = claim = Claim(executor)
             return claim
@@ -257,7 +262,7 @@ class StateCache:
         except BaseException:
             self._give(entry)
             raise
-        self._settle(entry, wanted)
+        self._settle(entry, wanted, executor)
         return entry
 
     def _extended(self, entry: Entry, wanted: Wanted, executor: Executor) -> Entry | UserState | None:
@@ -285,12 +290,13 @@ class StateCache:
         write_additions(specs, arrays, state.lengths, additions, counts)
         if not self.layout.direct:
             self.layout.pack(arrays, self._stored(target))
-        self._settle(target, wanted)
+        self._settle(target, wanted, executor)
         return target
 
-    def _settle(self, entry: Entry, wanted: Wanted) -> None:
-        """An entry's arrays are of these tokens now."""
+    def _settle(self, entry: Entry, wanted: Wanted, executor: Executor) -> None:
+        """An entry's arrays are of these tokens now, and so is what the executor has made."""
         entry.lengths, entry.tokens_mark, entry.state = wanted.lengths, wanted.mark(wanted.lengths), None
+        executor.keep(entry.tokens_mark)
 
     def _restore(self, user: str, claim: Claim) -> Entry | None:
         """A user's state from disk, in memory again; not held, and nobody else can have it yet."""
@@ -379,13 +385,9 @@ class StateCache:
         return entry.readers == 0 and entry.user not in self._computing
 
     def _write_out(self, entry: Entry) -> None:
-        if self._spill is None:
-            return
-        size = self._size_of[entry.room]
-        header = SpilledHeader(
-            id_bytes(entry.user), entry.history_mark, entry.tokens_mark, entry.lengths, entry.room, size
-        )
-        self._spill.write(header, self._arena.bytes_of(entry.slab)[:size])
+        if self._spill is not None:
+            size = self._size_of[entry.room]
+            self._spill.write(entry.header(size), self._arena.bytes_of(entry.slab)[:size])
 
     def _stored(self, entry: Entry) -> dict[str, Array]:
         return self.layout.arrays(self._arena.bytes_of(entry.slab), entry.room)
@@ -393,6 +395,6 @@ class StateCache:
     def _state_of(self, entry: Entry) -> UserState:
         if entry.state is not None:
             return entry.state
-        state = UserState(self.layout.unpack(self._stored(entry), entry.room), entry.lengths)
+        state = UserState(self.layout.unpack(self._stored(entry), entry.room), entry.lengths, entry.tokens_mark)
         entry.state = state if self.layout.direct else None
         return state

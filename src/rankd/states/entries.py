@@ -10,6 +10,7 @@ from rankd.engine.backend import Executor
 from rankd.states.arena import Slab
 from rankd.states.fingerprints import of_tokens
 from rankd.states.lending import Tokens, TokenTables
+from rankd.states.spill import SpilledHeader, id_bytes
 from rankd.types import UserState
 
 
@@ -48,6 +49,11 @@ class Entry:
     state: UserState | None = None  # over the slab's own memory, where nothing has to be converted
     readers: int = 0
     retired: bool = False
+
+    def header(self, size_bytes: int) -> SpilledHeader:
+        """What is written to disk before its arrays, which take so many bytes."""
+        user = id_bytes(self.user)
+        return SpilledHeader(user, self.history_mark, self.tokens_mark, self.lengths, self.room, size_bytes)
 
     def growth(self, wanted: Wanted) -> int | None:
         """By how many tokens the longest-grown block grew; None if the history is not a continuation."""

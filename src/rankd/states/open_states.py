@@ -37,4 +37,5 @@ def open_states(artifact: Artifact, backend: Backend, config: StateConfig) -> St
         identity = sha256((artifact.path / MANIFEST).read_bytes() + about.encode()).hexdigest()[:16]
         spill = SpillTier(Path(config.spill), manifest.name, manifest.version, identity, config.spill_mib * MIB)
     rooms, extends = manifest.schema.history_buckets, manifest.extends
-    return StateCache(layout, rooms, extends, config, spill, allocate=backend.host_memory)
+    memory, gpu = backend.host_memory, backend.gpu_states
+    return StateCache(layout, rooms, extends, config, spill, allocate=memory, gpu=gpu)

@@ -32,10 +32,10 @@ from rankd.engine.cuda.kernels import (
 
 H200 = GPUTarget("cuda", 90, 32)
 INT32 = ("tiles", "known", "row_times", "page_times", "table", "lengths", "now", "counts", "count", "ids", "starts",
-         "sizes", "user_of")  # fmt: skip
+         "sizes", "user_of", "arrived_times", "places")  # fmt: skip
 FLOAT32 = ("scales", "temperature", "positions", "times", "x", "bias", "other", "up_bias", "down_bias", "numbers",
            "added", "users", "norm")  # fmt: skip
-NARROW = ("out", "qkv", "pool", "fresh", "weight", "up", "down", "tables")
+NARROW = ("out", "qkv", "pool", "fresh", "arrived", "weight", "up", "down", "tables")
 HEADS = {"HEADS": 4, "HEAD": 64, "ROOM": 64}
 ATTENTION = {**HEADS, "PAGE": 64, "DISTANCES": 257, "BIASED": True, "block_queries": 64}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
@@ -43,6 +43,8 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (triton_candidate_attention._attend, {**ATTENTION, "POINTWISE": False, "FP8": False}),
     (triton_candidate_attention._attend, {**ATTENTION, "POINTWISE": True, "FP8": True}),
     (triton_state_rows._store, {**HEADS, "PAGE": 64, "FP8": True, "block_rows": 64}),
+    (triton_state_rows._place, {**HEADS, "PAGE": 64, "FP8": True}),
+    (triton_state_rows._place, {**HEADS, "PAGE": 64, "FP8": False}),
     (triton_projection._project,
      {"INPUTS": 256, "OUTPUTS": 768, "NORMED": True, "ACTIVATION": "", "RESIDUAL": False, "GATED": False}),
     (triton_projection._project,

@@ -117,6 +117,7 @@ def test_new_events_see_what_came_before_and_themselves(
             q, k, v = qkv[block, part].chunk(3, -1)
             assert (fresh[block, layer, :, part] == torch.stack([k, v])).all()
             bound = 0.07 if kind is PageType.FP8 else 1e-6  # e4m3 has 3 bits behind the point
+            assert (then[start:] == moments[block, part]).all()
             close(keys[start:], k.double(), bound)
             close(values[start:], v.double(), bound)
             index = torch.arange(length)

@@ -17,6 +17,8 @@ from rankd.engine.cuda.cuda_backend import CudaBackend, model_of
 from rankd.engine.cuda.cuda_executor import CudaExecutor, CudaModel
 from rankd.engine.cuda.gpu_presence import fusion_heads
 from rankd.engine.cuda.kernels import triton_feed_forward
+from rankd.engine.cuda.paged_states import PageType
+from rankd.engine.cuda.state_pool import StatePool
 from rankd.engine.reference_backend import ReferenceBackend
 from rankd.errors import EngineFailure
 from rankd.features.schema import FeatureSchema, TensorSpec
@@ -37,6 +39,8 @@ OPTIONS: dict[str, Any] = {"width": 24, "heads": 1, "layers": 2, "ffn_ratio": 2,
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest difference from float32 torch, over the largest number."""
 SMALL = Block(tile=16, page=16)
+USERS = 4
+"""For so many users' longest states the pools of these tests have pages, unless they say otherwise."""
 
 
 def specs_of(schema: FeatureSchema, width: int, layers: int) -> tuple[TensorSpec, ...]:
@@ -49,15 +53,28 @@ def specs_of(schema: FeatureSchema, width: int, layers: int) -> tuple[TensorSpec
 
 
 def made(
-    schema: FeatureSchema, options: dict[str, Any], dtype: torch.dtype, measures: bool = False
-) -> tuple[Any, CudaExecutor, Any]:
+    schema: FeatureSchema,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: InterpretedDevice | None = None,
+    users: int = USERS,
+    kind: PageType | None = None,
+) -> tuple[Any, CudaExecutor, InterpretedDevice]:
     """A random Climber, an executor over its weights, and that one's device."""
+    climber, model = model_over(schema, options, dtype)
+    device = device or InterpretedDevice()
+    shape = model.state_shape(kind)
+    pool = StatePool(device, shape, users * shape.pages_a_user)
+    return climber, CudaExecutor(model, pool, device), device
+
+
+def model_over(schema: FeatureSchema, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, CudaModel]:
+    """A random Climber, and its weights as executors have them."""
     climber = climber_of(schema, options)
     weights = {name: tensor.numpy() for name, tensor in climber.state_dict().items()}
     loaded = WeightLoader(weights, dtype, lambda tensor: tensor).load(schema, fusion_heads(options))
     specs = specs_of(schema, loaded.attention_width, len(loaded.layers))
-    device = InterpretedDevice(measures=measures)
-    return climber, CudaExecutor(CudaModel(loaded, schema, specs, dtype, SMALL), device), device
+    return climber, CudaModel(loaded, schema, specs, dtype, SMALL)
 
 
 def near(made: Array, expected: Array, bound: float) -> None:
@@ -142,7 +159,7 @@ def test_a_bucket_that_was_measured_on_nobody_scores_the_same() -> None:
     history, candidates = history_of(schema, 5, [5]), candidates_of(schema, 3)
     scored = []
     for measures in (False, True):
-        _, executor, _ = made(schema, options, torch.float32, measures)
+        _, executor, _ = made(schema, options, torch.float32, InterpretedDevice(measures=measures))
         scored.append(executor.score([state_of(executor, history)], candidates))
     assert (scored[0] == scored[1]).all()
 
@@ -153,7 +170,7 @@ def test_a_wide_feed_forward_goes_in_two_steps(monkeypatch: pytest.MonkeyPatch) 
     test_computes_what_torch_computes(torch.float32, 1, True, OPTIONS, [2], 3)
 
 
-def test_nothing_is_taken_once_a_bucket_is_known_and_a_call_is_one_transfer_each_way() -> None:
+def test_nothing_is_taken_once_a_bucket_is_known_and_a_state_that_is_not_there_is_one_transfer_more() -> None:
     schema = schema_of(1)
     _, executor, device = made(schema, OPTIONS | {"layers": 1}, torch.float32)
     history, candidates = history_of(schema, 9, [9]), candidates_of(schema, 5)
@@ -164,7 +181,7 @@ def test_nothing_is_taken_once_a_bucket_is_known_and_a_call_is_one_transfer_each
         state = state_of(executor, history_of(schema, 16, lengths))
         executor.score([state], candidates_of(schema, count))
     grown = {name: device.counts[name] - before[name] for name in before}
-    assert grown == {"taken": 0, "recorded": 0, "transfers": 8, "launched": 4, "waits": 4}
+    assert grown == {"taken": 0, "recorded": 0, "transfers": 10, "launched": 6, "waits": 6}
 
 
 def test_a_gpu_without_memory_fails_that_call_alone() -> None:
@@ -197,9 +214,8 @@ def test_refuses_states_that_it_cannot_read() -> None:
 def test_the_packaged_model_scores_as_the_reference() -> None:
     artifact = Artifact.open(MODELS / "demo" / "1")
     reference = ReferenceBackend.load(artifact, EngineConfig(), Precision.FP32, StateType.FP32).executor()
-    backend = CudaBackend(
-        model_of(artifact, Precision.BF16, lambda tensor: tensor, tile=16, page=16), InterpretedDevice, EngineConfig()
-    )
+    model = model_of(artifact, Precision.BF16, lambda tensor: tensor, tile=16, page=16)
+    backend = CudaBackend(model, InterpretedDevice, EngineConfig(gpu_state_mib=1))
     assert (backend.precision, backend.num_executors) == (Precision.BF16, 2)
     assert backend.memory_bytes() > 0
     executor, schema = backend.executor(), artifact.schema

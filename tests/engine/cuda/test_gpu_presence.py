@@ -125,6 +125,13 @@ def test_nothing_of_cuda_is_imported_where_it_is_not_used() -> None:
     assert result.stdout.strip() == b"[]", result.stderr
 
 
+def test_e4m3_needs_a_newer_gpu_than_the_rest() -> None:
+    ampere = opened(Driver(1, (8, 6)))
+    assert gpu_presence.why_not(ampere) == ""
+    reason = gpu_presence.why_not(ampere, gpu_presence.LEAST_OF_FP8)
+    assert reason == "the GPU has compute capability 8.6; 8.9 or newer is needed"
+
+
 def test_every_kernel_compiles_for_an_h200(tmp_path: Path) -> None:
     """Triton brings the assembler: no GPU is needed, but a process in which nothing is interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -133,6 +140,6 @@ def test_every_kernel_compiles_for_an_h200(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     made = [msgspec.json.decode(line) for line in result.stdout.splitlines()]
-    assert len(made) == 7
+    assert len(made) == 8
     for one in made:
         assert one["shared_bytes"] <= 227 << 10, one  # what a block of an H200 may have

@@ -21,6 +21,9 @@ LENGTH_BYTES = 8
 APPENDED = 8
 """New events of a user that `Work.EXTEND` appends to a state."""
 
+GPU = "cuda"
+"""The target of whoever computes on the GPU."""
+
 OWN = tuple(
     (target, precision)
     for target in TARGETS
@@ -31,10 +34,14 @@ OWN = tuple(
 
 
 class Family(Enum):
-    """Who computes. The first three are torch and exports of it under one dense mask; `compile` is the split model."""
+    """Who computes. Our own engine and, on a processor, `compile` run the split model; the others are torch and exports
+    of it under one dense mask: `sdpa` and `flex` with a fused attention, `tensorrt` by way of ONNX Runtime."""
 
     EAGER = "eager"
+    SDPA = "sdpa"
+    FLEX = "flex"
     ORT = "ort"
+    TENSORRT = "tensorrt"
     OPENVINO = "openvino"
     COMPILE = "compile"
     RANKD = "rankd"
@@ -52,7 +59,8 @@ class Work(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """One row of the report. `fast`: in a process where MKL takes any processor for one of Intel's; `target`: ours."""
+    """One row of the report. `fast`: in a process where MKL takes any processor for one of Intel's; `target`: ours; of
+    others GPU if they run on one."""
 
     family: Family
     precision: Precision
@@ -74,7 +82,7 @@ class Contestant:
     @property
     def is_baseline(self) -> bool:
         """Torch as it comes: what speed-ups are over, and no rival."""
-        return self.family is Family.EAGER and self.precision is Precision.FP32
+        return self.family is Family.EAGER and (self.precision is Precision.FP32 or self.target == GPU)
 
 
 CONTESTANTS = {
@@ -84,6 +92,12 @@ CONTESTANTS = {
         *(Contestant(Family.COMPILE, Precision.BF16, fast=fast) for fast in (False, True)),
         Contestant(Family.ORT, Precision.FP32),
         *(Contestant(Family.OPENVINO, p) for p in (Precision.FP32, Precision.BF16)),
+        *(
+            Contestant(family, p, target=GPU)
+            for family in (Family.EAGER, Family.COMPILE, Family.SDPA, Family.FLEX)
+            for p in (Precision.FP32, Precision.BF16)
+        ),
+        *(Contestant(family, Precision.FP32, target=GPU) for family in (Family.ORT, Family.TENSORRT)),
         *(Contestant(Family.RANKD, p, work, target=target) for target, p in OWN for work in Work),
     )
 }

@@ -8,12 +8,12 @@ Next: `contestant_process.py` is the other end of the pipes.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ import msgspec
 import numpy as np
 
 from rankd.artifact import Artifact, Manifest
+from rankd.bench.engine_suite.contestant_calls import Calls, arrays_of, export_dense, ort_calls_on, same_shapes
 from rankd.bench.engine_suite.contestant_messages import (
     APPENDED,
+    GPU,
     LENGTH_BYTES,
     Command,
     Family,
@@ -47,21 +49,18 @@ from rankd.features.assembly import appended_tokens
 from rankd.types import Array, Features, Float32Array, UserState
 
 
-@dataclass(frozen=True, slots=True)
-class Calls:
-    """`call(i)` is timed; `logits(i)` gives the (C, K) float32 that the same computation leads to."""
-
-    call: Callable[[int], object]
-    logits: Callable[[int], Float32Array]
-
-
 def load_calls(load: Load) -> dict[Work, Calls]:
     """What the family can do, ready to run.
 
     Raises:
         EngineFailure, ImportError, RuntimeError: it cannot run on this machine.
     """
-    return MAKERS[load.family](load, [unpack_features(inputs) for inputs in load.requests])
+    requests = [unpack_features(inputs) for inputs in load.requests]
+    if load.target == GPU and load.family is not Family.RANKD:
+        from rankd.bench.engine_suite.gpu_contestants import gpu_calls
+
+        return gpu_calls(load, requests)
+    return MAKERS[load.family](load, requests)
 
 
 def eager_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
@@ -118,25 +117,7 @@ def compile_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]
 
 def ort_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
     """ONNX Runtime on the dense export."""
-    import onnxruntime  # type: ignore[import-untyped,unused-ignore]
-
-    path = export_dense(load, "onnxruntime") / "score.onnx"
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = load.threads, 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads idle while others are timed
-    if same_shapes(requests):
-        history, candidates = requests[0].history["history_item"], requests[0].candidates["candidate_item"]
-        for dimension, size in (("B", 1), ("T", history.shape[-1]), ("C", candidates.shape[-1])):
-            options.add_free_dimension_override_by_name(dimension, size)
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    wanted = [port.name for port in session.get_inputs()]
-    feeds = [{name: array for name, array in _arrays(one).items() if name in wanted} for one in requests]
-
-    def call(i: int) -> Float32Array:
-        logits: Float32Array = session.run(None, feeds[i])[0][0, : requests[i].num_candidates]
-        return logits
-
-    return {Work.COLD: Calls(call, call)}
+    return ort_calls_on(load, requests, export_dense(load, "onnxruntime"), ["CPUExecutionProvider"])
 
 
 def openvino_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
@@ -147,7 +128,7 @@ def openvino_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls
     graph = core.read_model(export_dense(load, "openvino") / "score.xml")
     names = [port.get_node().get_friendly_name() for port in graph.inputs]
     if same_shapes(requests):
-        arrays = _arrays(requests[0])
+        arrays = arrays_of(requests[0])
         graph.reshape({port: list(arrays[n].shape) for port, n in zip(graph.inputs, names, strict=True)})
     options = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -157,7 +138,7 @@ def openvino_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls
         "ENABLE_CPU_PINNING": "NO",
     }
     request = core.compile_model(graph, "CPU", options).create_infer_request()
-    inputs = [[ov.Tensor(_arrays(one)[name], shared_memory=True) for name in names] for one in requests]
+    inputs = [[ov.Tensor(arrays_of(one)[name], shared_memory=True) for name in names] for one in requests]
 
     def call(i: int) -> Float32Array:
         for index, tensor in enumerate(inputs[i]):
@@ -167,18 +148,6 @@ def openvino_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls
         return logits
 
     return {Work.COLD: Calls(call, call)}
-
-
-def export_dense(load: Load, target: str) -> Path:
-    """The folder of the dense model's graph; exported by the first process of a run that asks."""
-    from rankd.bench.engine_suite.dense_model import dense_form
-    from rankd.bench.parity import torch_model
-    from rankd.build.export import export
-
-    artifact, folder = Artifact.open(Path(load.artifact)), Path(load.scratch) / f"dense-{target}"
-    if not folder.exists():
-        export(dense_form(torch_model(artifact)), artifact.schema, target, folder)
-    return folder
 
 
 def rankd_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
@@ -194,13 +163,20 @@ def rankd_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
     def score(i: int, state: UserState) -> Float32Array:
         return executor.score([state], requests[i].candidates)[0, : requests[i].num_candidates]
 
+    def named(state: UserState) -> UserState:
+        """What was encoded last, which the engine may keep where it computes."""
+        mark = next(marks).to_bytes(8, "little")
+        executor.keep(mark)
+        return UserState(state.arrays, state.lengths, mark)
+
     def cold(i: int) -> Float32Array:
-        return score(i, encode(i))
+        return score(i, named(encode(i)))
 
     def warm(i: int) -> Float32Array:
         return score(i, kept[i])
 
-    kept = [copy_of(encode(i)) for i in range(len(requests))]
+    marks = itertools.count()
+    kept = [copy_of(named(encode(i))) for i in range(len(requests))]
     return {
         Work.COLD: Calls(cold, cold),
         Work.WARM: Calls(warm, warm),
@@ -248,7 +224,7 @@ def shortened(history: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
 
 def copy_of(state: UserState) -> UserState:
     """A state to keep: what an executor hands out is its own until its next call."""
-    return UserState({name: np.array(array) for name, array in state.arrays.items()}, state.lengths)
+    return UserState({name: np.array(array) for name, array in state.arrays.items()}, state.lengths, state.mark)
 
 
 MAKERS: Mapping[Family, Callable[[Load, Sequence[Features]], dict[Work, Calls]]] = {
@@ -258,11 +234,6 @@ MAKERS: Mapping[Family, Callable[[Load, Sequence[Features]], dict[Work, Calls]]]
     Family.OPENVINO: openvino_calls,
     Family.RANKD: rankd_calls,
 }
-
-
-def same_shapes(requests: Sequence[Features]) -> bool:
-    """Whether a graph of fixed shapes does for all requests."""
-    return len({tuple(array.shape for array in _arrays(one).values()) for one in requests}) == 1
 
 
 def time_calls(call: Callable[[int], object], num_requests: int, count: int) -> list[float]:
@@ -312,10 +283,6 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001  the process's edge: the reason goes to the report
             reply = Refused(f"{type(error).__name__}: {error}")
         write_frame(replies, reply)
-
-
-def _arrays(features: Features) -> dict[str, Array]:
-    return {**features.history, **features.candidates}
 
 
 if __name__ == "__main__":

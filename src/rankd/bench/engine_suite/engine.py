@@ -23,6 +23,7 @@ from rankd.artifact import Artifact
 from rankd.bench.engine_suite.contestant_messages import (
     APPENDED,
     CONTESTANTS,
+    GPU,
     Contestant,
     Family,
     Inputs,
@@ -52,6 +53,9 @@ TURN_MS = 300.0
 
 FEWEST, MOST = 3, 100
 """Calls of a turn."""
+
+OWN_ON_GPU = f"{Family.RANKD.value}-{GPU}-"
+"""How the names of our processes begin that compute on the GPU."""
 
 Advance = Callable[[int, int, str], None]
 
@@ -285,7 +289,9 @@ def _report(
             "threads": list(options.threads),
             "ratios_of": {f"{one.threads}t": ours for one in everything if (ours := fastest_own(one.p50(), precision))},
             "best_peer": {
-                f"over_best_peer_cold{one.suffix}": peer for one in everything if (peer := best_peer(one.p50()))
+                f"over_best_peer_cold{one.suffix}": peer
+                for one in everything
+                if (peer := best_peer(one.p50(), fastest_own(one.p50(), precision).startswith(OWN_ON_GPU)))
             },
         },
         machine=surroundings,
@@ -306,18 +312,17 @@ def _row(contestant: Contestant, results: Results, trial: Trial, flops: float) -
     row: Row = {"contestant": name, "threads": results.threads}
     if name in results.reasons:
         return row | {"reason": results.reasons[name]}
-    spent, turn, peak = results.calls_ms[name], results.turn[name], results.peaks[contestant.precision]
+    spent, turn = results.calls_ms[name], results.turn[name]
     p50_ms, gflop = percentile(spent, 0.5), flops / 1e9
     row |= {"p50_ms": p50_ms, "p99_ms": percentile(spent, 0.99), "calls": len(spent)}
     if contestant.work in (Work.COLD, Work.WARM):
         row["throughput"] = trial.candidates(turn) * (len(spent) // turn) / (sum(spent) / 1e3)
     reached = gflop / (p50_ms / 1e3)
-    return row | {
-        "gflop_needed": gflop,
-        "gflops_reached": reached,
-        "peak_gflops": peak,
-        "peak_share": reached / peak,
-    }
+    row |= {"gflop_needed": gflop, "gflops_reached": reached}
+    if contestant.target == GPU:  # the peak that is measured here is the processor's
+        return row
+    peak = results.peaks[contestant.precision]
+    return row | {"peak_gflops": peak, "peak_share": reached / peak}
 
 
 def work_flops(work: Work, workload: Workload, tokens: float) -> float:
@@ -353,27 +358,34 @@ def _keep_choice(workload: Workload, results: Results) -> None:
         write_choice(workload.name, {choice_key(one.target, one.precision): ms for one, ms in ours.items()})
 
 
-def best_peer(p50: Mapping[str, float]) -> str | None:
-    """The fastest contestant that is neither ours nor a baseline; None where there was none."""
-    peers = [n for n in p50 if CONTESTANTS[n].family is not Family.RANKD and not CONTESTANTS[n].is_baseline]
+def best_peer(p50: Mapping[str, float], on_gpu: bool = False) -> str | None:
+    """The fastest contestant there that is neither ours nor a baseline; None where there was none."""
+    peers = [
+        name
+        for name, one in ((name, CONTESTANTS[name]) for name in p50)
+        if one.family is not Family.RANKD and not one.is_baseline and (one.target == GPU) is on_gpu
+    ]
     return min(peers, key=p50.__getitem__, default=None)
 
 
 def ratios(p50: Mapping[str, float], precision: Precision, flops: Flops, peak: float | None) -> dict[str, float]:
     """What others take over what our engine takes in the given precision, as far as they took part; and how much of
-    the measured peak (GFLOP/s) our cold call reaches."""
+    the measured peak (GFLOP/s) our cold call reaches. Ours on a GPU is compared with others there, and with torch in
+    the same precision."""
     ours = fastest_own(p50, precision)
-    peer = best_peer(p50)
+    on_gpu = ours.startswith(OWN_ON_GPU)
+    peer = best_peer(p50, on_gpu)
+    eager, tuned = (f"eager-{GPU}-{precision.value}", "") if on_gpu else ("eager-fp32", "eager-fp32-fast")
     pairs = {
-        "speedup_cold": ("eager-fp32", f"{ours}-cold"),
-        "speedup_cold_tuned": ("eager-fp32-fast", f"{ours}-cold"),
-        "speedup_warm": ("eager-fp32", f"{ours}-warm"),
-        "speedup_warm_tuned": ("eager-fp32-fast", f"{ours}-warm"),
+        "speedup_cold": (eager, f"{ours}-cold"),
+        "speedup_cold_tuned": (tuned, f"{ours}-cold"),
+        "speedup_warm": (eager, f"{ours}-warm"),
+        "speedup_warm_tuned": (tuned, f"{ours}-warm"),
         "over_best_peer_cold": (peer or "", f"{ours}-cold"),
         "extend_over_encode": (f"{ours}-extend", f"{ours}-encode"),
     }
     found = {name: p50[a] / p50[b] for name, (a, b) in pairs.items() if a in p50 and b in p50}
-    if peak and f"{ours}-cold" in p50:
+    if peak and not on_gpu and f"{ours}-cold" in p50:
         found["peak_share"] = flops.needed / 1e9 / (p50[f"{ours}-cold"] / 1e3) / peak
     return found
 

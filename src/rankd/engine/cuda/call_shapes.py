@@ -1,7 +1,7 @@
 """What calls send, as sections of one block, and how requests are written into it: `score` and `encode` / `extend`.
 
-The pages come last, those that hold something first, so that no empty page travels. Worked example, pages of 64 tokens,
-two users whose block 0 has 100 and 10 events: pages 0 and 1 are the first user's, page 2 the second one's.
+States are not among it: they are in the pool of `state_pool.py` before the call is computed, and what is sent is the
+table of their pages.
 """
 
 from __future__ import annotations
@@ -12,34 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rankd.engine.cuda.call_staging import HOST_TYPES, Section, fill_tiles, rung, rung_of_users, tile_shape
+from rankd.engine.cuda.call_staging import Section, fill_tiles, rung, rung_of_users, tile_shape
 from rankd.engine.cuda.climber_steps import Block
-from rankd.engine.cuda.paged_states import pages_of
+from rankd.engine.cuda.paged_states import StateShape
+from rankd.engine.cuda.state_pool import PlacedState
 from rankd.errors import EngineFailure
 from rankd.features.schema import FeatureSchema
 from rankd.types import Array, UserState
-
-
-@dataclass(frozen=True, slots=True)
-class StateShape:
-    """N blocks, L layers, A wide; S tokens a page, at most M pages a block; the type of keys and values."""
-
-    blocks: int
-    layers: int
-    width: int
-    page: int
-    most_pages: int
-    dtype: torch.dtype
-
-    def sections(self, users: int) -> list[Section]:
-        """Of the states of so many users; pages last."""
-        pages = users * self.blocks * self.most_pages
-        return [
-            Section("known", (users, self.blocks)),
-            Section("table", (users, self.blocks, self.most_pages)),
-            Section("page_times", (pages, self.page)),
-            Section("pages", (pages, self.layers, 2, self.page, self.width), self.dtype),
-        ]
 
 
 def score_sections(schema: FeatureSchema, state: StateShape, rows: int, users: int, block: Block) -> list[Section]:
@@ -57,7 +36,7 @@ def score_sections(schema: FeatureSchema, state: StateShape, rows: int, users: i
         sections.append(Section("numbers", (1, rows, schema.candidate_numeric), torch.float32))
     if schema.user_numeric:
         sections.append(Section("user_numbers", (1, users, len(schema.user_numeric)), torch.float32))
-    return sections + state.sections(users)
+    return sections + table_sections(state, users)
 
 
 def history_sections(schema: FeatureSchema, state: StateShape, rows: int, users: int, block: Block) -> list[Section]:
@@ -71,7 +50,15 @@ def history_sections(schema: FeatureSchema, state: StateShape, rows: int, users:
     ]
     if schema.event_values:
         sections.append(Section("numbers", (blocks, rows, len(schema.event_values)), torch.float32))
-    return sections + state.sections(users)
+    return sections + table_sections(state, users)
+
+
+def table_sections(state: StateShape, users: int) -> list[Section]:
+    """Where the states of so many users are."""
+    return [
+        Section("known", (users, state.blocks)),
+        Section("table", (users, state.blocks, state.most_pages)),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,41 +74,32 @@ class Bucket:
         return cls(rung(rows), rung_of_users(users))
 
 
-def write_pages(
-    host: Mapping[str, Array], shape: StateShape, states: Sequence[Mapping[str, Array]], new: Array | None = None
-) -> int:
-    """Write states (their `lengths` tokens alone) and the table; returns how many pages hold something.
-
-    `new` (U, N) says how many tokens more each block will get: they have pages too.
+def check_lengths(shape: StateShape, lengths: Array) -> None:
+    """Refuse histories that are too long; lengths (U, N) int32.
 
     Raises:
-        EngineFailure: a history that is longer than the model's longest one, or a state of another type.
+        EngineFailure: it is longer than the model's longest one.
     """
-    if wrong := {str(s["keys_values"].dtype) for s in states} - {str(host["pages"].dtype)}:
-        raise EngineFailure(f"a state of type {', '.join(wrong)}; this executor's are {host['pages'].dtype}")
-    lengths = np.array([state["lengths"][0] for state in states], np.int32)
-    whole = lengths if new is None else lengths + new
-    if int(whole.max(initial=0)) > shape.most_pages * shape.page:
-        raise EngineFailure(
-            f"a history of {int(whole.max())} tokens a block; this model has room for {shape.most_pages * shape.page}"
-        )
-    host["known"][: len(states)] = lengths
-    table, times, pages, page = host["table"], host["page_times"], host["pages"], shape.page
-    filled = 0
-    for user, state in enumerate(states):
-        for block, length in enumerate(lengths[user].tolist()):
-            for number, start in enumerate(range(0, length, page)):
-                end = min(start + page, length)
-                table[user, block, number] = filled
-                times[filled, : end - start] = state["times"][0, block, start:end]
-                pages[filled, :, :, : end - start] = state["keys_values"][0, block, :, :, start:end]
-                filled += 1
-    behind = filled
-    for user, block in np.ndindex(*whole.shape):
-        for number in range(pages_of(int(lengths[user, block]), page), pages_of(int(whole[user, block]), page)):
-            table[user, block, number] = behind
-            behind += 1
-    return filled
+    if (most := int(lengths.max(initial=0))) > shape.longest:
+        raise EngineFailure(f"a history of {most} tokens a block; this model has room for {shape.longest}")
+
+
+def check_types(expected: np.dtype[np.generic], states: Sequence[UserState]) -> None:
+    """Refuse states of another type than the executor's.
+
+    Raises:
+        EngineFailure: names both.
+    """
+    if wrong := {str(state.arrays["keys_values"].dtype) for state in states} - {str(expected)}:
+        raise EngineFailure(f"a state of type {', '.join(wrong)}; this executor's are {expected}")
+
+
+def write_table(host: Mapping[str, Array], placed: Sequence[PlacedState], known: Array) -> None:
+    """Write where the states of U users are, and how many of their tokens (U, N) are there already."""
+    host["known"][: len(placed)] = known
+    for user, state in enumerate(placed):
+        for block, pages in enumerate(state.pages):
+            host["table"][user, block, : len(pages)] = pages
 
 
 def write_candidates(host: Mapping[str, Array], candidates: Mapping[str, Array], block: Block) -> None:
@@ -144,13 +122,11 @@ def write_candidates(host: Mapping[str, Array], candidates: Mapping[str, Array],
         host["user_numbers"][0, :users] = candidates["context_numeric"]
 
 
-def write_events(
-    host: Mapping[str, Array], shape: StateShape, histories: Sequence[Mapping[str, Array]], block: Block
-) -> None:
-    """Write the new events of U users (each B = 1), users one after the other, and their times into the pages."""
+def write_events(host: Mapping[str, Array], histories: Sequence[Mapping[str, Array]], block: Block) -> None:
+    """Write the new events of U users (each B = 1), users one after the other."""
     counts = np.array([history["history_length"][0] for history in histories], np.int32)
     host["counts"][:] = counts.sum(0)
-    for number in range(shape.blocks):
+    for number in range(counts.shape[1]):
         fill_tiles(host["tiles"][number], counts[:, number].tolist(), block.tile)
         first = 0
         for user, history in enumerate(histories):
@@ -162,23 +138,18 @@ def write_events(
                 host["ids"][number, part, 2:] = history["history_categories"][taken]
             if "numbers" in host:
                 host["numbers"][number, part] = history["history_values"][taken]
-            moments = history["history_time"][taken]
-            host["row_times"][number, part] = moments
-            place = host["known"][user, number] + np.arange(count)
-            pages = host["table"][user, number, place // shape.page]
-            host["page_times"][pages, place % shape.page] = moments
+            host["row_times"][number, part] = history["history_time"][taken]
             first += count
 
 
-def write_whole(host: Mapping[str, Array], shape: StateShape, bucket: Bucket, block: Block) -> int:
-    """Fill a bucket with nobody's rows: as many as it holds, over histories as long as there may be.
+def write_whole(host: Mapping[str, Array], longest: int, bucket: Bucket, block: Block, pages: Sequence[int]) -> None:
+    """Fill a bucket with nobody's rows: as many as it holds, over histories as long as there may be, in `pages`.
 
-    What is measured on it is what a full call takes. Returns how many pages hold something, which is all of them.
+    What is measured on it is what a full call takes.
     """
-    longest = shape.most_pages * shape.page
     each = min(bucket.rows // bucket.users, longest)
     host["counts"][:] = each * bucket.users
-    host["table"][...] = np.arange(host["table"].size).reshape(host["table"].shape)
+    host["table"][...] = np.resize(np.asarray(pages, np.int32), host["table"].shape)
     if "now" in host:
         fill_tiles(host["tiles"], [each] * bucket.users, block.tile)
         host["user_count"][:], host["known"][:] = bucket.users, longest
@@ -187,19 +158,3 @@ def write_whole(host: Mapping[str, Array], shape: StateShape, bucket: Bucket, bl
         for tiles in host["tiles"]:
             fill_tiles(tiles, [each] * bucket.users, block.tile)
         host["known"][:] = 0
-    return len(host["pages"])
-
-
-def no_states(shape: StateShape, users: int) -> list[dict[str, Array]]:
-    """States without a token, for histories that are encoded from their beginning."""
-    nothing = {
-        "keys_values": np.zeros((1, shape.blocks, shape.layers, 2, 0, shape.width), HOST_TYPES[shape.dtype]),
-        "times": np.zeros((1, shape.blocks, 0), np.int32),
-        "lengths": np.zeros((1, shape.blocks), np.int32),
-    }
-    return [nothing] * users
-
-
-def arrays_of(states: Sequence[UserState]) -> list[Mapping[str, Array]]:
-    """The arrays of states."""
-    return [state.arrays for state in states]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankd.engine.cuda.cuda_device import Device
+from rankd.engine.cuda.cuda_device import Device, Way
 from rankd.engine.cuda.kernels.triton_attention_steps import TILE_COLUMNS
 from rankd.types import Array
 
@@ -58,10 +58,11 @@ class CallStaging:
             self.there[section.name] = self._block[start : start + size].view(section.dtype).view(section.shape)
             start += section.num_bytes
 
-    def send(self, last_rows: int) -> None:
-        """Begin the transfer of everything, and of the last section the first `last_rows` rows."""
-        size = self._before + min(last_rows, self._whole_rows) * self._row_bytes
-        self._device.transfer(self._block[:size], self._pinned[:size])
+    def send(self, last_rows: int | None = None) -> None:
+        """Begin the transfer of everything; of the last section the first `last_rows` rows, if that is said."""
+        rows = self._whole_rows if last_rows is None else min(last_rows, self._whole_rows)
+        size = self._before + rows * self._row_bytes
+        self._device.transfer(Way.IN, self._block[:size], self._pinned[:size])
 
 
 def fill_tiles(tiles: Array, counts: Sequence[int], block: int) -> None:

@@ -21,7 +21,7 @@ from rankd.engine.cuda.kernels.triton_history_attention import HistoryRows, atte
 from rankd.engine.cuda.kernels.triton_pooled_gather import PoolingRows, pool
 from rankd.engine.cuda.kernels.triton_projection import Linear, project
 from rankd.engine.cuda.kernels.triton_state_rows import store_rows
-from rankd.engine.cuda.paged_states import PagedStates
+from rankd.engine.cuda.state_pool import StatePool
 
 Tensors = Mapping[str, Tensor]
 """What a call has sent, by the names of `call_shapes.py`."""
@@ -60,12 +60,10 @@ class LayerRooms:
 class HistorySteps:
     """New events of U users, R rows a block at most. `fresh` (N, L, 2, R, A) is what leaves."""
 
-    def __init__(
-        self, device: Device, weights: ClimberWeights, dtype: torch.dtype, sent: Tensors, block: Block
-    ) -> None:
-        self._weights, rows = weights, sent["ids"].shape[1]
+    def __init__(self, device: Device, weights: ClimberWeights, pool: StatePool, sent: Tensors, block: Block) -> None:
+        self._weights, rows, dtype = weights, sent["ids"].shape[1], pool.shape.dtype
         self._rooms = LayerRooms(device, weights, dtype, rows)
-        self._states = pages_in(device, sent, weights.tables.heads)
+        self._states = pool.states(sent["table"])
         self._rows = HistoryRows(sent["tiles"], sent["known"], sent["row_times"], block.tile)
         self._counts = sent["counts"]
         self._pooled = PoolingRows(sent["ids"], sent["counts"], sent.get("numbers"))
@@ -87,14 +85,12 @@ class HistorySteps:
 class ScoreSteps:
     """R candidate rows of U users. `logits` (1, R, K) float32 is what leaves."""
 
-    def __init__(
-        self, device: Device, weights: ClimberWeights, dtype: torch.dtype, sent: Tensors, block: Block
-    ) -> None:
+    def __init__(self, device: Device, weights: ClimberWeights, pool: StatePool, sent: Tensors, block: Block) -> None:
         self._weights, self._sent, self._counts = weights, sent, sent["counts"]
-        rows, users = sent["ids"].shape[1], sent["now"].shape[0]
+        dtype, rows, users = pool.shape.dtype, sent["ids"].shape[1], sent["now"].shape[0]
         blocks, width, fusion = weights.blocks, weights.width, weights.fusion
         self._rooms = LayerRooms(device, weights, dtype, rows)
-        self._states = pages_in(device, sent, weights.tables.heads)
+        self._states = pool.states(sent["table"])
         self._rows = CandidateRows(sent["tiles"], sent["known"], sent["now"], block.tile)
         self._added = device.empty((1, rows, width), torch.float32) if weights.numeric else None
         self._users = device.empty((1, users, width), torch.float32) if weights.users else None
@@ -154,11 +150,3 @@ class ScoreSteps:
             project(made, x, layer, self._counts)
             x = made
         project(out, x, layers[-1], self._counts, residual=residual)
-
-
-def pages_in(device: Device, sent: Tensors, heads: int) -> PagedStates:
-    """The pages that a call has brought along."""
-    pages = sent["pages"]
-    none, layers, both, page = 0, pages.shape[1], pages.shape[2], pages.shape[3]
-    scales = device.empty((none, layers, both, page, heads), torch.float32)
-    return PagedStates(pages, scales, sent["page_times"], sent["table"])

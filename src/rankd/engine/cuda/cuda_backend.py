@@ -1,42 +1,80 @@
 """The target `cuda`: a Climber on an NVIDIA GPU, its weights read from the artifact; there are no graphs to build.
 
-Nothing of torch or Triton is imported before an artifact is loaded. Pinning: the calling thread launches and waits.
+In GPU memory are the weights, the pool of states, and what calls need. Streams belong to `EngineConfig.executors`; each
+has k executors of ours, so that k calls are under way on it. Nothing of torch or Triton is imported before an artifact
+is loaded. Pinning: the calling thread launches and waits.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from rankd.artifact import Artifact
-from rankd.engine.backend import EngineConfig, InThisProcess, Precision, StateType, plan_threads
+from rankd.artifact import Artifact, Manifest
+from rankd.engine.backend import (
+    MOST_IN_FLIGHT,
+    EngineConfig,
+    GpuStates,
+    GpuStorage,
+    InThisProcess,
+    Precision,
+    StateType,
+    plan_threads,
+)
 from rankd.engine.cuda import gpu_presence
-from rankd.errors import ArtifactError, ConfigError
+from rankd.engine.warming import Shapes
+from rankd.errors import ArtifactError, ConfigError, EngineFailure
+from rankd.types import UserState
 
 if TYPE_CHECKING:
     from rankd.engine.cuda.climber_weights import Put
     from rankd.engine.cuda.cuda_device import Device
     from rankd.engine.cuda.cuda_executor import CudaExecutor, CudaModel
+    from rankd.engine.cuda.state_pool import StatePool
 
+log = logging.getLogger("rankd")
 TARGET = "cuda"
 EXECUTORS = 2
-"""By default: while one's request is computed the other's is packed and sent."""
+"""By default: streams that compute."""
 SPARE = 1.5
 """Of the weights' bytes, what has to be free before they are loaded: the rest is for calls."""
+USERS_A_CALL = 8
+"""For so many users of each executor there is room in the pool in any case, if there is room on the GPU."""
+MIB = 1 << 20
 
 
 class CudaBackend(InThisProcess):
-    """Weights on one GPU, and executors with streams of their own over them."""
+    """Weights on one GPU, the states that stay there, and executors over them.
+
+    `in_flight` is asked for k, with a function that makes executors which share their streams, unless k is configured.
+    """
 
     target = TARGET
 
-    def __init__(self, model: CudaModel, open_device: Callable[[], Device], config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: CudaModel,
+        open_device: Callable[[], Device],
+        config: EngineConfig,
+        in_flight: Callable[[Callable[[], CudaExecutor]], int] | None = None,
+    ) -> None:
         self._model, self._open_device = model, open_device
+        self._lock, self._made = threading.Lock(), 0
         self.state_type = model.state_type
         self.precision = Precision.BF16 if model.state_type is StateType.BF16 else Precision.FP32
-        self.plan = plan_threads(msgspec.structs.replace(config, executors=config.executors or EXECUTORS, threads=1))
+        streams = config.executors or EXECUTORS
+        self._device = open_device()
+        self._pool = open_pool(model, self._device, config, streams * (config.calls_in_flight or MOST_IN_FLIGHT))
+        self.gpu_states: GpuStates | None = self._pool
+        self._ready: list[CudaExecutor] = []
+        self.in_flight = config.calls_in_flight or (1 if in_flight is None else in_flight(self._first))
+        self._ready = self._ready[: self.in_flight]
+        self.plan = plan_threads(msgspec.structs.replace(config, executors=streams * self.in_flight, threads=1))
         self.num_executors = self.plan.num_executors
 
     @classmethod
@@ -45,27 +83,92 @@ class CudaBackend(InThisProcess):
 
         Raises:
             ArtifactError: a model that the target does not run; the reason is named.
-            ConfigError: the GPU has too little memory left for the weights.
+            ConfigError: the GPU has too little memory left for the weights or for states, or cannot do e4m3.
         """
         import torch
 
-        from rankd.engine.cuda.cuda_device import CudaStream
+        from rankd.engine.cuda.cuda_device import CudaStreams
 
+        if config.gpu_storage is GpuStorage.FP8 and (reason := gpu_presence.why_not(least=gpu_presence.LEAST_OF_FP8)):
+            raise ConfigError(f'engine.gpu_storage = "fp8" cannot be had: {reason}; take "auto"')
         needed = int((artifact.path / "weights.safetensors").stat().st_size * SPARE)
         free, whole = torch.cuda.mem_get_info(0)
         check_memory(needed, free, whole)
         device = torch.device("cuda", 0)
-        return cls(model_of(artifact, precision, lambda tensor: tensor.to(device)), CudaStream, config)
+        model = model_of(artifact, precision, lambda tensor: tensor.to(device))
+        return cls(model, CudaStreams, config, lambda make: measured_in_flight(artifact.manifest, model, make))
 
     def executor(self) -> CudaExecutor:
-        """A new executor with a stream and memory of its own."""
-        from rankd.engine.cuda.cuda_executor import CudaExecutor
-
-        return CudaExecutor(self._model, self._open_device())
+        """A new executor with memory of its own; `in_flight` of them one after the other share their streams."""
+        with self._lock:
+            number, self._made = self._made, self._made + 1
+            if self._ready:
+                return self._ready.pop(0)
+            if number % self.in_flight == 0 and number:
+                self._device = self._open_device()
+            return self._executor()
 
     def memory_bytes(self) -> int:
         """Bytes of the weights and tables on the GPU."""
         return self._model.weights.num_bytes()
+
+    def _first(self) -> CudaExecutor:
+        """One more for the first streams, which is handed out later."""
+        self._ready.append(self._executor())
+        return self._ready[-1]
+
+    def _executor(self) -> CudaExecutor:
+        from rankd.engine.cuda.cuda_executor import CudaExecutor
+
+        return CudaExecutor(self._model, self._pool, self._device)
+
+
+def open_pool(model: CudaModel, device: Device, config: EngineConfig, executors: int) -> StatePool:
+    """Memory for the states: what is configured, or as much of it as there is.
+
+    Raises:
+        ConfigError: not even one user's longest state fits.
+    """
+    from rankd.engine.cuda.paged_states import PageType
+    from rankd.engine.cuda.state_pool import StatePool, pages_within
+
+    shape = model.state_shape(PageType.FP8 if config.gpu_storage is GpuStorage.FP8 else None)
+    wanted, free = config.gpu_state_mib * MIB, device.free_bytes()
+    pages = pages_within(shape, wanted, free, executors * USERS_A_CALL)
+    while True:
+        try:
+            with device.running():
+                pool = StatePool(device, shape, pages, keeps=wanted > 0)
+            break
+        except EngineFailure as error:
+            if pages == shape.pages_a_user:
+                raise ConfigError(
+                    f"the GPU has {free / MIB:.1f} MiB free, and the longest state of one user takes "
+                    f"{shape.pages_a_user * shape.page_bytes / MIB:.1f}; end what else runs on this GPU, choose "
+                    "another with CUDA_VISIBLE_DEVICES, or take another target"
+                ) from error
+            pages = max(pages // 2, shape.pages_a_user)
+    have = pages * shape.page_bytes
+    if have < wanted - shape.page_bytes:
+        log.warning("engine.gpu_state_mib: %d MiB in place of %d: no more is free", have // MIB, config.gpu_state_mib)
+    return pool
+
+
+def measured_in_flight(manifest: Manifest, model: CudaModel, make: Callable[[], CudaExecutor]) -> int:
+    """k for the largest list of candidates and a state that is there."""
+    from rankd.engine.cuda.calls_in_flight import measured
+
+    executors = [make() for _ in range(MOST_IN_FLIGHT)]
+    shapes, mark = Shapes(manifest, model.state_type), b"in flight"
+    room, candidates = shapes.rooms[-1], shapes.candidates(shapes.candidate_buckets[-1], 1)
+    history = shapes.history(room)
+    history["history_length"][...] = room
+    state = UserState(executors[0].encode(history), (room,) * manifest.schema.num_sub_sequences, mark)
+    executors[0].keep(mark)
+    calls = [partial(one.score, [state], candidates) for one in executors]
+    for call in calls:
+        call()
+    return measured(calls)
 
 
 def model_of(artifact: Artifact, precision: Precision, put: Put, **block: int) -> CudaModel:

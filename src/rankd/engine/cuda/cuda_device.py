@@ -1,13 +1,19 @@
-"""The seam between the executor and a GPU: memory, a stream, transfers, captured work. Tests fill it with CPU tensors.
+"""The seam between executors and a GPU: memory, streams, transfers, captured work. Tests fill it with CPU tensors.
 
-Everything an executor does goes through its `Device`, so that a test can count allocations and transfers, and make them
-fail. Next: `call_staging.py` and `cuda_executor.py` use it.
+Everything an executor does goes through its `Device`, so that a test can count allocations and transfers, make them
+fail, and run them in the worst order that is allowed. Next: `call_staging.py` and `cuda_executor.py` use it.
+
+There are three ways, each a stream: IN and OUT copy while COMPUTE computes. On a way things happen in their order; what
+needs something of another way is put `behind` an event that was recorded there. So the calls of executors that share a
+device overlap: the next one is sent while one is computed.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +22,20 @@ from triton.errors import TritonError
 
 from rankd.errors import EngineFailure
 
+_RECORDING = threading.Lock()
+"""While a graph is recorded nobody may wait for the whole GPU, as whoever records or measures next does."""
+
+
+class Way(Enum):
+    """Copies to the GPU, launches, copies back."""
+
+    IN = "in"
+    COMPUTE = "compute"
+    OUT = "out"
+
 
 class Device(Protocol):
-    """One stream of a GPU and the memory that is taken through it.
+    """Three streams of a GPU and the memory that is taken through them; for any number of threads.
 
     `measures`: whether kernels choose their block sizes by measuring, so that a first run has to be a full one.
     """
@@ -33,78 +50,117 @@ class Device(Protocol):
         """Memory of the host that transfers read and write directly, (num_bytes,) uint8."""
         ...
 
-    def transfer(self, target: Tensor, source: Tensor) -> None:
-        """Copy between pinned and GPU memory when the stream gets there; the caller goes on."""
+    def free_bytes(self) -> int:
+        """GPU memory that nobody has."""
+        ...
+
+    def transfer(self, way: Way, target: Tensor, source: Tensor) -> None:
+        """Copy between pinned and GPU memory when the way gets there; the caller goes on."""
+        ...
+
+    def event(self) -> Any:
+        """A moment on a way; until it is recorded it has always been."""
+        ...
+
+    def record(self, event: Any, way: Way) -> None:
+        """The event is when the way has done what it was given so far."""
+        ...
+
+    def behind(self, way: Way, event: Any) -> None:
+        """What the way is given from now on happens after the event."""
+        ...
+
+    def wait(self, event: Any) -> None:
+        """The caller waits until the event."""
         ...
 
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Run `work` once, then record it; what is returned runs it again on the same memory, as one launch."""
+        """Run `work` once and wait for it, then record it; what is returned runs it again on the same memory, as one
+        launch on COMPUTE. What `work` reads has to be there."""
         ...
 
     def running(self) -> AbstractContextManager[None]:
-        """What is launched inside goes to this stream.
+        """What is launched inside goes to COMPUTE.
 
         Raises:
             EngineFailure: the GPU has no memory left, or failed.
         """
         ...
 
-    def wait(self) -> None:
-        """Until the stream has done everything."""
-        ...
 
-
-class CudaStream:
-    """A stream of one GPU, as a `Device`."""
+class CudaStreams:
+    """Streams of one GPU, as a `Device`."""
 
     measures = True
 
     def __init__(self, index: int = 0) -> None:
         self._device = torch.device("cuda", index)
-        self._stream: Any = torch.cuda.Stream(self._device)
+        self._streams: dict[Way, Any] = {way: torch.cuda.Stream(self._device) for way in Way}
+        self._recording: Any = torch.cuda.Stream(self._device)  # a shared one would record what others launch
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the GPU, zeros: what is never written is finite."""
-        return torch.zeros(tuple(shape), dtype=dtype, device=self._device)
+        made = torch.zeros(tuple(shape), dtype=dtype, device=self._device)
+        torch.cuda.current_stream(self._device).synchronize()  # other streams write there next
+        return made
 
     def pinned(self, num_bytes: int) -> Tensor:
         """Pinned memory, zeros."""
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def transfer(self, target: Tensor, source: Tensor) -> None:
-        """An asynchronous copy on the stream."""
-        target.copy_(source, non_blocking=True)
+    def free_bytes(self) -> int:
+        """As the driver has it."""
+        return int(torch.cuda.mem_get_info(self._device)[0])
+
+    def transfer(self, way: Way, target: Tensor, source: Tensor) -> None:
+        """An asynchronous copy on a stream."""
+        with torch.cuda.stream(self._streams[way]):
+            target.copy_(source, non_blocking=True)
+
+    def event(self) -> Any:
+        """One that is waited for as quickly as can be."""
+        return torch.cuda.Event()
+
+    def record(self, event: Any, way: Way) -> None:
+        """On the way's stream."""
+        event.record(self._streams[way])
+
+    def behind(self, way: Way, event: Any) -> None:
+        """The stream waits; nobody else does."""
+        self._streams[way].wait_event(event)
+
+    def wait(self, event: Any) -> None:
+        """The calling thread waits, without the interpreter."""
+        event.synchronize()
 
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph. The run before it compiles and tunes kernels, which cannot happen while it is recorded."""
-        work()
-        self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other executors go on launching meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        with _RECORDING:
+            with torch.cuda.stream(self._recording):
+                work()
+            self._recording.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other executors go on launching meanwhile.
+            with torch.cuda.graph(graph, stream=self._recording, capture_error_mode="thread_local"):
+                work()
         replay: Callable[[], None] = graph.replay
         return replay
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The stream is the current one; torch's errors become ours."""
+        """COMPUTE is the current stream; torch's errors become ours."""
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            with torch.cuda.device(self._device), torch.cuda.stream(self._streams[Way.COMPUTE]):
                 yield
         except torch.cuda.OutOfMemoryError as error:
             raise out_of_memory(error) from error
         except (RuntimeError, TritonError) as error:
             raise EngineFailure(f"the GPU failed: {error}") from error
 
-    def wait(self) -> None:
-        """Until the stream is empty."""
-        self._stream.synchronize()
-
 
 def out_of_memory(error: BaseException) -> EngineFailure:
     """What a request is told when the GPU has no memory left for its shape."""
     return EngineFailure(
-        f"the GPU has no memory left for a call of this shape: {error}; fewer executors (engine.executors), shorter "
-        "candidate buckets or fewer models on this GPU leave more"
+        f"the GPU has no memory left for a call of this shape: {error}; fewer executors (engine.executors), a smaller "
+        "engine.gpu_state_mib, shorter candidate buckets or fewer models on this GPU leave more"
     )

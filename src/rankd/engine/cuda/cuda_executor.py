@@ -1,38 +1,45 @@
-"""One executor on a GPU: a stream, and for each bucket of a call its memory and its captured launches.
+"""One executor on a GPU: for each bucket of a call its memory and its captured launches, on streams that it may share.
 
-A call is: write into pinned memory, one transfer, one graph, one transfer back, one wait. Memory is taken and kernels
-are compiled when a bucket is met for the first time, which is at warm-up.
+A call is: write into pinned memory, one transfer, one graph, one transfer back, one wait; states that the GPU does not
+have go before it, each with a transfer of its own. Memory is taken and kernels are compiled when a bucket is met for
+the first time, which is at warm-up. Executors that share their streams have several calls under way on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankd.engine.backend import InThisProcess, StateType
+from rankd.engine.cuda.arriving_states import Arrivals
 from rankd.engine.cuda.call_shapes import (
     Bucket,
-    StateShape,
-    arrays_of,
+    check_lengths,
+    check_types,
     history_sections,
-    no_states,
     score_sections,
     write_candidates,
     write_events,
-    write_pages,
+    write_table,
     write_whole,
 )
-from rankd.engine.cuda.call_staging import NOBODY, CallStaging, rung
+from rankd.engine.cuda.call_staging import HOST_TYPES, NOBODY, CallStaging, rung
 from rankd.engine.cuda.climber_steps import Block, HistorySteps, ScoreSteps
 from rankd.engine.cuda.climber_weights import ClimberWeights
-from rankd.engine.cuda.cuda_device import Device
+from rankd.engine.cuda.cuda_device import Device, Way
+from rankd.engine.cuda.paged_states import PageType, StateShape
+from rankd.engine.cuda.state_pool import PlacedState, StatePool
 from rankd.engine.state_arrays import APPEND_BUCKETS, empty_state
 from rankd.features.schema import FeatureSchema, TensorSpec
 from rankd.types import Array, Float32Array, UserState
+
+OWN_PAGES = {torch.float32: PageType.FP32, torch.bfloat16: PageType.BF16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,40 +57,55 @@ class CudaModel:
         """How states leave the GPU: in the type of the arithmetic."""
         return StateType.BF16 if self.dtype is torch.bfloat16 else StateType.FP32
 
-    def state_shape(self) -> StateShape:
-        """Of the states that a call brings along, with room for what may be appended."""
+    def state_shape(self, kind: PageType | None = None) -> StateShape:
+        """Of states, with room for what may be appended; in pages of a kind, or of the type of the arithmetic."""
         longest = max(*self.schema.history_buckets, self.schema.history_length) + APPEND_BUCKETS[-1]
-        most_pages = -(-longest // self.block.page)
-        weights = self.weights
-        return StateShape(
-            weights.blocks, len(weights.layers), weights.attention_width, self.block.page, most_pages, self.dtype
-        )
+        most_pages, weights = -(-longest // self.block.page), self.weights
+        layers, heads, wide = len(weights.layers), weights.tables.heads, weights.attention_width
+        own = kind or OWN_PAGES[self.dtype]
+        return StateShape(weights.blocks, layers, heads, wide, self.block.page, most_pages, self.dtype, own)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A bucket's memory and its launches; `result` is pinned, what `made` is copied to."""
+    """A bucket's memory and its launches; `result` is pinned, what `made` is copied to. `sent`, `computed` and
+    `fetched` are when the call has come so far."""
 
     staging: CallStaging
     launch: Callable[[], None]
     made: Tensor
     result: Tensor
+    sent: Any
+    computed: Any
+    fetched: Any
 
-    def run(self, device: Device, filled_pages: int) -> None:
-        """Everything between the host's writing and its reading."""
-        self.staging.send(filled_pages)
+    def send(self, device: Device) -> None:
+        """What the host has written is on its way."""
+        self.staging.send()
+        device.record(self.sent, Way.IN)
+        device.behind(Way.COMPUTE, self.sent)
+
+    def run(self, device: Device) -> None:
+        """Compute, and wait for the result."""
         self.launch()
-        device.transfer(self.result, self.made)
-        device.wait()
+        device.record(self.computed, Way.COMPUTE)
+        device.behind(Way.OUT, self.computed)
+        device.transfer(Way.OUT, self.result, self.made)
+        device.record(self.fetched, Way.OUT)
+        device.wait(self.fetched)
 
 
 class CudaExecutor(InThisProcess):
-    """Runs one call at a time on its own stream."""
+    """Runs one call at a time. States stay in `pool`, which executors share."""
 
-    def __init__(self, model: CudaModel, device: Device) -> None:
-        self._model, self._device, self._shape = model, device, model.state_shape()
+    def __init__(self, model: CudaModel, pool: StatePool, device: Device) -> None:
+        self._model, self._device, self._pool, self._shape = model, device, pool, pool.shape
         self._scoring: dict[Bucket, _Prepared] = {}
         self._encoding: dict[Bucket, _Prepared] = {}
+        self._type: np.dtype[np.generic] = np.dtype(HOST_TYPES[pool.shape.dtype])
+        self._failed = device.event()
+        self._arriving: Arrivals | None = None
+        self._made: list[PlacedState] = []
 
     def encode(self, history: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
         """The state of a history (B = 1), in new arrays or in those of the caller."""
@@ -94,7 +116,7 @@ class CudaExecutor(InThisProcess):
         self, histories: Sequence[Mapping[str, Array]], into: Sequence[Mapping[str, Array] | None]
     ) -> list[Mapping[str, Array]]:
         """The states of several users, each B = 1, in one call."""
-        fresh = self._new_tokens(histories, no_states(self._shape, len(histories)))
+        fresh = self._new_tokens(histories, [None] * len(histories))
         made, first = [], np.zeros(self._shape.blocks, np.int64)
         for history, own in zip(histories, into, strict=True):
             lengths = history["history_length"]
@@ -109,47 +131,113 @@ class CudaExecutor(InThisProcess):
 
     def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
         """What A new events a block add to a state."""
-        fresh = self._new_tokens([new], [state.arrays])
+        fresh = self._new_tokens([new], [state])
         times, counts = new["history_time"], new["history_length"]
         made = empty_state(self._model.specs, times.shape[2], self._model.state_type)
         self._copy(fresh, made["keys_values"], np.zeros(self._shape.blocks, np.int64), counts[0])
         made["times"][...], made["lengths"][...] = times, state.arrays["lengths"] + counts
         return made
 
+    def keep(self, mark: bytes) -> None:
+        """What was made last stays in the pool under its mark."""
+        self.keep_all([mark])
+
+    def keep_all(self, marks: Sequence[bytes]) -> None:
+        """The same for several users."""
+        for made, mark in zip(self._made, marks, strict=True):
+            self._pool.name(made, mark)
+        self._made = []
+
     def score(self, states: Sequence[UserState], candidates: Mapping[str, Array]) -> Float32Array:
         """Logits (B, C, K) of all candidate rows, padding included; a copy. One state for each of the B users."""
         users, count = candidates["candidate_item"].shape
         if count == 0:
             return np.zeros((users, 0, self._model.weights.num_tasks), np.float32)
-        bucket = Bucket.of(users * count, users)
+        if users > (most := self._pool.most_users):
+            parts = [slice(start, start + most) for start in range(0, users, most)]
+            return np.concatenate(
+                [self.score(states[p], {name: array[p] for name, array in candidates.items()}) for p in parts]
+            )
+        lengths = np.array([state.arrays["lengths"][0] for state in states], np.int32)
+        check_lengths(self._shape, lengths)
+        check_types(self._type, states)
         with self._device.running():
-            prepared = self._scoring.get(bucket)
-            if prepared is None:
-                prepared = self._scoring[bucket] = self._prepare_score(bucket)
-            host = prepared.staging.host
-            filled = write_pages(host, self._shape, arrays_of(states))
-            write_candidates(host, candidates, self._model.block)
-            prepared.run(self._device, filled)
+            prepared = self._prepared(self._scoring, Bucket.of(users * count, users), self._prepare_score)
+            with self._held(states, lengths) as placed:
+                write_table(prepared.staging.host, placed, lengths)
+                write_candidates(prepared.staging.host, candidates, self._model.block)
+                prepared.send(self._device)
+                self._bring(placed, states)
+                prepared.run(self._device)
         logits: Float32Array = prepared.result[0, : users * count].numpy().reshape(users, count, -1).copy()
         return logits
 
-    def _new_tokens(self, histories: Sequence[Mapping[str, Array]], known: Sequence[Mapping[str, Array]]) -> Array:
+    def _new_tokens(self, histories: Sequence[Mapping[str, Array]], states: Sequence[UserState | None]) -> Array:
         """Keys and values (N, L, 2, R, A) of new events, users one after the other; valid until the next call."""
+        self._forget()
         new = np.concatenate([history["history_length"] for history in histories])
+        known = np.array([[0] * self._shape.blocks if s is None else s.arrays["lengths"][0] for s in states], np.int32)
+        check_lengths(self._shape, known + new)
+        check_types(self._type, [state for state in states if state is not None])
         bucket = Bucket(rung(int(new.sum(0).max())), Bucket.of(1, len(histories)).users)
         with self._device.running():
-            prepared = self._encoding.get(bucket)
-            if prepared is None:
-                prepared = self._encoding[bucket] = self._prepare_history(bucket)
-            host = prepared.staging.host
-            filled = write_pages(host, self._shape, known, new)
-            write_events(host, self._shape, histories, self._model.block)
-            prepared.run(self._device, filled)
+            prepared = self._prepared(self._encoding, bucket, self._prepare_history)
+            with self._grown(states, known, known + new) as placed:
+                write_table(prepared.staging.host, placed, known)
+                write_events(prepared.staging.host, histories, self._model.block)
+                prepared.send(self._device)
+                self._bring(placed, states)
+                prepared.run(self._device)
         if self._model.dtype is torch.bfloat16:
             halves: Array = prepared.result.view(torch.int16).numpy().view(np.uint16)
             return halves
         fresh: Array = prepared.result.numpy()
         return fresh
+
+    @contextmanager
+    def _held(self, states: Sequence[UserState], lengths: Array) -> Iterator[list[PlacedState]]:
+        """Where states are or will be, while a call reads them."""
+        whole = [tuple(one) for one in lengths.tolist()]
+        placed = self._pool.hold([(state.mark, one) for state, one in zip(states, whole, strict=True)])
+        try:
+            yield placed
+        except BaseException:
+            self._give_back(placed)
+            raise
+        self._pool.release(placed, True)
+
+    @contextmanager
+    def _grown(self, states: Sequence[UserState | None], known: Array, whole: Array) -> Iterator[list[PlacedState]]:
+        """Where states are that grow, and their new tokens will be; what came of it is named or forgotten later."""
+        marks = [b"" if state is None else state.mark for state in states]
+        sizes = [[tuple(one) for one in lengths.tolist()] for lengths in (known, whole)]
+        placed = self._pool.grow(list(zip(marks, *sizes, strict=True)))
+        try:
+            yield placed
+        except BaseException:
+            self._give_back(placed)
+            raise
+        self._pool.settle(placed, sizes[1])
+        self._made = placed
+
+    def _give_back(self, placed: Sequence[PlacedState]) -> None:
+        """A call has failed: what it launched may write to its pages until it is through."""
+        self._device.record(self._failed, Way.COMPUTE)
+        self._device.wait(self._failed)
+        self._pool.release(placed, False)
+
+    def _forget(self) -> None:
+        made, self._made = self._made, []
+        for one in made:
+            self._pool.forget(one)
+
+    def _bring(self, placed: Sequence[PlacedState], states: Sequence[UserState | None]) -> None:
+        """Send what is not there, each state once."""
+        assert self._arriving is not None  # noqa: S101 - whatever is prepared has it
+        lacking = {one: state for one, state in zip(placed, states, strict=True) if not one.there}
+        for one, state in lacking.items():
+            if state is not None:
+                self._arriving.send(state.arrays, one)
 
     def _copy(self, fresh: Array, keys_values: Array, first: Array, counts: Array) -> None:
         """A user's rows of `fresh` into a state (1, N, L, 2, T, A), whose rest becomes zeros."""
@@ -158,25 +246,51 @@ class CudaExecutor(InThisProcess):
             keys_values[0, block, :, :, :count] = fresh[block, :, :, start : start + count]
             keys_values[0, block, :, :, count:] = 0
 
+    def _prepared(
+        self, known: dict[Bucket, _Prepared], bucket: Bucket, prepare: Callable[[Bucket], _Prepared]
+    ) -> _Prepared:
+        if self._arriving is None:
+            self._arriving = Arrivals(self._device, self._pool)
+        found = known.get(bucket)
+        if found is None:
+            found = known[bucket] = prepare(bucket)
+        return found
+
     def _prepare_score(self, bucket: Bucket) -> _Prepared:
         model, device = self._model, self._device
-        sections = score_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block)
-        staging = CallStaging(device, sections)
-        steps = ScoreSteps(device, model.weights, model.dtype, staging.there, model.block)
-        return self._prepared(bucket, staging, steps, steps.logits)
+        staging = CallStaging(device, score_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block))
+        steps = ScoreSteps(device, model.weights, self._pool, staging.there, model.block)
+        return self._recorded(bucket, staging, steps, steps.logits)
 
     def _prepare_history(self, bucket: Bucket) -> _Prepared:
         model, device = self._model, self._device
-        sections = history_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block)
-        staging = CallStaging(device, sections)
-        steps = HistorySteps(device, model.weights, model.dtype, staging.there, model.block)
-        return self._prepared(bucket, staging, steps, steps.fresh)
+        staging = CallStaging(
+            device, history_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block)
+        )
+        steps = HistorySteps(device, model.weights, self._pool, staging.there, model.block)
+        return self._recorded(bucket, staging, steps, steps.fresh)
 
-    def _prepared(self, bucket: Bucket, staging: CallStaging, launch: Callable[[], None], made: Tensor) -> _Prepared:
-        result = self._device.pinned(made.nbytes).view(made.dtype).view(made.shape)
+    def _recorded(self, bucket: Bucket, staging: CallStaging, launch: Callable[[], None], made: Tensor) -> _Prepared:
+        device = self._device
+        result = device.pinned(made.nbytes).view(made.dtype).view(made.shape)
+        sent, computed, fetched = (device.event() for _ in range(3))
         staging.host["tiles"][..., 0] = NOBODY
-        filled = 0
-        if self._device.measures:
-            filled = write_whole(staging.host, self._shape, bucket, self._model.block)
-        staging.send(filled)
-        return _Prepared(staging, self._device.captured(launch), made, result)
+        with self._nobodys(bucket.users if device.measures else 0) as pages:
+            if device.measures:
+                write_whole(staging.host, self._shape.longest, bucket, self._model.block, pages)
+            staging.send()
+            device.record(sent, Way.IN)
+            device.wait(sent)
+            replay = device.captured(launch)
+        return _Prepared(staging, replay, made, result, sent, computed, fetched)
+
+    @contextmanager
+    def _nobodys(self, users: int) -> Iterator[list[int]]:
+        """Pages for as many users' longest states, or as many as there are."""
+        shape = self._shape
+        longest = (shape.longest,) * shape.blocks
+        placed = self._pool.hold([(b"", longest)] * min(users, self._pool.most_users))
+        try:
+            yield [page for one in placed for pages in one.pages for page in pages]
+        finally:
+            self._pool.release(placed, False)

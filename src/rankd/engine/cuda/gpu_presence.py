@@ -14,13 +14,14 @@ from rankd.engine.even_layers import why_uneven
 from rankd.features.schema import FeatureSchema
 
 DRIVER = "libcuda.so.1"
-LEAST = (8, 0)  # bfloat16 in the matrix units; e4m3 pages need 8.9
+LEAST = (8, 0)  # bfloat16 in the matrix units
+LEAST_OF_FP8 = (8, 9)  # for states in e4m3
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 WIDEST_HEAD = 256
 
 
-def why_not(open_driver: Callable[[str], Any] = ctypes.CDLL) -> str:
-    """What this machine lacks for the target, in words; empty if nothing."""
+def why_not(open_driver: Callable[[str], Any] = ctypes.CDLL, least: tuple[int, int] = LEAST) -> str:
+    """What this machine lacks for the target, or for a GPU of `least`, in words; empty if nothing."""
     for package in ("torch", "triton"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed; install rankd[cuda]"
@@ -32,8 +33,8 @@ def why_not(open_driver: Callable[[str], Any] = ctypes.CDLL) -> str:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return "the NVIDIA driver shows no GPU to this process; see nvidia-smi and CUDA_VISIBLE_DEVICES"
     capability = tuple(_attribute(driver, which) for which in (MAJOR, MINOR))
-    if capability < LEAST:
-        return f"the GPU has compute capability {_dotted(capability)}; {_dotted(LEAST)} or newer is needed"
+    if capability < least:
+        return f"the GPU has compute capability {_dotted(capability)}; {_dotted(least)} or newer is needed"
     return ""
 
 

@@ -61,6 +61,40 @@ class PagedStates:
         return self.keys_values.dtype is torch.float8_e4m3fn
 
 
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """N blocks, L layers, H heads, attention A wide; S tokens a page, at most M pages a block.
+
+    `dtype` is that of the keys and values that calls make and the host keeps, `kind` is how they lie in pages.
+    """
+
+    blocks: int
+    layers: int
+    heads: int
+    width: int
+    page: int
+    most_pages: int
+    dtype: torch.dtype
+    kind: PageType
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a block, at most."""
+        return self.most_pages * self.page
+
+    @property
+    def pages_a_user(self) -> int:
+        """Of the longest state."""
+        return self.blocks * self.most_pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page with its scales and times."""
+        rows = self.layers * 2 * self.page
+        scales = rows * self.heads * 4 if self.kind is PageType.FP8 else 0
+        return rows * self.width * self.kind.dtype.itemsize + scales + self.page * 4
+
+
 def pages_of(tokens: int, page: int) -> int:
     """How many pages hold so many tokens.
 

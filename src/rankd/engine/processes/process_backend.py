@@ -13,7 +13,7 @@ from functools import partial
 import msgspec
 
 from rankd.artifact import Artifact
-from rankd.engine.backend import EngineConfig, Isolation, Pinning, Precision, StateType, plan_threads
+from rankd.engine.backend import EngineConfig, GpuStates, Isolation, Pinning, Precision, StateType, plan_threads
 from rankd.engine.processes.engine_messages import Failed, Start, Started
 from rankd.engine.processes.process_executor import EngineConnection, ProcessExecutor, raised
 from rankd.engine.processes.shared_file import SharedFile
@@ -32,10 +32,12 @@ class ProcessBackend:
         self._closed = False
         self._memory = SharedFile()
         self.host_memory: Allocate | None = self._memory.allocate
+        self.gpu_states: GpuStates | None = None
         wide = config.wide_threads(self.num_executors)
         own = msgspec.structs.replace(
-            config, isolation=Isolation.THREADS, executors=1, pinning=Pinning.OFF, encode_threads=wide
-        )
+            config, isolation=Isolation.THREADS, executors=1, pinning=Pinning.OFF, encode_threads=wide,
+            gpu_state_mib=0, calls_in_flight=1,
+        )  # fmt: skip
         self._start = partial(Start, str(artifact.path.resolve()), own, state_type)
         self._connections: list[EngineConnection] = []
         try:

@@ -159,6 +159,9 @@ class ProcessExecutor:
         self._ask(Extend(self._state(state), self._inputs(new), into))
         return made
 
+    def keep(self, mark: bytes) -> None:
+        """The process keeps none: a state travels with each call."""
+
     def score(self, states: Sequence[UserState], candidates: Mapping[str, Array]) -> Float32Array:
         """Logits (B, C, K) of all candidate rows, padding included; a copy."""
         self._scratch.reset()

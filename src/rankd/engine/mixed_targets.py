@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 from rankd.engine import thread_plan
-from rankd.engine.backend import Backend, EngineConfig, Executor, Isolation, Precision, StateType
+from rankd.engine.backend import Backend, EngineConfig, Executor, GpuStates, Isolation, Precision, StateType
 from rankd.engine.thread_plan import ThreadPlan
 from rankd.engine.topology import Topology, read_topology
 from rankd.errors import ConfigError
@@ -60,6 +60,7 @@ class MixedBackend:
         cpus, nodes = ([one for kind in kinds for one in getattr(kind.plan, name)] for name in ("cpus", "nodes"))
         self.plan = ThreadPlan(tuple(cpus), tuple(nodes), kinds[0].plan.reason)
         self.host_memory: Allocate | None = next((kind.host_memory for kind in kinds if kind.host_memory), None)
+        self.gpu_states: GpuStates | None = next((kind.gpu_states for kind in kinds if kind.gpu_states), None)
         self._made = 0
 
     def executor(self) -> Executor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,43 +104,62 @@ def test_tuning_gives_back_what_scales_alone_lose(run: Path, made: tuple[Path, C
     )
 
 
-@pytest.mark.parametrize("stopped_in", ["search_int8", "_epoch", "quantize_and_judge"])
+class Interrupted(Exception):
+    """Ctrl-C, where a test wants it."""
+
+
 def test_interrupted_tuning_goes_on_to_the_same_weights(
-    run: Path, made: tuple[Path, Compression], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str
+    run: Path, made: tuple[Path, Compression], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupted(Exception):
-        pass
+    """Stopped in the second epoch, then after the last one: nothing that was done is done again."""
+    real = Trainer._epoch
 
-    def stop(real: Callable[..., Any]) -> Callable[..., Any]:
-        def stopping(*arguments: Any) -> Any:
-            if stopped_in != "_epoch" or arguments[1] == 1:  # the second epoch
-                raise Interrupted
-            return real(*arguments)
+    def second_epoch(trainer: Trainer, number: int, progress: Any) -> Any:
+        if number == 1:
+            raise Interrupted
+        return real(trainer, number, progress)
 
-        return stopping
+    def rest_of_it(trainer: Trainer, number: int, progress: Any) -> Any:
+        assert number == 1
+        return real(trainer, number, progress)
 
-    place = {"search_int8": int8_tuning, "_epoch": Trainer, "quantize_and_judge": compress_run}[stopped_in]
-    with monkeypatch.context() as patch:
-        patch.setattr(place, stopped_in, stop(getattr(place, stopped_in)))
-        with pytest.raises(Interrupted):
-            compress(run, recipe_of(tuned()), tmp_path / "small")
+    def stopping(*arguments: object) -> Any:
+        raise Interrupted
+
+    def attempt() -> Compression:
+        return compress(run, recipe_of(tuned()), tmp_path / "small")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "_epoch", second_epoch)
+        attempt()
+    monkeypatch.setattr(int8_tuning, "search_int8", stopping)  # scales are not found again
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "_epoch", rest_of_it)
+        patch.setattr(compress_run, "quantize_and_judge", stopping)
+        attempt()
     assert [path.name for path in tmp_path.iterdir()] == [".small.compressing"]
-    if stopped_in != "search_int8":  # scales are not found again
-        monkeypatch.setattr(int8_tuning, "search_int8", stop)
-    again = compress(run, recipe_of(tuned()), tmp_path / "small")
+    monkeypatch.setattr(Trainer, "_epoch", stopping)
+    again = attempt()
     assert again.weights_sha256 == made[1].weights_sha256
     assert record_of(again).plan_sha256 == record_of(made[1]).plan_sha256
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_tuning_follows_steps_and_their_own_tuning(run: Path, tmp_path: Path) -> None:
+def test_tuning_follows_steps_and_their_own_tuning(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, real = list[str](), Trainer.start
+
+    def start(trainer: Trainer, progress: Any) -> Any:
+        trained.append(f"{trainer.folder.name}: {type(trainer.model).__name__}")
+        return real(trainer, progress)
+
+    monkeypatch.setattr(Trainer, "start", start)
     step = Prune(structures=(Structure.FFN,), flops=0.8, requests=16)
-    how = QuantizedTuning(epochs=1)
-    small = compress(run, recipe_of(tuned(how=how), EASY, step), tmp_path / "small")
-    floats = compress(run, recipe_of(PLAN, EASY, step), tmp_path / "floats")
-    assert small.flops == floats.flops < 0.81
-    first, second = (load_file(tmp_path / name / "best.safetensors") for name in ("small", "floats"))
-    assert any((tensor != second[name]).any() for name, tensor in first.items())
+    small = compress(run, recipe_of(tuned(how=QuantizedTuning()), EASY, step), tmp_path / "small")
+    assert trained == ["floats: Climber", "int8: FakeQuantized"]
+    assert small.flops < 0.81
+    assert record_of(small).gate.passed
     assert len((tmp_path / "small" / "epochs.jsonl").read_text().splitlines()) == 1
 
 

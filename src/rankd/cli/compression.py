@@ -97,7 +97,7 @@ def _with_recipe(run: Path, recipe: Path, out: Path, data: Path | None, calibrat
 def _print(made: Compression) -> None:
     import msgspec
 
-    if made.recipe.get("steps"):
+    if made.recipe.get("steps") or made.recipe.get("quantize", {}).get("finetune"):
         _print_gate(made.gate, "")
         click.echo(f"FLOPs {made.flops:.3f} of the original's, parameters {made.parameters:.3f}")
     if made.ms:

@@ -145,9 +145,7 @@ def test_interrupted_tuning_goes_on_to_the_same_weights(
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_tuning_follows_steps_and_their_own_tuning(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tuning_follows_steps_and_their_own_tuning(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained, real = list[str](), Trainer.start
 
     def start(trainer: Trainer, progress: Any) -> Any:

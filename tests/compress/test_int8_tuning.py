@@ -129,14 +129,16 @@ def test_interrupted_tuning_goes_on_to_the_same_weights(
     def attempt() -> Compression:
         return compress(run, recipe_of(tuned()), tmp_path / "small")
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_epoch", second_epoch)
-        attempt()
+        with pytest.raises(Interrupted):
+            attempt()
     monkeypatch.setattr(int8_tuning, "search_int8", stopping)  # scales are not found again
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_epoch", rest_of_it)
         patch.setattr(compress_run, "quantize_and_judge", stopping)
-        attempt()
+        with pytest.raises(Interrupted):
+            attempt()
     assert [path.name for path in tmp_path.iterdir()] == [".small.compressing"]
     monkeypatch.setattr(Trainer, "_epoch", stopping)
     again = attempt()

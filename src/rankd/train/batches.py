@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankd.features.assembly import assemble
+from rankd.features.assembly import assemble, bucket_of
 from rankd.features.schema import FeatureSchema
 from rankd.train.recipe import Training
 from rankd.train.samples import Dataset, Sample
@@ -35,9 +35,7 @@ class Batch:
 def fixed_shapes(schema: FeatureSchema, num_candidates: int, tokens: int | None = None) -> FeatureSchema:
     """The schema with one history bucket, the smallest that holds `tokens` (None: the longest), and one candidate
     bucket, so that requests stack into batches."""
-    longest = schema.history_length
-    tokens = longest if tokens is None else min(tokens, longest)
-    bucket = min((size for size in schema.history_buckets if size >= tokens), default=longest)
+    bucket = schema.history_length if tokens is None else bucket_of(tokens, schema.history_buckets)
     return msgspec.structs.replace(schema, history_buckets=(bucket,), candidate_buckets=(num_candidates,))
 
 
@@ -114,8 +112,8 @@ def make_batch(
         labels[number, : len(rows)] = truth
         real[number, : len(rows)] = True
     return Batch(
-        history=_stack([features.history for features in packed]),
-        candidates=_stack([features.candidates for features in packed]),
+        history=as_tensors([features.history for features in packed]),
+        candidates=as_tensors([features.candidates for features in packed]),
         labels=torch.from_numpy(labels),
         real=torch.from_numpy(real),
     )
@@ -133,5 +131,6 @@ def sample_features(dataset: Dataset, schema: FeatureSchema, sample: Sample, row
     )
 
 
-def _stack(arrays: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+def as_tensors(arrays: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Inputs of requests of one shape, side by side."""
     return {name: torch.from_numpy(np.concatenate([one[name] for one in arrays])) for name in arrays[0]}

@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rankd.errors import ConfigError, DataError
 from rankd.features.schema import FIRST_ITEM_ROW
 from rankd.models.protocol import create_model, logits_of
-from rankd.train.batches import Batch, fixed_shapes, make_batch, training_batches
+from rankd.train.batches import Batch, as_tensors, sample_features, training_batches
 from rankd.train.evaluation import Progress, Scorer, make_test_events, score_events
 from rankd.train.ranking_metrics import evaluate
 from rankd.train.recipe import Recipe
@@ -170,18 +170,17 @@ def supervised_loss(logits: Tensor, batch: Batch, listwise: float) -> Tensor:
 
 
 def torch_scorer(model: nn.Module, dataset: Dataset) -> Scorer:
-    """Score one request at a time with the torch module in float32: the reference that engines are held against."""
-    width = dataset.schema.candidate_buckets[-1]
-    schema = fixed_shapes(dataset.schema, width)
+    """Score one request at a time with the torch module in float32, in the smallest buckets that hold it: the reference
+    that engines are held against."""
+    widest = dataset.schema.max_candidates
 
     @torch.inference_mode()
     def scorer(sample: Sample, rows: Int32Array) -> Float32Array:
         parts = []
-        for start in range(0, len(rows), width):
-            part = rows[start : start + width]
-            no_labels = np.zeros((len(part), len(schema.tasks)), np.float32)
-            batch = make_batch(dataset, schema, [sample], [(part, no_labels)])
-            parts.append(logits_of(model, batch.history, batch.candidates)[0, : len(part)].numpy())
+        for start in range(0, len(rows), widest):
+            features = sample_features(dataset, dataset.schema, sample, rows[start : start + widest])
+            logits = logits_of(model, as_tensors([features.history]), as_tensors([features.candidates]))
+            parts.append(logits[0, : features.num_candidates].numpy())
         return np.concatenate(parts)
 
     return scorer

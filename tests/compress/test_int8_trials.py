@@ -222,7 +222,9 @@ def test_a_choice_that_int8_spoils_is_refused_though_its_floats_pass(
         name, metric = min(look.int8.gate.metrics.items(), key=lambda pair: pair[1].low)
         assert metric.low < look.gate.metrics[name].low == 1.0
         target = Target(bounds={name: (metric.low + 1) / 2})
-        with pytest.raises(GateRefused, match=rf"is refused in int8 on .*, which the search did not see: .*{name} keeps"):
+        with pytest.raises(
+            GateRefused, match=rf"is refused in int8 on .*, which the search did not see: .*{name} keeps"
+        ):
             search.settle(spoiled, target, tmp_path / "small", quiet)
     assert not (tmp_path / "small").exists()
 

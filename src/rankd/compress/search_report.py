@@ -110,7 +110,9 @@ def draw_front(path: Path, report: SearchReport, target: Target) -> None:
         _panel(axes, axis, report, target)
     panels[0].set_ylabel(f"{report.accuracy} kept of the original (95%)")
     drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=-(-len(drawn) // 2), frameon=False)
+    figure.legend(
+        list(drawn.values()), list(drawn), loc="outside lower center", ncols=-(-len(drawn) // 2), frameon=False
+    )
     chosen = next((one for one in report.points if one.trial_id == report.chosen), None)
     about = f"recipes: {len(report.points)}; target: {report.target}"
     figure.suptitle(f"{about}\nchosen: {chosen.label}" if chosen else f"{about}\nnothing was chosen", fontsize=11)

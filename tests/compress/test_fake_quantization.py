@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,18 @@ from rankd.build.export import export
 from rankd.build.int8_graphs import GraphRun, Int8Plan, plan_at, product_places, quantize, read_graph, weight_integers
 from rankd.build.pack import parity_requests
 from rankd.compress.compression_recipe import Factorise, Matrix, Quantize, ShareLayers
+from rankd.compress.distillation import logit_divergence
 from rankd.compress.fake_quantization import FakeQuantized, call_limits, narrowed_activation, narrowed_weight
 from rankd.compress.int8_search import int8_error, search_int8
 from rankd.compress.steps import factorise, share_layers
 from rankd.compress.surgery import Subject
 from rankd.errors import BuildError
 from rankd.models.protocol import create_model, logits_of
+from rankd.train.batches import Batch, training_batches
 from rankd.train.recipe import ModelChoice
+from rankd.train.samples import baskets_between
 from rankd.types import Features, Float32Array
-from tests.train.small_log import small_dataset
+from tests.train.small_log import TRAINING, small_dataset
 
 DATASET = small_dataset()
 REQUESTS = parity_requests(DATASET, 24)
@@ -165,3 +170,47 @@ def test_all_weights_of_a_model_in_fake_int8_learn(tmp_path: Path) -> None:
     logits_of(fake, history, candidates).square().sum().backward()
     still = [name for name, one in model.named_parameters() if "weight" in name and one.grad is None]
     assert [name for name in still if "tokens" not in name] == []
+
+
+def with_large_channels(model: nn.Module, factor: float = 100.0) -> nn.Module:
+    """The same function of its inputs in floats. Some channels after each norm are far larger than the others, as large
+    transformers have them, so that eight bits leave next to no steps for the rest."""
+    weights = model.state_dict()
+    norms = [name.removesuffix(".weight") for name in weights if name.endswith(("norm.weight", "ffn.0.weight"))]
+    readers = {name: name.replace("norm", "qkv").replace("ffn.0", "ffn.1") for name in norms if ".stack." in name}
+    for norm, reader in {**readers, "head.0": "head.1"}.items():
+        for part in ("weight", "bias"):
+            weights[f"{norm}.{part}"][::8] *= factor
+        weights[f"{reader}.weight"][:, ::8] /= factor
+    return model
+
+
+def distance(model: nn.Module, original: nn.Module, batch: Batch) -> float:
+    """Between the logits of real candidates."""
+    with torch.no_grad():
+        mine, theirs = (logits_of(one.eval(), batch.history, batch.candidates) for one in (model, original))
+    return spread((mine - theirs)[batch.real].numpy())
+
+
+def test_tuning_in_fake_int8_gives_back_what_scales_alone_lose(tmp_path: Path) -> None:
+    """On requests that it was not tuned on."""
+    original = model_of("climber")
+    model = with_large_channels(copy.deepcopy(original))
+    export(model, DATASET.schema, "openvino", tmp_path)
+    found = search_int8(tmp_path, REQUESTS[:8], Quantize(max_error=100.0))
+    assert found.error > 1  # nothing is left of the scores
+    fake = FakeQuantized(model, call_limits(model, tmp_path, found.plan, REQUESTS[1]))
+    samples, _ = baskets_between(DATASET, 0, DATASET.train_until)
+    *batches, unseen = itertools.islice(training_batches(DATASET, samples, TRAINING, epoch=0), 7)
+    assert distance(model, original, unseen) < 1e-5
+    before = distance(fake, original, unseen)
+    optimiser = torch.optim.Adam(fake.parameters(), lr=1e-3)
+    for step in range(36):
+        batch = batches[step % len(batches)]
+        with torch.no_grad():
+            wanted = logits_of(original, batch.history, batch.candidates)
+        loss = logit_divergence(logits_of(fake, batch.history, batch.candidates), wanted, batch.real)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert distance(fake, original, unseen) < 0.65 * before

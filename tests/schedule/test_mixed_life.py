@@ -54,12 +54,14 @@ class MixedLife(Life):
     @precondition(lambda self: len(self.working) < 3)
     @rule()
     def works(self) -> None:
-        """Both kinds are asked. If nobody works somebody begins, and not with who is behind."""
+        """All who are idle are asked. If nobody works somebody begins, and not with who is behind alone."""
         nobody, waiting = not self.working, self.ledger.waiting
         self.ends(self.ledger.late(self.now), "late")
         turns = waiting.turn[: waiting.size].copy()
         first = float(turns.min()) if turns.size else NEVER
-        given = [work for kind in (0, 1) if (work := self.gets_work(kind)) is not None]
+        given: list[Work[Subject]] = []
+        while more := [work for kind in (0, 1) if (work := self.gets_work(kind)) is not None]:
+            given += more
         if nobody:
             assert bool(given) == (first < NEVER)
             assert not given or any(float(turns[job.slot]) == first for work in given for job in work.jobs)

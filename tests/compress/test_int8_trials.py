@@ -21,7 +21,8 @@ from rankd.compress.accuracy_gate import AccuracyGate
 from rankd.compress.compress_run import compress, read_compression, read_int8
 from rankd.compress.compression_recipe import FineTuning, Gate, ReferenceRequest
 from rankd.compress.quantization import plan_sha256, read_plan
-from rankd.compress.search import Search
+from rankd.compress.record_files import write_record
+from rankd.compress.search import Looks, Search
 from rankd.compress.search_plan import SearchPlan, StepSpace, Timing
 from rankd.compress.search_report import report_of, write_report
 from rankd.compress.speed_target import Pick, Target
@@ -211,7 +212,8 @@ def with_scales(folder: Path, trial: TrialRecord, factor: float) -> TrialRecord:
 def test_a_choice_that_int8_spoils_is_refused_though_its_floats_pass(
     run: Path, searched: Path, found: dict[str, TrialRecord], tmp_path: Path
 ) -> None:
-    """Scales that cut off nearly everything: only the quantized graphs can tell, for the weights are the original's."""
+    """Scales that cut off nearly everything: only the quantized graphs can tell, for the weights are the original's.
+    What the gate says of them counts, whatever it says of the floats."""
     shutil.copytree(searched, tmp_path / "search")
     spoiled = Pick(with_scales(tmp_path / "search", named(found, steps=False, requests=24), 1e-4), "a test")
     with Search(run, tmp_path / "search") as search:
@@ -219,13 +221,13 @@ def test_a_choice_that_int8_spoils_is_refused_though_its_floats_pass(
         search.settle(spoiled, Target(), tmp_path / "easy", quiet)
         (look,) = search.looks()
         assert look.int8 is not None
-        name, metric = min(look.int8.gate.metrics.items(), key=lambda pair: pair[1].low)
-        assert metric.low < look.gate.metrics[name].low == 1.0
-        target = Target(bounds={name: (metric.low + 1) / 2})
-        with pytest.raises(
-            GateRefused, match=rf"is refused in int8 on .*, which the search did not see: .*{name} keeps"
-        ):
-            search.settle(spoiled, target, tmp_path / "small", quiet)
+        assert look.gate.metrics["ndcg@10"].kept == 1.0
+        assert abs(look.int8.gate.metrics["ndcg@10"].kept - 1) > 0.1
+        worse = {name: msgspec.structs.replace(one, low=0.1) for name, one in look.int8.gate.metrics.items()}
+        lost = msgspec.structs.replace(look.int8, gate=msgspec.structs.replace(look.int8.gate, metrics=worse))
+        write_record(tmp_path / "search" / "verdicts.json", Looks((msgspec.structs.replace(look, int8=lost),)))
+        with pytest.raises(GateRefused, match=r"is refused in int8 on .*, which the search did not see: .*gauc keeps"):
+            search.settle(spoiled, Target(), tmp_path / "small", quiet)
     assert not (tmp_path / "small").exists()
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hypothesis import strategies as st
+
 from rankd.schedule.admission import Limits
 from rankd.schedule.costs import CostModel, Warmed
 from rankd.schedule.cutting import Cutter
 from rankd.schedule.kinds import Mix
-from rankd.schedule.policy import Rules
+from rankd.schedule.policy import Priority, Rules
+from rankd.schedule.simulation import Arrival
 
 BUCKETS = (16, 64, 256)
 CALL_MS = {(16, 1): 1.0, (16, 2): 1.2, (16, 4): 1.6, (64, 1): 3.0, (256, 1): 11.0}
@@ -31,6 +34,20 @@ def rules_of(
     costs = CostModel(Warmed(score_ms, encode_ms={64: scale * 5.0}))
     cutter = Cutter(BUCKETS, costs.score, most_rows)
     return Rules(cutter, costs, most_users, num_executors, largest, stretch, fairness_ms, batch_ms)
+
+
+def some_arrivals(**prepare: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Arrival]]:
+    """Up to 40 requests within two seconds, in any order; `prepare` says what preparing them takes."""
+    one = st.builds(
+        Arrival,
+        at=st.floats(0, 2),
+        rows=st.integers(1, 1024),
+        resident=st.booleans(),
+        timeout_ms=st.none() | st.floats(1, 300),
+        priority=st.sampled_from(Priority),
+        **prepare,
+    )
+    return st.lists(one, max_size=40)
 
 
 def wide_rules(num_executors: int = 1, **more: Any) -> Rules:

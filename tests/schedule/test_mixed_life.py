@@ -18,13 +18,12 @@ from hypothesis.stateful import precondition, rule
 from rankd.schedule.admission import Limits
 from rankd.schedule.kinds import Mix, Standing
 from rankd.schedule.ledger import Job, Ledger, Work
-from rankd.schedule.policy import Priority
 from rankd.schedule.scheduler import Scheduler
 from rankd.schedule.simulation import Arrival, simulate
 from rankd.schedule.waiting import NEVER
 from tests.features.stores.redis_server import eventually
 from tests.schedule import test_scheduler
-from tests.schedule.made_up import ROOMY, rules_of, two_kinds, wide_rules
+from tests.schedule.made_up import ROOMY, rules_of, some_arrivals, two_kinds, wide_rules
 from tests.schedule.test_ledger import Life, Subject
 from tests.schedule.test_scheduler import PATIENCE, Item, asked, failing_once, right
 
@@ -89,18 +88,7 @@ TestMixedLife = MixedLife.TestCase
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.builds(
-            Arrival,
-            at=st.floats(0, 2),
-            rows=st.integers(1, 1024),
-            resident=st.booleans(),
-            timeout_ms=st.none() | st.floats(1, 300),
-            priority=st.sampled_from(Priority),
-            prepare_by_kind=st.tuples(st.floats(0, 20), st.floats(0, 20)),
-        ),
-        max_size=40,
-    ),
+    some_arrivals(prepare_by_kind=st.tuples(st.floats(0, 20), st.floats(0, 20))),
     st.integers(1, 3),
     st.integers(1, 2),
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rankd.schedule.admission import Limits
 from rankd.schedule.policy import Priority
 from rankd.schedule.simulation import Arrival, Outcome, simulate
-from tests.schedule.made_up import CALL_MS, ROOMY, rules_of
+from tests.schedule.made_up import CALL_MS, ROOMY, rules_of, some_arrivals
 
 
 def poisson(
@@ -90,18 +90,7 @@ def test_padding_is_small_because_long_lists_are_cut_to_fit() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.builds(
-            Arrival,
-            at=st.floats(0, 2),
-            rows=st.integers(1, 1024),
-            prepare_ms=st.floats(0, 20),
-            resident=st.booleans(),
-            timeout_ms=st.none() | st.floats(1, 300),
-            priority=st.sampled_from(Priority),
-        ),
-        max_size=40,
-    ),
+    some_arrivals(prepare_ms=st.floats(0, 20)),
     st.integers(1, 4),
 )
 def test_everybody_ends_and_nothing_is_scored_twice(arrivals: list[Arrival], num_executors: int) -> None:

@@ -57,18 +57,16 @@ def against_torch(ranker: Ranker, requests: Sequence[RankRequest], scores: Seque
     return worst
 
 
-def check_same(
-    contestant: str, expected: Sequence[Float32Array], given: Sequence[Float32Array], precision: str
-) -> float:
-    """The largest difference of a contestant's scores.
+def check_same(contestant: str, expected: Sequence[Float32Array], given: Sequence[Float32Array], bound: float) -> float:
+    """The largest difference of a contestant's scores; `bound` is what is allowed, mostly SAME of the precision.
 
     Raises:
-        EngineFailure: above SAME.
+        EngineFailure: above it.
     """
     worst = max_difference(expected, given)
-    if not worst <= SAME[precision]:
+    if not worst <= bound:
         raise EngineFailure(
-            f"the scores of {contestant} differ from those in process by {worst:.3g}; at most {SAME[precision]:g} is "
+            f"the scores of {contestant} differ from those in process by {worst:.3g}; at most {bound:g} is "
             "allowed, so nothing is measured"
         )
     return worst

@@ -6,8 +6,6 @@ both, with intervals over users. Days on which anybody trained or chose weights 
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import msgspec
 import numpy as np
 from torch import nn
@@ -17,7 +15,7 @@ from rankd.errors import DataError
 from rankd.gate_record import GatedMetric, GateRecord
 from rankd.train.evaluation import Progress, Scorer, TestEvent, make_test_events, score_events
 from rankd.train.ranking_metrics import ScoredEvents, evaluate, kept_quality
-from rankd.train.samples import Dataset, seconds_of
+from rankd.train.samples import Dataset, date_of, seconds_of
 from rankd.train.trainer import torch_scorer
 
 DAY_S = 86_400
@@ -32,20 +30,20 @@ def gate_events(dataset: Dataset, gate: Gate) -> list[TestEvent]:
     start, end = gate_days(dataset, gate)
     if start < dataset.validate_until:
         raise DataError(
-            f"the gate's days begin on {_date(start)}, but the weights were trained until {_date(dataset.train_until)} "
-            f"and chosen on days until {_date(dataset.validate_until)}; a model is not judged on days that it "
-            f"has seen: set gate.since to {_date(dataset.validate_until)} or later"
+            f"the gate's days begin on {date_of(start)}, but the weights were trained until "
+            f"{date_of(dataset.train_until)} and chosen on days until {date_of(dataset.validate_until)}; a model is "
+            f"not judged on days that it has seen: set gate.since to {date_of(dataset.validate_until)} or later"
         )
     if end <= start:
         raise DataError(
-            f"the gate's days, {_date(start)} to {_date(end)}, hold no time; the log ends on "
-            f"{_date(dataset.schema.log_end)}"
+            f"the gate's days, {date_of(start)} to {date_of(end)}, hold no time; the log ends on "
+            f"{date_of(dataset.schema.log_end)}"
         )
     events, _ = make_test_events(dataset, start, end, gate.sampled, gate.seed)
     users = len({event.sample.user for event in events})
     if users < gate.min_users:
         raise DataError(
-            f"{users} users have a request from {_date(start)} to {_date(end)}; an interval over users needs "
+            f"{users} users have a request from {date_of(start)} to {date_of(end)}; an interval over users needs "
             f"{gate.min_users}: widen gate.since and gate.until, or lower gate.min_users and take a wider interval"
         )
     return events
@@ -77,8 +75,8 @@ class AccuracyGate:
         mine = self._scored(compressed, progress)
         start, end = gate_days(self.dataset, self.gate)
         return GateRecord(
-            since=_date(start),
-            until=_date(end),
+            since=date_of(start),
+            until=date_of(end),
             num_requests=len(mine.users),
             num_users=len(np.unique(mine.users)),
             sampled=self.gate.sampled,
@@ -137,11 +135,7 @@ def split_days(dataset: Dataset, gate: Gate, choose_until: str) -> tuple[Gate, G
     cut = seconds_of(choose_until) if choose_until else middle - middle % DAY_S
     if not start < cut < end:
         raise DataError(
-            f"the gate's days, {_date(start)} to {_date(end)}, are not cut in two by {_date(cut)}: a search "
+            f"the gate's days, {date_of(start)} to {date_of(end)}, are not cut in two by {date_of(cut)}: a search "
             "needs days to choose on and others to judge its choice; set choose_until between gate.since and gate.until"
         )
-    return msgspec.structs.replace(gate, until=_date(cut)), msgspec.structs.replace(gate, since=_date(cut))
-
-
-def _date(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+    return msgspec.structs.replace(gate, until=date_of(cut)), msgspec.structs.replace(gate, since=date_of(cut))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ from rankd.features.schema import FIRST_ITEM_ROW, UNKNOWN_ROW, TensorSpec, candi
 from rankd.train.batches import sample_features
 from rankd.train.evaluation import TestEvent, with_candidates
 from rankd.train.run import file_sha256
-from rankd.train.samples import Dataset, Sample, baskets_between
+from rankd.train.samples import Dataset, Sample, baskets_between, date_of
 from rankd.types import Array, Features, Int32Array
 
 MOST_UNKNOWN = 0.2
@@ -152,18 +151,14 @@ def _event(dataset: Dataset, user: int, time: int | None, rows: Int32Array, unti
     time = until - 1 if time is None else time
     if time >= until:
         raise DataError(
-            f"a calibration request is of {_date(time)}, and the gate judges from {_date(until)} on; a model is not "
-            "judged on days that it was calibrated on"
+            f"a calibration request is of {date_of(time)}, and the gate judges from {date_of(until)} on; a model "
+            "is not judged on days that it was calibrated on"
         )
     snapshot = int(np.searchsorted([one.as_of for one in dataset.snapshots], time, side="right")) - 1
     if snapshot < 0:
         raise DataError(
-            f"a calibration request is of {_date(time)}; the log's items are known from "
-            f"{_date(dataset.snapshots[0].as_of)} on"
+            f"a calibration request is of {date_of(time)}; the log's items are known from "
+            f"{date_of(dataset.snapshots[0].as_of)} on"
         )
     nothing = np.zeros((len(rows), len(dataset.schema.tasks)), np.float32)
     return TestEvent(Sample(user, time, snapshot, rows, nothing), rows, nothing)
-
-
-def _date(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).date().isoformat()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -26,10 +27,10 @@ from rankd.compress.fake_quantization import FakeQuantized, call_limits
 from rankd.compress.int8_search import Found, int8_error, search_int8
 from rankd.compress.quantization import GRAPHS, float_graphs
 from rankd.compress.record_files import read_record, write_record
-from rankd.compress.smaller_model import EPOCHS, WEIGHTS, Original, distillation_loss, read_subject
+from rankd.compress.smaller_model import EPOCHS, WEIGHTS, Original, read_subject, tuner
 from rankd.compress.surgery import Subject
 from rankd.train.evaluation import Progress
-from rankd.train.trainer import Trainer, seen_days
+from rankd.train.trainer import seen_days
 
 FLOATS, TUNING = "floats", "int8"
 
@@ -73,15 +74,11 @@ def tune_in_int8(
     Raises:
         DataError, BuildError: see `search_int8`, `call_limits`.
     """
-    plan, run, folder = recipe.quantize or Quantize(), original.run.recipe, work / TUNING
-    tuning = plan.finetune or QuantizedTuning()
+    plan, folder = recipe.quantize or Quantize(), work / TUNING
     scales = _scales(folder, original, subject, plan, calibration, progress)
-    training = msgspec.structs.replace(
-        run.training, epochs=tuning.epochs, patience=tuning.epochs, learning_rate=tuning.learning_rate
-    )
-    tuned = msgspec.structs.replace(run, model=subject.choice, training=training)
     model = FakeQuantized(copy.deepcopy(subject.model), scales.calls)
-    Trainer(original.dataset, tuned, folder, model, distillation_loss(original, recipe.finetune)).start(progress)
+    quantized = replace(subject, model=model)
+    tuner(original, recipe, quantized, folder, plan.finetune or QuantizedTuning()).start(progress)
     part = work / f"{WEIGHTS}.part"
     save_file(model.model.state_dict(), part, seen_days(original.dataset))
     os.replace(part, work / WEIGHTS)

@@ -28,7 +28,7 @@ from rankd.compress.layer_prices import request_ms, yardstick
 from rankd.compress.record_files import read_record, write_record
 from rankd.compress.surgery import Subject
 from rankd.engine.backend import EngineConfig, Precision
-from rankd.engine.targets import load_backend, why_not
+from rankd.engine.targets import float_precision, load_backend, why_not
 from rankd.errors import ConfigError
 from rankd.gate_record import GateRecord, Int8Record
 from rankd.train.evaluation import Progress
@@ -113,7 +113,7 @@ def float_graphs(subject: Subject, dataset: Dataset) -> Iterator[Artifact]:
         choice = subject.choice
         contents = Contents(subject.model, choice.kind, subject.schema, catalogue_of(dataset), (), choice.options)
         manifest = draft(folder, contents, BuildOptions("judged", "1", targets=(TARGET,)))
-        precision = Precision.FP32 if why_not(TARGET, Precision.BF16) else Precision.BF16
+        precision = float_precision(TARGET)
         yield Artifact(folder, _served_in(manifest, precision))
 
 

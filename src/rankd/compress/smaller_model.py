@@ -30,6 +30,7 @@ from rankd.compress.compression_recipe import (
     Factorise,
     FineTuning,
     Prune,
+    QuantizedTuning,
     ShareLayers,
     Student,
 )
@@ -96,10 +97,19 @@ def read_subject(original: Original, choice: ModelChoice, weights: Path) -> Subj
     return Subject(choice, original.dataset.schema, model.eval())
 
 
-def distillation_loss(original: Original, plan: FineTuning) -> DistillationLoss:
-    """The loss of tuning a model to the original."""
-    weights = torch.tensor([task.rank_weight for task in original.dataset.schema.tasks])
-    return DistillationLoss(original.model, plan, weights, original.run.recipe.training.listwise)
+def tuner(
+    original: Original, recipe: CompressionRecipe, subject: Subject, folder: Path, tuning: FineTuning | QuantizedTuning
+) -> Trainer:
+    """What trains a subject's model in a folder as the run was trained, for the epochs and at the rate of `tuning`, on
+    the losses of the recipe's fine-tuning."""
+    run, dataset = original.run.recipe, original.dataset
+    training = msgspec.structs.replace(
+        run.training, epochs=tuning.epochs, patience=tuning.epochs, learning_rate=tuning.learning_rate
+    )
+    weights = torch.tensor([task.rank_weight for task in dataset.schema.tasks])
+    loss = DistillationLoss(original.model, recipe.finetune, weights, training.listwise)
+    tuned = msgspec.structs.replace(run, model=subject.choice, training=training)
+    return Trainer(dataset, tuned, folder, subject.model, loss)
 
 
 def tidy_start(work: Path) -> None:
@@ -171,15 +181,10 @@ def calibration_batches(dataset: Dataset, training: Training, step: Prune) -> It
 def _fine_tune(work: Path, original: Original, recipe: CompressionRecipe, subject: Subject, progress: Progress) -> None:
     """Train what is left, from the last whole epoch if there is one; best.safetensors after. Without a step there is
     nothing to make up for."""
-    plan, run = recipe.finetune, original.run.recipe
-    if plan.epochs == 0 or not recipe.steps:
+    if recipe.finetune.epochs == 0 or not recipe.steps:
         shutil.copyfile(work / "start.safetensors", work / WEIGHTS)
         return
-    training = msgspec.structs.replace(
-        run.training, epochs=plan.epochs, patience=plan.epochs, learning_rate=plan.learning_rate
-    )
-    tuned = msgspec.structs.replace(run, model=subject.choice, training=training)
-    Trainer(original.dataset, tuned, work, subject.model, distillation_loss(original, plan)).start(progress)
+    tuner(original, recipe, subject, work, recipe.finetune).start(progress)
 
 
 def _size(subject: Subject) -> int:

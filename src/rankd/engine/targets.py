@@ -53,6 +53,11 @@ def check_target(target: str) -> None:
         raise ConfigError(f"unknown target '{target}'; there is: {', '.join(TARGETS)}.{nearest(target, TARGETS)}")
 
 
+def float_precision(*targets: str) -> Precision:
+    """Bfloat16 where all of these compute in it on this machine, else float32."""
+    return Precision.FP32 if any(why_not(target, Precision.BF16) for target in targets) else Precision.BF16
+
+
 def why_not(target: str, precision: Precision) -> str:
     """Why a target cannot compute in a precision here; empty if it can."""
     reason: str = _module(target).why_not(precision)

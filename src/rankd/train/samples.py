@@ -86,13 +86,18 @@ def seconds_of(date: str) -> int:
         raise DataError(f"'{date}' is not a date; write YYYY-MM-DD") from error
 
 
+def date_of(seconds: int) -> str:
+    """YYYY-MM-DD of a moment, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+
+
 def prepare(log: InteractionLog, shapes: Shapes) -> Dataset:
     """Pack a log: snapshots up to the log's end, the schema fitted on the time before `train_until`."""
     split = log.description.split
     train_until, validate_until = seconds_of(split.train_until), seconds_of(split.validate_until)
     end = int(log.times[-1]) + 1
     if not log.times[0] < train_until < validate_until < end:
-        first, last = (datetime.fromtimestamp(int(t), UTC).date() for t in (log.times[0], log.times[-1]))
+        first, last = (date_of(int(t)) for t in (log.times[0], log.times[-1]))
         raise DataError(
             f"the split ({split.train_until}, {split.validate_until}) has to cut the log's time, {first} to {last}, "
             "into three parts in that order"

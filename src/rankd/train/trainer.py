@@ -15,7 +15,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from rankd.train.batches import Batch, as_tensors, sample_features, training_bat
 from rankd.train.evaluation import Progress, Scorer, make_test_events, score_events
 from rankd.train.ranking_metrics import evaluate
 from rankd.train.recipe import Recipe
-from rankd.train.samples import Dataset, Sample, baskets_between
+from rankd.train.samples import Dataset, Sample, baskets_between, date_of
 from rankd.types import Float32Array, Int32Array
 
 WARM_UP_STEPS = 100
@@ -215,7 +214,7 @@ def check_unseen(path: Path, dataset: Dataset) -> None:
     with safe_open(path, "pt") as file:
         seen = int((file.metadata() or {}).get("seen_until", 0))
     if seen > dataset.validate_until:
-        until, said = (datetime.fromtimestamp(one, UTC).date() for one in (seen, dataset.validate_until))
+        until, said = date_of(seen), date_of(dataset.validate_until)
         raise DataError(
             f"{path} was trained and chosen on days until {until}, but its description takes all days from {said} on "
             "for days that it has not seen; a model is not judged on its own training days: restore the split, or "

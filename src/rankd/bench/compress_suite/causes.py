@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from rankd.bench.compress_suite.stages import FAST, INT8, LIBRARY, MASKED, PRUNED, STATES, TORCH
 from rankd.bench.report import Row, percentile, percentiles
 from rankd.gate_record import Compression, GateRecord
@@ -61,17 +63,7 @@ def rows_of(figures: Figures) -> list[Row]:
     for stage, gate in figures.gates.items():
         about = f"accuracy of '{stage}', {gate.since} to {gate.until}, {gate.num_users} users"
         rows += [
-            {
-                "contestant": name,
-                "table": about,
-                "original": one.original,
-                "compressed": one.compressed,
-                "kept": one.kept,
-                "low": one.low,
-                "high": one.high,
-                "bound": one.bound,
-            }
-            for name, one in gate.metrics.items()
+            {"contestant": name, "table": about, **msgspec.structs.asdict(one)} for name, one in gate.metrics.items()
         ]
     return rows + [row | {"table": "every rate that was tried"} for row in figures.tried]
 

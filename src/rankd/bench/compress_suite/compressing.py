@@ -26,22 +26,23 @@ import numpy as np
 from rankd.bench.arrivals import POISSON
 from rankd.bench.compress_suite.causes import Figures, gates_of, ratios_of, rows_of
 from rankd.bench.compress_suite.gate_refusals import gate_refusals
-from rankd.bench.compress_suite.stages import FAST, LIBRARY, MASKED, PRUNED, TORCH, Stage, Trained, build_stages
+from rankd.bench.compress_suite.stages import MASKED, PRUNED, Compressed, Stage, build_stages
 from rankd.bench.load import Connection
-from rankd.bench.parity import against_torch, features_of, max_difference, scores_in_process
+from rankd.bench.parity import against_torch, check_same, features_of, scores_in_process
 from rankd.bench.report import Neighbours, Report, Row, commit, machine
 from rankd.bench.schedule_suite.live_load import LoadedServer, Promise
 from rankd.bench.server_process import ServerProcess
 from rankd.compress.compress_run import read_compression, read_int8
 from rankd.compress.compression_recipe import ReferenceRequest
 from rankd.compress.layer_prices import yardstick
-from rankd.compress.surgery import Subject
+from rankd.compress.smaller_model import WEIGHTS, Original, read_subject
 from rankd.engine.backend import EngineConfig, Precision
-from rankd.errors import ConfigError, EngineFailure
+from rankd.errors import ConfigError
 from rankd.ranker import Ranker
 from rankd.states.state_config import StateConfig
 from rankd.train.evaluation import make_test_events
-from rankd.train.run import open_run, weights_sha256
+from rankd.train.run import open_run, read_run, weights_sha256
+from rankd.train.trainer import check_unseen
 from rankd.types import Float32Array, RankRequest
 
 SAME = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.1}
@@ -82,21 +83,14 @@ class _Suite:
         Raises:
             EngineFailure: scores that differ from those in process.
         """
-        dense = next(stage.version for stage in self.stages if stage.name == TORCH)
-        whole = next(stage.version for stage in self.stages if stage.name == MASKED)
+        precisions = {stage.version: stage.precision for stage in self.stages}
         for stage in self.stages:
             contestant, server = stage.contestant(single=True), servers[stage.name]
             some = self._requests if stage.warm else self._requests[:CHECKED]
             given = [contestant.decode(server.exchange(contestant.encode(request)), request) for request in some]
-            version = whole if stage.version == dense else stage.version
-            worst = max_difference(expected[version], given[:CHECKED])
-            bound = max(SAME[stage.precision], SAME[_precision_of(self.stages, version)])
-            if not worst <= bound:
-                raise EngineFailure(
-                    f"the scores of stage '{stage.name}' differ from those in process by {worst:.3g}; at most "
-                    f"{bound:g} is allowed, so nothing is measured"
-                )
-            self.parity[stage.name] = worst
+            bound = max(SAME[stage.precision], SAME[precisions[stage.truth]])
+            name = f"stage '{stage.name}'"
+            self.parity[stage.name] = check_same(name, expected[stage.truth], given[:CHECKED], bound)
 
     def alone(self, servers: Mapping[str, ServerProcess], number: int) -> None:
         """A round of single requests: every stage has them all, and who comes first differs from round to round."""
@@ -137,7 +131,8 @@ def run_compress(run: Path, compressed: Path, data: Path | None, options: Compre
         advance(min(next(told), steps - 1), steps, what)
 
     tell("the runs")
-    original, small = Trained(*open_run(run, data)), _compressed(run, compressed, data)
+    original = Original(run, *open_run(run, data))
+    small = _compressed(original, compressed)
     neighbours = Neighbours()
     with TemporaryDirectory(prefix="rankd-bench-") as scratch:
         folder = Path(scratch)
@@ -158,28 +153,29 @@ def run_compress(run: Path, compressed: Path, data: Path | None, options: Compre
             tell(f"{stage.name}, under load")
             suite.under_load(stage)
         surroundings["others_cpu_share"] = neighbours.share()
-        refused = gate_refusals(run, original, data, folder, tell)
+        refused = gate_refusals(original, data, folder, tell)
     about = _about(original, small, stages, options) | {"tokens_a_block": tokens}
-    figures = Figures(suite.calls_ms, suite.rates, suite.tried, {} if small.made is None else gates_of(small.made))
+    figures = Figures(suite.calls_ms, suite.rates, suite.tried, gates_of(small.made))
     results, ratios = rows_of(figures), ratios_of(figures)
     results += [{"contestant": name, "table": "what the gate refuses", "why": why} for name, why in refused.items()]
     advance(steps, steps, "done")
     return Report("compress", about, surroundings, commit(), parity | suite.parity, results, ratios)
 
 
-def _compressed(run: Path, compressed: Path, data: Path | None) -> Trained:
-    made = read_compression(compressed)
+def _compressed(original: Original, folder: Path) -> Compressed:
+    """A compression of the original. Its weights are those of the record, which says what was compressed."""
+    made, run = read_compression(folder), original.folder
     if made is None:
-        raise ConfigError(
-            f"{compressed} is no compression; make one with `rankd compress {run} --recipe ... --out ...`"
-        )
+        raise ConfigError(f"{folder} is no compression; make one with `rankd compress {run} --recipe ... --out ...`")
     if made.original_sha256 != weights_sha256(run):
-        raise ConfigError(f"{compressed} was made of another run than {run} (checksums of the weights differ)")
-    return Trained(*open_run(compressed, data), made, read_int8(compressed, made))
+        raise ConfigError(f"{folder} was made of another run than {run} (checksums of the weights differ)")
+    check_unseen(folder / WEIGHTS, original.dataset)
+    subject = read_subject(original, read_run(folder).recipe.model, folder / WEIGHTS)
+    return Compressed(subject, made, read_int8(folder, made))
 
 
 def _subject(
-    original: Trained, stages: Sequence[Stage], options: CompressOptions
+    original: Original, stages: Sequence[Stage], options: CompressOptions
 ) -> tuple[list[RankRequest], dict[Path, list[Float32Array]], dict[str, float], float]:
     """Requests of the test days, the scores in process of every version, how far these are from torch, and the mean
     tokens of a block."""
@@ -187,7 +183,7 @@ def _subject(
     requests: list[RankRequest] = []
     parity, tokens = {}, 0.0
     for stage in stages:
-        if stage.name in (TORCH, FAST, LIBRARY) or stage.version in expected:
+        if stage.version != stage.truth or stage.version in expected:
             continue
         engine = EngineConfig("openvino", Precision(stage.precision))
         with Ranker.load(stage.version, engine=engine, states=StateConfig(budget_mib=0)) as ranker:
@@ -202,7 +198,7 @@ def _subject(
     return requests, expected, parity, tokens
 
 
-def _requests(original: Trained, items: Sequence[str], options: CompressOptions) -> list[RankRequest]:
+def _requests(original: Original, items: Sequence[str], options: CompressOptions) -> list[RankRequest]:
     """Users as they come in the test days, candidates drawn evenly."""
     dataset, random = original.dataset, np.random.default_rng(1)
     events, _ = make_test_events(dataset, dataset.validate_until, dataset.schema.log_end + 1, 1, 0)
@@ -222,17 +218,10 @@ def _requests(original: Trained, items: Sequence[str], options: CompressOptions)
     ]
 
 
-def _precision_of(stages: Sequence[Stage], version: Path) -> str:
-    return next(stage.precision for stage in stages if stage.version == version)
-
-
-def _about(original: Trained, small: Trained, stages: Sequence[Stage], options: CompressOptions) -> dict[str, Any]:
+def _about(original: Original, small: Compressed, stages: Sequence[Stage], options: CompressOptions) -> dict[str, Any]:
     schema = original.dataset.schema
     stick = yardstick(ReferenceRequest(candidates=options.candidates), schema)
-
-    def flops(one: Trained) -> float:
-        return stick.flops(Subject(one.run.recipe.model, one.dataset.schema, one.model).anatomy())
-
+    flops = {"original": original.subject(), "compressed": small.subject}
     return {
         "name": original.run.description.name,
         "use": "a trained ranker and what was made of it",
@@ -240,10 +229,10 @@ def _about(original: Trained, small: Trained, stages: Sequence[Stage], options: 
             "candidates": options.candidates,
             "history a block": schema.history_length,
             "stages": len(stages),
-            "precision": _precision_of(stages, next(s.version for s in stages if s.name == PRUNED)),
+            "precision": next(stage.precision for stage in stages if stage.name == PRUNED),
         },
-        "flops": {"original": flops(original), "compressed": flops(small)},
-        "recipe": None if small.made is None else small.made.recipe,
+        "flops": {name: stick.flops(subject.anatomy()) for name, subject in flops.items()},
+        "recipe": small.made.recipe,
         "bound_ms": options.bound_ms,
         "runs": options.runs,
     }

@@ -6,16 +6,16 @@ In: a run. Out: for each what refused it, and in which words. One that came out 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
-from rankd.bench.compress_suite.stages import Trained
 from rankd.compress.accuracy_gate import DAY_S, gate_days
 from rankd.compress.compress_run import compress
 from rankd.compress.compression_recipe import CompressionRecipe, FineTuning, Gate, Quantize, Student
+from rankd.compress.smaller_model import Original
 from rankd.errors import EngineFailure, RankdError
+from rankd.train.samples import date_of
 
 DAYS = 10
 """Of the test time: a refusal needs no narrow interval."""
@@ -27,7 +27,7 @@ NEXT_TO_NOTHING = {"width": 8, "heads": 1, "layers": 1}
 Advance = Callable[[str], None]
 
 
-def gate_refusals(run: Path, original: Trained, data: Path | None, folder: Path, advance: Advance) -> dict[str, str]:
+def gate_refusals(original: Original, data: Path | None, folder: Path, advance: Advance) -> dict[str, str]:
     """What came of a recipe that is too strong, of scales found on corrupted requests, and of training days.
 
     Raises:
@@ -35,9 +35,9 @@ def gate_refusals(run: Path, original: Trained, data: Path | None, folder: Path,
     """
     dataset = original.dataset
     start, _ = gate_days(dataset, Gate())
-    gate = Gate(BOUNDS, until=_day(start + DAYS * DAY_S), min_users=FEW_USERS)
+    gate = Gate(BOUNDS, until=date_of(start + DAYS * DAY_S), min_users=FEW_USERS)
     too_strong = CompressionRecipe((Student(NEXT_TO_NOTHING),), finetune=UNTUNED, gate=gate)
-    seen = Gate(since=_day(dataset.train_until - DAYS * DAY_S))
+    seen = Gate(since=date_of(dataset.train_until - DAYS * DAY_S))
     cases: Mapping[str, tuple[CompressionRecipe, Path | None]] = {
         "too strong a recipe": (too_strong, None),
         "corrupted calibration": (CompressionRecipe(quantize=Quantize(), gate=gate), _corrupted(folder)),
@@ -47,16 +47,12 @@ def gate_refusals(run: Path, original: Trained, data: Path | None, folder: Path,
     for name, (recipe, calibrate) in cases.items():
         advance(f"the gate, {name}")
         try:
-            compress(run, recipe, folder / name.replace(" ", "-"), data, calibrate=calibrate)
+            compress(original.folder, recipe, folder / name.replace(" ", "-"), data, calibrate=calibrate)
         except RankdError as error:
             refused[name] = f"{type(error).__name__}: {error}"
         else:
             raise EngineFailure(f"the gate let pass what it has to refuse: {name}")
     return refused
-
-
-def _day(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
 
 
 def _corrupted(folder: Path) -> Path:

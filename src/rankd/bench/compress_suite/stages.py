@@ -21,21 +21,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+import msgspec
 
 from rankd.bench.compress_suite.dense_artifact import build_dense
 from rankd.bench.engine_suite.contestant_process import fast_path_library
-from rankd.bench.schedule_suite.live_contestants import IN_ORDER, Contestant
-from rankd.bench.served_model import ServedModel
-from rankd.bench.wire_forms import Form, decode_scores, encode_request
+from rankd.bench.schedule_suite.live_contestants import IN_ORDER, Contestant, served
 from rankd.build.int8_graphs import Int8Plan
 from rankd.build.pack import BuildOptions, build_artifact
+from rankd.compress.smaller_model import Original
+from rankd.compress.surgery import Subject
 from rankd.engine.backend import Precision
-from rankd.engine.targets import why_not
+from rankd.engine.targets import float_precision
 from rankd.errors import EngineFailure
 from rankd.gate_record import Compression
-from rankd.train.run import Run
-from rankd.train.samples import Dataset
 
 TORCH, FAST, LIBRARY, MASKED = "torch", "torch, fast path", "library", "mask-aware"
 PRUNED, INT8 = "pruned", "int8"
@@ -46,11 +44,13 @@ VERSION = "1"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A way to serve. `variables` are of its server; `alone` come to them where one request is computed at a time,
-    `loaded` where there are always some. `warm`: all requests find their states."""
+    """A way to serve. `truth` is the version whose scores in process it has to give: its own, or of the dense ones the
+    whole model's. `variables` are of its server; `alone` come to them where one request is computed at a time, `loaded`
+    where there are always some. `warm`: all requests find their states."""
 
     name: str
     version: Path
+    truth: Path
     variables: Mapping[str, str]
     alone: Mapping[str, str] = field(default_factory=dict)
     loaded: Mapping[str, str] = field(default_factory=dict)
@@ -64,47 +64,36 @@ class Stage:
     def contestant(self, single: bool) -> Contestant:
         """Its server, set for single requests or for load."""
         variables = {**self.variables, **(self.alone if single else self.loaded)}
-        return Contestant(
-            self.name,
-            lambda variant: ServedModel(
-                self.version.parent.parent, ("rankd", "serve", "--store", "memory:"), variables
-            ),
-            partial(encode_request, Form.BINARY),
-            lambda answer, request: decode_scores(Form.BINARY, answer),
-        )
+        return served(self.name, self.version.parent.parent, variables)
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
-    """A run that was trained or compressed: what `open_run` gave, and of a compression its record and scales."""
+class Compressed:
+    """What `rankd compress` made of a run: the model, the record of how, and the scales of int8 if it was quantized."""
 
-    run: Run
-    dataset: Dataset
-    model: nn.Module
-    made: Compression | None = None
-    int8: Int8Plan | None = None
+    subject: Subject
+    made: Compression
+    int8: Int8Plan | None
 
 
-def build_stages(folder: Path, original: Trained, compressed: Trained) -> tuple[Stage, ...]:
+def build_stages(folder: Path, original: Original, compressed: Compressed) -> tuple[Stage, ...]:
     """Build all versions into a folder; the stages in the order of their causes.
 
     Raises:
         BuildError: a model that cannot be built here. EngineFailure: one that has no dense form.
     """
-    best = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
-    recipe = original.run.recipe
+    best = float_precision("openvino")
     dense = build_dense(
         folder / "dense",
         original.model,
         original.dataset,
-        recipe,
+        original.run.recipe,
         BuildOptions("ranker", VERSION, best, ("openvino", "reference"), fall_back=True),
     )
-    whole = _build(folder / "whole", original, best)
-    small = _build(folder / "small", compressed, best)
+    whole = _build(folder / "whole", original, original.subject(), best)
+    small = _build(folder / "small", original, compressed.subject, best, compressed)
     cores = str(len(os.sched_getaffinity(0)))
-    alone, loaded = _threads("1", cores), _threads(cores, "1")
-    dense_at = partial(Stage, version=dense, alone=alone, loaded=loaded)
+    dense_at = partial(Stage, version=dense, truth=whole, alone=_threads("1", cores), loaded=_threads(cores, "1"))
     plain = {**NO_STATES, **IN_ORDER}
     stages = [dense_at(TORCH, variables={**plain, **_engine("reference", Precision.FP32)})]
     try:
@@ -114,25 +103,29 @@ def build_stages(folder: Path, original: Trained, compressed: Trained) -> tuple[
         pass  # without a compiler there is the one baseline
     engine = _engine("openvino", best)
     stages.append(dense_at(LIBRARY, variables={**plain, **engine}))
-    stages.append(Stage(MASKED, whole, {**NO_STATES, **engine}))
+    stages.append(Stage(MASKED, whole, whole, {**NO_STATES, **engine}))
     stages += _cold_and_warm(PRUNED, small, engine)
     if compressed.int8 is not None:
-        stages += _cold_and_warm(
-            INT8, _build(folder / "int8", compressed, Precision.INT8), _engine("openvino", Precision.INT8)
-        )
+        narrow = _build(folder / "int8", original, compressed.subject, Precision.INT8, compressed)
+        stages += _cold_and_warm(INT8, narrow, _engine("openvino", Precision.INT8))
     return tuple(stages)
 
 
-def _build(root: Path, trained: Trained, precision: Precision) -> Path:
-    int8 = trained.int8 if precision is Precision.INT8 else None
-    options = BuildOptions("ranker", VERSION, precision, ("openvino",), int8=int8)
-    return build_artifact(root, trained.model, trained.dataset, trained.run.recipe, options, compression=trained.made)
+def _build(
+    root: Path, original: Original, subject: Subject, precision: Precision, compressed: Compressed | None = None
+) -> Path:
+    """A version of a subject, with the record of its compression if it is compressed."""
+    recipe = msgspec.structs.replace(original.run.recipe, model=subject.choice)
+    made, int8 = (None, None) if compressed is None else (compressed.made, compressed.int8)
+    plan = int8 if precision is Precision.INT8 else None
+    options = BuildOptions("ranker", VERSION, precision, ("openvino",), int8=plan)
+    return build_artifact(root, subject.model, original.dataset, recipe, options, compression=made)
 
 
 def _cold_and_warm(name: str, version: Path, engine: Mapping[str, str]) -> list[Stage]:
     return [
-        Stage(name, version, {**NO_STATES, **engine}),
-        Stage(name + STATES, version, dict(engine), warm=True),
+        Stage(name, version, version, {**NO_STATES, **engine}),
+        Stage(name + STATES, version, version, engine, warm=True),
     ]
 
 

@@ -19,7 +19,7 @@ from rankd.bench.parity import against_torch, scores_in_process
 from rankd.bench.synthetic_model import build_model, schema_of, users_for
 from rankd.bench.workload import Fixed, Workload
 from rankd.engine.backend import Precision
-from rankd.engine.targets import why_not, why_not_model
+from rankd.engine.targets import float_precision, why_not, why_not_model
 from rankd.ranker import Ranker
 from rankd.types import Float32Array, RankRequest
 
@@ -120,4 +120,4 @@ def _served(workload: Workload) -> tuple[tuple[str, ...], Precision]:
     kind, options = workload.model.kind.value, workload.model.options()
     if not (why_not("native", Precision.BF16) or why_not_model("native", kind, options, schema_of(workload))):
         return ("native",), Precision.BF16
-    return ("openvino",), Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
+    return ("openvino",), float_precision("openvino")

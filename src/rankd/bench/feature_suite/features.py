@@ -28,7 +28,7 @@ from rankd.bench.feature_suite.feature_server import ASYNC, CONTESTANTS, Feature
 from rankd.bench.feature_suite.feature_subject import FeatureOptions, Subject, prepare
 from rankd.bench.feature_suite.redis_process import HOST, RedisProcess, round_trip_ms
 from rankd.bench.feature_suite.zipf_requests import ZipfRequests
-from rankd.bench.parity import check_same
+from rankd.bench.parity import SAME, check_same
 from rankd.bench.placement import on_cpus, placement
 from rankd.bench.report import Neighbours, Report, commit, machine
 from rankd.bench.serve_suite.serving import IN_PROCESS, Advance
@@ -114,7 +114,7 @@ def _check_parity(scene: Scene, subject: Subject) -> dict[str, float]:
         before = server.figures()
         given = [decode_scores(Form.BINARY, server.exchange(request)) for request in requests]
         after = server.figures()
-        worst[name] = check_same(name, subject.expected, given, subject.about["precision"])
+        worst[name] = check_same(name, subject.expected, given, SAME[subject.about["precision"]])
         fresh = after.rows["fresh"] - before.rows["fresh"]
         wanted = 1 if server.contestant == ASYNC else sum(len(request.candidates) for request in subject.checked)
         if fresh < wanted:

@@ -53,7 +53,7 @@ def served(name: str, root: Path, variables: Mapping[str, str]) -> Contestant:
     """`rankd serve` with settings."""
     return Contestant(
         name,
-        lambda variant: ServedModel(root, ("rankd", "serve", "--store", "memory:"), {**STATIC_SHAPES, **variables}),
+        lambda variant: ServedModel(root, ("rankd", "serve", "--store", "memory:"), variables),
         partial(encode_request, Form.BINARY),
         lambda answer, request: decode_scores(Form.BINARY, answer),
     )
@@ -81,11 +81,11 @@ def ours(fine: Path, single: Path) -> tuple[Contestant, ...]:
     first come, first served over it. `fine` and `single` are repositories of the same model, built for many buckets and
     for one."""
     places = tuple(one.value for one in Isolation)
-    either = [served(RANKD, fine, {ISOLATION: place}) for place in places]
+    either = [served(RANKD, fine, {**STATIC_SHAPES, ISOLATION: place}) for place in places]
     rankd = replace(either[0], launch=lambda variant: either[variant].launch(0), variants=places)
     return (
         rankd,
         replace(rankd, name=DEADLINES, says_deadlines=True),
-        served(QUEUE, fine, IN_ORDER),
-        served(PADDED, single, IN_ORDER),
+        served(QUEUE, fine, {**STATIC_SHAPES, **IN_ORDER}),
+        served(PADDED, single, {**STATIC_SHAPES, **IN_ORDER}),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from rankd.bench.arrivals import Arrivals
 from rankd.bench.load import ANSWER_TIMEOUT_S, LoadPlan, LoadResult, generate
-from rankd.bench.parity import check_same
+from rankd.bench.parity import SAME, check_same
 from rankd.bench.placement import memory_of_all
 from rankd.bench.rate_search import highest_rate
 from rankd.bench.report import Row, percentile
@@ -68,7 +68,7 @@ class LoadedServer:
             self.contestant.decode(self.server.exchange(encoded), request)
             for encoded, request, _ in zip(self._encoded, self._requests, expected, strict=False)
         ]
-        return check_same(self.contestant.name, expected, given, precision)
+        return check_same(self.contestant.name, expected, given, SAME[precision])
 
     def warm(self, count: int = WARMING) -> float:
         """The first requests; how many it answers a second when it always has some.

@@ -26,15 +26,16 @@ import numpy as np
 from rankd.bench.report import Report, Row, commit, machine
 from rankd.bench.schedule_suite.queue_kernels import threshold_latencies
 from rankd.bench.schedule_suite.simulated_schedule import (
-    NO_LIMITS,
     STEPS,
     SimulationOptions,
     arrivals_of,
     build_with_buckets,
+    costs_of,
     figures,
     fine_buckets,
     highest_rate,
     most_requests,
+    through_rankd,
 )
 from rankd.bench.workload import DeclaredExecutors, Workload, largest
 from rankd.engine.backend import EngineConfig
@@ -46,7 +47,7 @@ from rankd.schedule.kinds import Mix
 from rankd.schedule.packing import SIZES
 from rankd.schedule.policy import Rules
 from rankd.schedule.schedule_config import ScheduleConfig, make_rules
-from rankd.schedule.simulation import Arrival, simulate
+from rankd.schedule.simulation import Arrival
 from rankd.types import Array
 
 SHARES = (0.3, 0.5, 0.7, 0.85, 0.95)
@@ -215,8 +216,7 @@ def _rankd(rules: Rules | Mix, kind: int | None, arrivals: Sequence[Arrival]) ->
     """Both kinds, or the one of that number alone: latencies, and padded rows over real ones."""
     if kind is not None:
         arrivals = [replace(one, prepare_by_kind=(one.prepare_by_kind[kind],)) for one in arrivals]
-    simulated = simulate(arrivals, rules, NO_LIMITS)
-    return [one.latency_ms for one in simulated.outcomes], simulated.padded_rows / max(simulated.rows, 1)
+    return through_rankd(arrivals, rules)
 
 
 def declared_rules(workload: Workload, executors: DeclaredExecutors) -> Rules:
@@ -260,8 +260,7 @@ def _about(workload: Workload, kinds: Sequence[Rules], options: SimulationOption
         "executors": {
             rules.name: {
                 "count": rules.num_executors,
-                "score_ms": {f"{bucket} x {users}": ms for (bucket, users), ms in rules.costs.warmed.score_ms.items()},
-                "encode_ms": rules.costs.warmed.most_encode_ms,
+                **costs_of(rules.costs.warmed),
             }
             for rules in kinds
         },

@@ -22,7 +22,7 @@ from typing import Any
 
 from rankd.bench.load import Connection
 from rankd.bench.report import Neighbours, Report, Row, commit, machine
-from rankd.bench.schedule_suite.live_contestants import RANKD, served
+from rankd.bench.schedule_suite.live_contestants import RANKD, STATIC_SHAPES, served
 from rankd.bench.schedule_suite.live_load import SHARE, LoadedServer
 from rankd.bench.schedule_suite.live_schedule import LiveOptions, build_subject
 from rankd.bench.workload import Workload
@@ -74,7 +74,7 @@ def run_mlperf(workload: Workload, options: MlperfOptions, advance: Step) -> Rep
         advance(0, 3, "model and parity")
         live = LiveOptions(bound_ms=options.bound_ms)
         subject, parity, about = build_subject(workload, Path(folder), live)
-        contestant = served(RANKD, subject.fine, {})
+        contestant = served(RANKD, subject.fine, STATIC_SHAPES)
         advance(1, 3, "warm-up")
         with contestant.launch(0) as server:
             loaded = LoadedServer(contestant, server, subject.requests, live.arrivals, workload.seed)

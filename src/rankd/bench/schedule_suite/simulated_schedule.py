@@ -29,10 +29,11 @@ from rankd.bench.arrivals import POISSON, Arrivals
 from rankd.bench.report import Report, Row, commit, machine, percentile
 from rankd.bench.synthetic_model import build_model
 from rankd.bench.workload import Workload, draw, largest, zipf_ranks
-from rankd.engine.backend import Precision
-from rankd.engine.targets import why_not
+from rankd.engine.targets import float_precision
 from rankd.ranker import Ranker
 from rankd.schedule.admission import Limits
+from rankd.schedule.costs import Warmed
+from rankd.schedule.kinds import Mix
 from rankd.schedule.ledger import Ledger
 from rankd.schedule.policy import Rules
 from rankd.schedule.schedule_config import ScheduleConfig, make_rules
@@ -74,7 +75,7 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
     schedules: dict[str, Simulate] = {
         "fcfs padded": lambda arrivals: _fcfs(arrivals, rules, lambda rows: rules.cutter.buckets[-1]),
         "fcfs": lambda arrivals: _fcfs(arrivals, rules, rules.cutter.bucket_for),
-        "rankd": lambda arrivals: _rankd(arrivals, rules),
+        "rankd": lambda arrivals: through_rankd(arrivals, rules),
     }
     results: list[Row] = []
     at = partial(_arrivals, workload, rules, encode_ms, options)
@@ -124,8 +125,7 @@ def build_with_buckets(
 ) -> Path:
     """The workload's model with other candidate buckets, in bfloat16 where the machine has it on all targets."""
     changed = msgspec.structs.replace(workload.buckets, candidates=buckets)
-    precision = Precision.FP32 if any(why_not(one, Precision.BF16) for one in targets) else Precision.BF16
-    return build_model(msgspec.structs.replace(workload, buckets=changed), root, targets, precision)
+    return build_model(msgspec.structs.replace(workload, buckets=changed), root, targets, float_precision(*targets))
 
 
 def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
@@ -148,11 +148,18 @@ def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
                 },
                 "flops": {name: getattr(flops, name) for name in flops.__struct_fields__},
                 "runs": 1,
-                "score_ms": {f"{bucket} x {users}": ms for (bucket, users), ms in warmed.score_ms.items()},
-                "encode_ms": warmed.most_encode_ms,
+                **costs_of(warmed),
             }
     rules = make_rules(ScheduleConfig(), buckets, warmed, most_users.__getitem__, executors)
     return rules, warmed.most_encode_ms, about
+
+
+def costs_of(warmed: Warmed) -> dict[str, Any]:
+    """What calls take, for a report."""
+    return {
+        "score_ms": {f"{bucket} x {users}": ms for (bucket, users), ms in warmed.score_ms.items()},
+        "encode_ms": warmed.most_encode_ms,
+    }
 
 
 def _arrivals(
@@ -193,7 +200,8 @@ def _fcfs(arrivals: Sequence[Arrival], rules: Rules, bucket_of: Callable[[int], 
     return latencies, padded / real
 
 
-def _rankd(arrivals: Sequence[Arrival], rules: Rules) -> tuple[list[float], float]:
+def through_rankd(arrivals: Sequence[Arrival], rules: Rules | Mix) -> tuple[list[float], float]:
+    """Latencies in milliseconds, and padded rows over real ones."""
     simulated = simulate(arrivals, rules, NO_LIMITS)
     return [one.latency_ms for one in simulated.outcomes], simulated.padded_rows / max(simulated.rows, 1)
 

@@ -24,7 +24,7 @@ import msgspec
 from rankd.artifact import Artifact
 from rankd.bench.arrivals import POISSON, Arrivals
 from rankd.bench.load import Connection, LoadPlan, LoadResult, generate
-from rankd.bench.parity import against_torch, check_same, features_of, scores_in_process
+from rankd.bench.parity import SAME, against_torch, check_same, features_of, scores_in_process
 from rankd.bench.peak import peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, medians, percentile, percentiles
 from rankd.bench.serve_suite.in_process import InProcessPlan, rank_in_process
@@ -173,7 +173,7 @@ def _check_forms(server: ServedModel, subject: Subject) -> dict[str, float]:
     answers = {form: [server.exchange(encode_request(form, request)) for request in some] for form in Form}
     return {
         form.value: check_same(
-            form.value, subject.expected, [decode_scores(form, answer) for answer in given], subject.precision
+            form.value, subject.expected, [decode_scores(form, answer) for answer in given], SAME[subject.precision]
         )
         for form, given in answers.items()
     }

@@ -15,8 +15,7 @@ import numpy as np
 from rankd.bench.workload import Count, Law, draw, largest
 from rankd.config import read_struct
 from rankd.embeddings.table_spec import TableStorage
-from rankd.engine.backend import Precision
-from rankd.engine.targets import why_not
+from rankd.engine.targets import float_precision
 from rankd.errors import ConfigError
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
@@ -110,7 +109,7 @@ def build_dlrm(workload: DlrmWorkload, root: Path) -> Path:
     }
     torch.manual_seed(workload.seed)
     model = create_model("dlrm", schema, options).eval()
-    precision = Precision.FP32 if why_not("openvino", Precision.BF16) else Precision.BF16
+    precision = float_precision("openvino")
     contents = Contents(model, "dlrm", schema, catalogue, _parity_requests(schema, catalogue), options)
     build = BuildOptions(workload.name, "1", precision, ("openvino",), fall_back=True, tables=workload.storage)
     return pack(root, contents, build)

@@ -20,7 +20,7 @@ from tests.train.small_log import RECIPE, small_dataset
 EPOCHS = RECIPE.training.epochs
 
 
-def trainer(folder: Path, **training: float) -> Trainer:
+def trainer(folder: Path, **training: float | str) -> Trainer:
     recipe = msgspec.structs.replace(RECIPE, training=msgspec.structs.replace(RECIPE.training, **training))
     return Trainer(small_dataset(), recipe, folder)
 
@@ -91,3 +91,11 @@ def test_other_rankers_train_by_the_same_code(tmp_path: Path, choice: ModelChoic
     recipe = msgspec.structs.replace(RECIPE, model=choice, training=training)
     history = Trainer(small_dataset(), recipe, tmp_path).start()
     assert history[-1]["loss"] < 0.98 * history[0]["loss"]
+
+
+def test_training_in_bfloat16_is_training_in_float32_but_for_rounding(tmp_path: Path) -> None:
+    runs = {name: trainer(tmp_path / name, precision=name, epochs=2) for name in ("fp32", "bf16")}
+    losses = {name: [epoch["loss"] for epoch in run.start()] for name, run in runs.items()}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "bf16" / "best.safetensors").values()} == {torch.float32}

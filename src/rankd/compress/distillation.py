@@ -33,16 +33,16 @@ class DistillationLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a batch, to be minimised over the weights of `model`."""
-        logits = logits_of(model, batch.history, batch.candidates)
+        logits = logits_of(model, batch.history, batch.candidates).float()
         with torch.no_grad():
-            wanted = logits_of(self.original, batch.history, batch.candidates)
+            wanted = logits_of(self.original, batch.history, batch.candidates).float()
         total = logits.new_zeros(())
         if self.plan.labels:
             total = total + self.plan.labels * supervised_loss(logits, batch, self.listwise)
         if self.plan.logits:
             total = total + self.plan.logits * logit_divergence(logits, wanted, batch.real)
         if self.plan.ranks:
-            mine, theirs = logits @ self.rank_weights, wanted @ self.rank_weights
+            mine, theirs = ((one * self.rank_weights).sum(-1) for one in (logits, wanted))
             total = total + self.plan.ranks * rank_divergence(mine, theirs, batch.real, self.plan.temperature)
         return total
 

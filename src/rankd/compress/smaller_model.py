@@ -101,10 +101,14 @@ def tuner(
     original: Original, recipe: CompressionRecipe, subject: Subject, folder: Path, tuning: FineTuning | QuantizedTuning
 ) -> Trainer:
     """What trains a subject's model in a folder as the run was trained, for the epochs and at the rate of `tuning`, on
-    the losses of the recipe's fine-tuning."""
+    the losses of the recipe's fine-tuning; in int8 always in float32 beside it, so that its roundings are the only ones."""
     run, dataset = original.run.recipe, original.dataset
     training = msgspec.structs.replace(
-        run.training, epochs=tuning.epochs, patience=tuning.epochs, learning_rate=tuning.learning_rate
+        run.training,
+        epochs=tuning.epochs,
+        patience=tuning.epochs,
+        learning_rate=tuning.learning_rate,
+        precision="fp32" if isinstance(tuning, QuantizedTuning) else run.training.precision,
     )
     weights = torch.tensor([task.rank_weight for task in dataset.schema.tasks])
     loss = DistillationLoss(original.model, recipe.finetune, weights, training.listwise)

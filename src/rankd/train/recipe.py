@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,6 +23,8 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `averaging` is the decay a step of the averaged weights, which are the ones that are validated and kept.
     `by_length` puts requests with about as long histories into a batch and cuts it to the smallest history bucket that
     holds them: the same model sees the same requests in less time.
+    With `precision` "bf16" matrix products of training run in bfloat16 (torch's autocast) and the rest, weights and
+    losses among it, stays in float32; validation is in float32. It pays where the processor multiplies in bfloat16.
     Training stops after `patience` epochs without a better validation score (NDCG@10 + GAUC), or after `epochs`.
     """
 
@@ -36,6 +38,7 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listwise: float = 1.0
     averaging: float = 0.98
     by_length: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 7
 
 

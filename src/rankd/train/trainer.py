@@ -93,7 +93,8 @@ class Trainer:
         self.model.train()
         for step, batch in enumerate(training_batches(self.dataset, self.samples, training, number)):
             self._set_learning_rate(number * steps + step, steps)
-            loss = self._loss(self.model, batch)
+            with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16"):
+                loss = self._loss(self.model, batch)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -158,8 +159,9 @@ def loss_of(model: nn.Module, batch: Batch, listwise: float) -> Tensor:
 
 
 def supervised_loss(logits: Tensor, batch: Batch, listwise: float) -> Tensor:
-    """Binary cross-entropy over real candidates and tasks, plus a softmax over each request's candidates (task 0)."""
-    real = batch.real.float()
+    """Binary cross-entropy over real candidates and tasks, plus a softmax over each request's candidates (task 0); in
+    float32 whatever the logits are in."""
+    logits, real = logits.float(), batch.real.float()
     entropy = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").mean(-1)
     pointwise = (entropy * real).sum() / real.sum()
     first = logits[..., 0].masked_fill(~batch.real, -1e9)

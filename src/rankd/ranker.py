@@ -174,18 +174,16 @@ class Ranker:
         """Accept requests, on executors that are warm. `warmed` is what calls of each kind of executors were measured
         to take."""
         rules = [self._rules(kind, one) for kind, one in zip(self._kinds, warmed, strict=True)]
-        another, *others = (partial(self._another_executor, kind) for kind in self._kinds)
         self._schedule = Scheduler(
             self._executors,
             self.path,
             rules[0] if len(rules) == 1 else Mix(rules),
             self._config.limits(),
-            another,
+            [partial(self._another_executor, kind) for kind in self._kinds],
             self._config.hang_seconds,
             self.manifest.name,
             on_start=partial(thread_plan.apply, self.backend.plan),
             cores=self._cores,
-            new_others=others,
         )
         self._schedule.start()
 

@@ -85,7 +85,7 @@ def declared(name: str, count: int, call_ms: float, row_ms: float) -> Rules:
 
 def test_a_threshold_is_two_queues() -> None:
     kinds = [declared("quick", 1, 1.0, 0.1), declared("wide", 1, 10.0, 0.01)]
-    arrivals = [Arrival(at, rows, prepare_by_kind=(0.0, 0.0)) for at, rows in ((0.0, 16), (0.0, 1024), (0.001, 16))]
+    arrivals = [Arrival(at, rows, prepare_ms=(0.0, 0.0)) for at, rows in ((0.0, 16), (0.0, 1024), (0.001, 16))]
     load = mixed_schedule.ThresholdSweep(kinds, lambda rate: arrivals).load(arrivals)
     short, long = (kinds[kind].costs.score(rows) for kind, rows in ((0, 16), (1, 1024)))
     rows_ms = kinds[0].costs.rows(16), kinds[1].costs.rows(1024)
@@ -105,7 +105,7 @@ def test_the_sweep_finds_the_threshold_that_does_the_most() -> None:
 
     def at(rate: float) -> list[Arrival]:
         times = np.cumsum(gaps) / rate
-        return [Arrival(t, (16, 1024)[n % 2], prepare_by_kind=(0.0, 0.0)) for n, t in enumerate(times.tolist())]
+        return [Arrival(t, (16, 1024)[n % 2], prepare_ms=(0.0, 0.0)) for n, t in enumerate(times.tolist())]
 
     rate, threshold = mixed_schedule.ThresholdSweep(kinds, at).highest_rate(50.0, 1000.0)
     assert threshold == mixed_schedule.Threshold(0, 16)

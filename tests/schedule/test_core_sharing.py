@@ -51,7 +51,7 @@ def sharing(
     cores, works, numbers = Cores(), [Counting() for _ in range(schedules)], count(100)
     rules = rules_of(num_executors=executors)
     made = [
-        Schedule(range(executors), work, rules, limits, lambda: next(numbers), hang_seconds, cores=cores)
+        Schedule(range(executors), work, rules, limits, [lambda: next(numbers)], hang_seconds, cores=cores)
         for work in works
     ]
     for one in made:

@@ -88,7 +88,7 @@ TestMixedLife = MixedLife.TestCase
 
 @settings(max_examples=60, deadline=None)
 @given(
-    some_arrivals(prepare_by_kind=st.tuples(st.floats(0, 20), st.floats(0, 20))),
+    some_arrivals(prepare_ms=st.tuples(st.floats(0, 20), st.floats(0, 20))),
     st.integers(1, 3),
     st.integers(1, 2),
 )
@@ -110,7 +110,7 @@ def poisson(rate: float, seconds: float) -> list[Arrival]:
     times = np.cumsum(draws.exponential(1 / rate, int(rate * seconds)))
     rows = np.where(draws.random(len(times)) < 0.8, draws.integers(10, 60, len(times)), 900)
     pairs = zip(times.tolist(), rows.tolist(), strict=True)
-    return [Arrival(at, size, prepare_by_kind=(0.2, 0.2)) for at, size in pairs]
+    return [Arrival(at, size, prepare_ms=(0.2, 0.2)) for at, size in pairs]
 
 
 def test_two_kinds_do_what_neither_does_alone() -> None:
@@ -127,7 +127,7 @@ def test_who_is_alone_is_answered_as_soon_as_by_the_quicker_kind() -> None:
     mix = two_kinds(1, 1)
     for rows in (10, 60, 300, 1000):
         soonest = min(simulate([Arrival(0.0, rows)], rules, ROOMY).outcomes[0].latency_ms for rules in mix.kinds)
-        assert simulate([Arrival(0.0, rows)], mix, ROOMY).outcomes[0].latency_ms <= soonest + 0.2
+        assert simulate([Arrival(0.0, rows, (0.2, 0.2))], mix, ROOMY).outcomes[0].latency_ms <= soonest + 0.2
 
 
 def test_executors_that_take_longer_than_they_should_are_not_waited_for() -> None:
@@ -135,7 +135,7 @@ def test_executors_that_take_longer_than_they_should_are_not_waited_for() -> Non
     mix = two_kinds(1, 1)
     quick, wide = mix.kinds
     slow = [lambda bucket, users: 20 * quick.costs.score(bucket, users), wide.costs.score]
-    outcomes = simulate([Arrival(0.0, 10), Arrival(0.0001, 10)], mix, ROOMY, slow).outcomes
+    outcomes = simulate([Arrival(at, 10, (0.2, 0.2)) for at in (0.0, 0.0001)], mix, ROOMY, slow).outcomes
     assert outcomes[0].latency_ms > 20.0
     assert outcomes[1].latency_ms < 12.0
 
@@ -152,9 +152,8 @@ def started(mix: Mix, hang_seconds: float = 60.0) -> Iterator[Started]:
         work,
         mix,
         ROOMY,
-        lambda: next(quick),
+        [lambda: next(quick), lambda: next(wide)],
         hang_seconds,
-        new_others=[lambda: next(wide)],
     )
     schedule.start()
     try:

@@ -97,7 +97,7 @@ def started(
     work, numbers = Work(), count(100)
     rules = replace(rules_of(num_executors=executors), encode_wide=encode_wide)
     schedule = Scheduler[Item, list[float], int](
-        range(executors), work, rules, limits, lambda: next(numbers), hang_seconds
+        range(executors), work, rules, limits, [lambda: next(numbers)], hang_seconds
     )
     schedule.start()
     try:
@@ -417,7 +417,7 @@ def test_closing_does_not_wait_for_what_never_comes() -> None:
 def replacing(make: Callable[[], int], hang_seconds: float = 0.2) -> Iterator[Started]:
     """One executor, and a say in how others are made."""
     work = Work()
-    schedule = Scheduler[Item, list[float], int](range(1), work, rules_of(num_executors=1), ROOMY, make, hang_seconds)
+    schedule = Scheduler[Item, list[float], int](range(1), work, rules_of(num_executors=1), ROOMY, [make], hang_seconds)
     schedule.start()
     try:
         yield schedule, work

@@ -90,7 +90,7 @@ def test_padding_is_small_because_long_lists_are_cut_to_fit() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    some_arrivals(prepare_ms=st.floats(0, 20)),
+    some_arrivals(prepare_ms=st.tuples(st.floats(0, 20))),
     st.integers(1, 4),
 )
 def test_everybody_ends_and_nothing_is_scored_twice(arrivals: list[Arrival], num_executors: int) -> None:

@@ -43,9 +43,8 @@ JOIN_SECONDS = 0.2
 
 class Scheduler(Generic[Item, Result, Executor]):
     """Runs requests on executors: of one kind, or of as many as there are `rules.kinds`, those of the first first.
-    `on_start` is called on each executor's thread, with its number, before the first call. `new_executor` makes one in
-    place of one that was lost, `new_others` do that for the other kinds. `cores` are those that it shares with others;
-    None: with nobody."""
+    `on_start` is called on each executor's thread, with its number, before the first call. `new_executors` make one
+    of each kind in place of one that was lost. `cores` are those that it shares with others; None: with nobody."""
 
     def __init__(
         self,
@@ -53,16 +52,15 @@ class Scheduler(Generic[Item, Result, Executor]):
         served: Served[Item, Result, Executor],
         rules: Rules | Mix,
         limits: Limits,
-        new_executor: Callable[[], Executor],
+        new_executors: Sequence[Callable[[], Executor]],
         hang_seconds: float = 10.0,
         name: str = "rankd",
         clock: Callable[[], float] = time.perf_counter,
         on_start: Callable[[int], None] = lambda number: None,
         cores: Cores | None = None,
-        new_others: Sequence[Callable[[], Executor]] = (),
     ) -> None:
         self.rules, self.all_rules, self._served, self._clock, self._name = rules.kinds[0], rules, served, clock, name
-        self._new_executors, self._on_start, self._hang_seconds = (new_executor, *new_others), on_start, hang_seconds
+        self._new_executors, self._on_start, self._hang_seconds = new_executors, on_start, hang_seconds
         self._cores = cores or Cores()
         self._ledger: Ledger[Item] = Ledger(rules, limits, self._cores.waitings)
         self._seats: list[Seat[Item, Executor]] = seats_of(executors, rules.kinds)

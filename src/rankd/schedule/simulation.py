@@ -23,17 +23,16 @@ from rankd.schedule.waiting import NEVER
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request: when it comes (seconds), its candidates, what its history and state take, and whether the state is in
-    memory, which is all that the schedule is told of that. `timeout_ms` None: it waits for ever. `prepare_by_kind`:
-    what its history and state take on each kind of executors, where these differ."""
+    """A request: when it comes (seconds), its candidates, what its history and state take on each kind of executors, and
+    whether the state is in memory, which is all that the schedule is told of that. `timeout_ms` None: it waits for
+    ever."""
 
     at: float
     rows: int
-    prepare_ms: float = 0.2
+    prepare_ms: tuple[float, ...] = (0.2,)
     resident: bool = True
     timeout_ms: float | None = None
     priority: Priority = Priority.INTERACTIVE
-    prepare_by_kind: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -147,9 +146,7 @@ class _Simulation:
             self._ledger.prepared(job)
             self._prepare(work, executors, then)
 
-        arrival = job.item.arrival
-        ms = arrival.prepare_by_kind[executors.kind] if arrival.prepare_by_kind else arrival.prepare_ms
-        self.at(now + ms / 1e3, prepared)
+        self.at(now + job.item.arrival.prepare_ms[executors.kind] / 1e3, prepared)
 
     def _score(self, work: Work[Outcome], executors: _Executors, now: float) -> None:
         rows = sum(part.count for part in work.parts)

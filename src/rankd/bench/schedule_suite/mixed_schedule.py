@@ -156,7 +156,7 @@ class ThresholdSweep:
 
     def load(self, arrivals: Sequence[Arrival]) -> ThresholdLoad:
         """The same arrivals for all thresholds."""
-        takes_ms = [[one.prepare_by_kind[kind] + self._score(kind, one.rows) for one in arrivals] for kind in (0, 1)]
+        takes_ms = [[one.prepare_ms[kind] + self._score(kind, one.rows) for one in arrivals] for kind in (0, 1)]
         return ThresholdLoad(arrivals, takes_ms, [rules.num_executors for rules in self._kinds])
 
     def _score(self, kind: int, rows: int) -> float:
@@ -215,7 +215,7 @@ class ThresholdLoad:
 def _rankd(rules: Rules | Mix, kind: int | None, arrivals: Sequence[Arrival]) -> tuple[list[float], float]:
     """Both kinds, or the one of that number alone: latencies, and padded rows over real ones."""
     if kind is not None:
-        arrivals = [replace(one, prepare_by_kind=(one.prepare_by_kind[kind],)) for one in arrivals]
+        arrivals = [replace(one, prepare_ms=(one.prepare_ms[kind],)) for one in arrivals]
     return through_rankd(arrivals, rules)
 
 

@@ -182,7 +182,7 @@ def arrivals_of(
     for at, rows, user in zip(times, sizes.tolist(), users.tolist(), strict=True):
         resident = user in warm
         by_kind = tuple(found_ms + (0.0 if resident else encode_ms) for found_ms, encode_ms in prepare_ms)
-        made.append(Arrival(at, rows, by_kind[0], resident, prepare_by_kind=by_kind))
+        made.append(Arrival(at, rows, by_kind, resident))
     return made
 
 
@@ -192,7 +192,7 @@ def _fcfs(arrivals: Sequence[Arrival], rules: Rules, bucket_of: Callable[[int], 
     latencies, real, padded = [], 0, 0
     for arrival in arrivals:
         bucket = bucket_of(arrival.rows)
-        service_ms = arrival.prepare_ms + rules.costs.rows(arrival.rows) + rules.costs.score(bucket)
+        service_ms = arrival.prepare_ms[0] + rules.costs.rows(arrival.rows) + rules.costs.score(bucket)
         end = max(heapq.heappop(free), arrival.at) + service_ms / 1e3
         heapq.heappush(free, end)
         latencies.append((end - arrival.at) * 1e3)

@@ -64,6 +64,11 @@ def test_the_suite_from_end_to_end(original: Path, tmp_path: Path, monkeypatch: 
     assert math.prod(row["latency"] for row in factors.values()) == pytest.approx(together["latency"])
     warm = {"latency_share_warm_as_shipped", "throughput_gain_warm_as_shipped", "accuracy_share_gauc"}
     assert warm <= set(report.ratios)
+    alone, elastic = (row for row in report.results if "offered_rate" in row)
+    assert alone["offered_rate"] == elastic["offered_rate"]
+    assert (alone["by_variant"], alone["lost"], elastic["lost"]) == (0, 0, 0)
+    assert 0 < elastic["answered"] <= elastic["answered"] + elastic["refused"] + elastic["late"]
+    assert report.ratios["elastic_gain"] > 0
     assert report.workload["flops"]["compressed"] < report.workload["flops"]["original"]
     assert told[-1] == "done"
 

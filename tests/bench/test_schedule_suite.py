@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from rankd.bench.schedule_suite import mixed_schedule
+from rankd.bench.schedule_suite import live_load, live_schedule, mixed_schedule
 from rankd.bench.schedule_suite.live_schedule import SHARES
 from rankd.bench.schedule_suite.simulated_schedule import fine_buckets
 from rankd.bench.workload import DeclaredExecutors, load_workload
@@ -133,11 +133,15 @@ def test_two_targets_of_this_machine_are_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_run
-def test_a_live_schedule_ends_with_the_contract(tmp_path: Path) -> None:
+def test_a_live_schedule_ends_with_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a general server that is there in every development environment, and one that does not start."""
+    for module, name, few in (
+        (live_load, "WARMING", 100), (live_load, "FEWEST", 50), (live_load, "PROBES", 2), (live_schedule, "FEWEST", 50),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, few)
     picture = tmp_path / "curves.svg"
     names = {"rankd", "rankd, deadlines", "one queue, padded", "mosec"}
-    arguments = ["schedule", "--seconds", "0.2", "--overload-seconds", "1", "--picture", str(picture)]
+    arguments = ["schedule", "--seconds", "0.1", "--overload-seconds", "1", "--picture", str(picture)]
     arguments += ["--without", "one queue"]
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\n[ $1 = -c ] || { echo it is broken >&2; exit 3; }\n")

@@ -58,13 +58,13 @@ class ServedModel(ServerProcess):
             if sample.name == "rankd_states_total" and sample.labels["model"] == model
         }
 
-    def counter(self, name: str) -> float:
-        """A figure of /metrics, summed over its labels."""
+    def counter(self, name: str, **labels: str) -> float:
+        """A figure of /metrics, summed over all labels but those that are given."""
         return sum(
             sample.value
             for family in text_string_to_metric_families(self.metrics_text())
             for sample in family.samples
-            if sample.name == name
+            if sample.name == name and labels.items() <= sample.labels.items()
         )
 
 

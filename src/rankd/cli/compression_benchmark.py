@@ -36,8 +36,8 @@ def compress(
 
     RUN is of `rankd train`, COMPRESSED what `rankd compress` made of it. Real servers around the same weights, each
     with one cause more: torch eager, its dense graph on OpenVINO, rankd's graphs, the compressed model, int8, users'
-    states kept. Latency of single requests, highest rates under a p99, what is kept of the accuracy; and that the gate
-    refuses what it has to refuse.
+    states kept. Latency of single requests, highest rates under a p99, what is kept of the accuracy; the full model
+    under too much load with the compressed one as its variant; and that the gate refuses what it has to refuse.
     """
     from rankd.bench.compress_suite.compressing import CompressOptions, run_compress
     from rankd.cli.offline import need_torch

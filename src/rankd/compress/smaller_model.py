@@ -101,7 +101,7 @@ def tuner(
     original: Original, recipe: CompressionRecipe, subject: Subject, folder: Path, tuning: FineTuning | QuantizedTuning
 ) -> Trainer:
     """What trains a subject's model in a folder as the run was trained, for the epochs and at the rate of `tuning`, on
-    the losses of the recipe's fine-tuning; in int8 always in float32 beside it, so that its roundings are the only ones."""
+    the losses of the recipe's fine-tuning; to int8 always in float32, so that its roundings are the only ones."""
     run, dataset = original.run.recipe, original.dataset
     training = msgspec.structs.replace(
         run.training,

@@ -23,9 +23,9 @@ from rankd.schedule.waiting import NEVER
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request: when it comes (seconds), its candidates, what its history and state take on each kind of executors, and
-    whether the state is in memory, which is all that the schedule is told of that. `timeout_ms` None: it waits for
-    ever."""
+    """A request: when it comes (seconds), its candidates, what its history and state take on each kind of executors,
+    and whether the state is in memory, which is all that the schedule is told of that. `timeout_ms` None: it waits
+    for ever."""
 
     at: float
     rows: int

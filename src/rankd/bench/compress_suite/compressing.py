@@ -6,6 +6,7 @@ more each; all of them answer the same requests of the test days over real socke
     alone         one request at a time, stages in turn, latencies as the client sees them; scores are checked first
     under load    the highest rate whose p99 stays under `bound_ms`, stages one after the other
     causes        factors between a stage and the one before it; they multiply to the whole
+    elastic       the full model under more than it can do, alone and with the compressed one as its variant
     accuracy      what the gate found on days that nobody trained or chose on, as the records of the run say
     the gate      refuses three compressions that must not come out (`gate_refusals.py`)
 """
@@ -25,8 +26,9 @@ import numpy as np
 
 from rankd.bench.arrivals import POISSON
 from rankd.bench.compress_suite.causes import Figures, gates_of, ratios_of, rows_of
+from rankd.bench.compress_suite.elastic_load import elastic_rows
 from rankd.bench.compress_suite.gate_refusals import gate_refusals
-from rankd.bench.compress_suite.stages import MASKED, PRUNED, Compressed, Stage, build_stages
+from rankd.bench.compress_suite.stages import INT8, MASKED, MODEL, PRUNED, Compressed, Stage, build_stages
 from rankd.bench.load import Connection
 from rankd.bench.parity import against_torch, check_same, features_of, scores_in_process
 from rankd.bench.report import Neighbours, Report, Row, commit, machine
@@ -125,7 +127,7 @@ def run_compress(run: Path, compressed: Path, data: Path | None, options: Compre
             not. Unavailable: a server does not start.
     """
     surroundings, told = machine(), itertools.count()
-    steps = 5 + 2 * MOST_STAGES + options.runs
+    steps = 6 + 2 * MOST_STAGES + options.runs
 
     def tell(what: str) -> None:
         advance(min(next(told), steps - 1), steps, what)
@@ -152,11 +154,16 @@ def run_compress(run: Path, compressed: Path, data: Path | None, options: Compre
         for stage in stages:
             tell(f"{stage.name}, under load")
             suite.under_load(stage)
+        figures = Figures(suite.calls_ms, suite.rates, suite.tried, gates_of(small.made))
+        tell("elastic")
+        promise = Promise(options.bound_ms, options.seconds)
+        whole = next(stage.version for stage in stages if stage.name == MASKED)
+        elastic = elastic_rows(folder / "elastic", whole, original, small, figures.cold == INT8, requests, promise)
         surroundings["others_cpu_share"] = neighbours.share()
         refused = gate_refusals(original, data, folder, tell)
     about = _about(original, small, stages, options) | {"tokens_a_block": tokens}
-    figures = Figures(suite.calls_ms, suite.rates, suite.tried, gates_of(small.made))
-    results, ratios = rows_of(figures), ratios_of(figures)
+    results, ratios = rows_of(figures) + elastic, ratios_of(figures)
+    ratios["elastic_gain"] = elastic[1]["good_rate"] / max(elastic[0]["good_rate"], 1e-9)
     results += [{"contestant": name, "table": "what the gate refuses", "why": why} for name, why in refused.items()]
     advance(steps, steps, "done")
     return Report("compress", about, surroundings, commit(), parity | suite.parity, results, ratios)
@@ -212,7 +219,7 @@ def _requests(original: Original, items: Sequence[str], options: CompressOptions
         RankRequest(
             str(dataset.log.user_ids[user]),
             tuple(items[one] for one in random.choice(len(items), options.candidates, replace=False)),
-            model="ranker",
+            model=MODEL,
         )
         for user in chosen
     ]

@@ -34,12 +34,13 @@ from rankd.engine.backend import Precision
 from rankd.engine.targets import float_precision
 from rankd.errors import EngineFailure
 from rankd.gate_record import Compression
+from rankd.train.run import weights_sha256
 
 TORCH, FAST, LIBRARY, MASKED = "torch", "torch, fast path", "library", "mask-aware"
 PRUNED, INT8 = "pruned", "int8"
 STATES = ", states"
 NO_STATES = {"RANKD_STATES__BUDGET_MIB": "0"}
-VERSION = "1"
+MODEL, VERSION = "ranker", "1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,10 @@ def build_stages(folder: Path, original: Original, compressed: Compressed) -> tu
         original.model,
         original.dataset,
         original.run.recipe,
-        BuildOptions("ranker", VERSION, best, ("openvino", "reference"), fall_back=True),
+        BuildOptions(MODEL, VERSION, best, ("openvino", "reference"), fall_back=True),
     )
-    whole = _build(folder / "whole", original, original.subject(), best)
-    small = _build(folder / "small", original, compressed.subject, best, compressed)
+    whole = build_version(folder / "whole", original, original.subject(), best)
+    small = build_version(folder / "small", original, compressed.subject, best, compressed)
     cores = str(len(os.sched_getaffinity(0)))
     dense_at = partial(Stage, version=dense, truth=whole, alone=_threads("1", cores), loaded=_threads(cores, "1"))
     plain = {**NO_STATES, **IN_ORDER}
@@ -106,20 +107,26 @@ def build_stages(folder: Path, original: Original, compressed: Compressed) -> tu
     stages.append(Stage(MASKED, whole, whole, {**NO_STATES, **engine}))
     stages += _cold_and_warm(PRUNED, small, engine)
     if compressed.int8 is not None:
-        narrow = _build(folder / "int8", original, compressed.subject, Precision.INT8, compressed)
+        narrow = build_version(folder / "int8", original, compressed.subject, Precision.INT8, compressed)
         stages += _cold_and_warm(INT8, narrow, _engine("openvino", Precision.INT8))
     return tuple(stages)
 
 
-def _build(
-    root: Path, original: Original, subject: Subject, precision: Precision, compressed: Compressed | None = None
+def build_version(
+    root: Path,
+    original: Original,
+    subject: Subject,
+    precision: Precision,
+    compressed: Compressed | None = None,
+    version: str = VERSION,
 ) -> Path:
-    """A version of a subject, with the record of its compression if it is compressed."""
+    """A version of a subject, with the record of its compression if it is compressed, else the checksum of its run."""
     recipe = msgspec.structs.replace(original.run.recipe, model=subject.choice)
     made, int8 = (None, None) if compressed is None else (compressed.made, compressed.int8)
     plan = int8 if precision is Precision.INT8 else None
-    options = BuildOptions("ranker", VERSION, precision, ("openvino",), int8=plan)
-    return build_artifact(root, subject.model, original.dataset, recipe, options, compression=made)
+    options = BuildOptions(MODEL, version, precision, ("openvino",), int8=plan)
+    sha256 = weights_sha256(original.folder) if compressed is None else ""
+    return build_artifact(root, subject.model, original.dataset, recipe, options, compression=made, run_sha256=sha256)
 
 
 def _cold_and_warm(name: str, version: Path, engine: Mapping[str, str]) -> list[Stage]:

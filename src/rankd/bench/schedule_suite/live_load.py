@@ -70,12 +70,13 @@ class LoadedServer:
         ]
         return check_same(self.contestant.name, expected, given, SAME[precision])
 
-    def warm(self, count: int = WARMING) -> float:
-        """The first requests; how many it answers a second when it always has some.
+    def warm(self, count: int | None = None) -> float:
+        """The first `count` requests, or WARMING; how many it answers a second when it always has some.
 
         Raises:
             EngineFailure: it answers none of them.
         """
+        count = WARMING if count is None else count
         plan = self._plan(self._encoded[:count], [0.0] * count, connections=4)
         result = generate(plan)
         good = sum(status == 200 for status in result.statuses)

@@ -1,0 +1,75 @@
+"""The full model under more than it can do, alone and with the compressed one as its variant ([elastic]).
+
+In: a built version of a run, the run's compression, requests. Out: a row for each, of what was answered in time. Users'
+states are kept in both, and are there when the measurement begins; requests have deadlines.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rankd.bench.arrivals import POISSON
+from rankd.bench.compress_suite.stages import MODEL, VERSION, Compressed, build_version
+from rankd.bench.report import Row
+from rankd.bench.schedule_suite.live_contestants import Contestant, served
+from rankd.bench.schedule_suite.live_load import LoadedServer, Promise
+from rankd.bench.served_model import ServedModel
+from rankd.bench.server_process import ServerProcess
+from rankd.compress.smaller_model import Original
+from rankd.engine.backend import Precision
+from rankd.engine.targets import float_precision
+from rankd.types import RankRequest
+
+VARIANT = f"{VERSION}-compressed"
+ENGINE = {"RANKD_ENGINE__TARGET": "openvino"}
+ALONE, ELASTIC = "full alone", "full, with the variant"
+OVER = 1.5
+"""Times what the full model answers a second when it always has some."""
+TIMES = 4
+"""As many seconds as a rate that is tried, so that changing to the variant and what waited until then is a part."""
+
+
+def elastic_rows(
+    folder: Path,
+    full: Path,
+    original: Original,
+    compressed: Compressed,
+    in_int8: bool,
+    requests: Sequence[RankRequest],
+    promise: Promise,
+) -> list[Row]:
+    """The `full` version alone, then with its variant in a `folder`; `in_int8` says in what the variant computes.
+
+    Raises:
+        EngineFailure, Unavailable: a server answers nothing, or does not start.
+    """
+    precision = Precision.INT8 if in_int8 else float_precision("openvino")
+    shutil.copytree(full, folder / MODEL / VERSION)
+    build_version(folder, original, compressed.subject, precision, compressed, VARIANT)
+    variant = {f"RANKD_ELASTIC__{MODEL.upper()}__VARIANTS": VARIANT}
+    alone, rate = _overload(served(ALONE, full.parent.parent, ENGINE), requests, promise)
+    elastic, _ = _overload(served(ELASTIC, folder, ENGINE | variant), requests, promise, rate)
+    return [alone, elastic]
+
+
+def _overload(
+    contestant: Contestant, requests: Sequence[RankRequest], promise: Promise, rate: float | None = None
+) -> tuple[Row, float]:
+    """One of them at a rate, by default OVER times what it answers at most; and that rate."""
+    with contestant.launch(0) as server:
+        loaded = LoadedServer(contestant, server, requests, POISSON, seed=1)
+        capacity = loaded.warm(len(requests))
+        rate = OVER * capacity if rate is None else rate
+        before = _answers(server)
+        row, _, _ = loaded.overload(rate, TIMES * promise.seconds, promise.bound_ms)
+        by_variant = _answers(server) - before
+    kept = {key: row[key] for key in ("offered_rate", "good_rate", "answered", "refused", "late", "lost")}
+    table = f"{OVER:g} times what the full model can do"
+    return {"contestant": contestant.name, "table": table, **kept, "by_variant": by_variant}, rate
+
+
+def _answers(server: ServerProcess) -> float:
+    """How many the variant has given."""
+    return server.counter("rankd_elastic_answers_total", version=VARIANT) if isinstance(server, ServedModel) else 0.0

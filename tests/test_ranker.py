@@ -17,7 +17,8 @@ from torch import nn
 
 from rankd import Event, Ranker, RankRequest
 from rankd.build.pack import BuildOptions, build_artifact
-from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.backend import EngineConfig, Precision, StateType
+from rankd.engine.targets import load_backend
 from rankd.errors import ConfigError, DeadlineExceeded, InvalidRequest
 from rankd.features.feature_config import FeatureConfig, RowsConfig
 from rankd.features.filling.loading import LoadOptions, load_rows
@@ -227,6 +228,12 @@ def pooling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranker]:
     place = build_artifact(root, model.eval(), dataset, recipe, BuildOptions("films", "1"))
     with Ranker.load(place, EngineConfig(executors=1, precision=Precision.FP32)) as opened:
         yield opened
+
+
+def test_the_history_that_stands_for_a_state_stays_as_it_came(pooling: Ranker) -> None:
+    """In whatever an engine would keep states of its own: the graph reads the numbers of events in float32."""
+    for wanted in (None, *StateType):
+        assert load_backend(pooling.artifact, EngineConfig("openvino"), wanted).state_type is StateType.FP32
 
 
 def test_users_without_states_that_share_a_call_are_scored_as_alone(pooling: Ranker) -> None:

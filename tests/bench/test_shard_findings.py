@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rankd.bench.shard_suite.hypotheses import Findings, all_hypotheses
 from rankd.bench.shard_suite.layout_prediction import both_costs, simulated_ms
+from rankd.bench.shard_suite.layout_ratios import left_out
 from rankd.bench.shard_suite.layouts import LIMITS, SHARDED, Layout, layout_name
 from rankd.bench.shard_suite.open_loop import PARTS, KnownCosts, Offered, attribution
 from rankd.bench.shard_suite.placed_server import ShardWork
@@ -107,3 +108,14 @@ def test_requests_alone_take_what_their_steps_take() -> None:
         served = max(call.serve_us.at(samples) for call in work.calls) + work.wire_us.at(samples)
         expected = work.send_us.at(samples) + served + work.join_us.at(samples) + work.dense_us.at(samples)
         assert found[name] == pytest.approx(expected / 1e3)
+
+
+def test_the_best_of_a_round_is_that_of_the_others() -> None:
+    """Nobody is better than another; who was lucky once is not the best for it."""
+    lucky_once = {"one": [0.5, 1.0, 1.0], "two": [1.0, 0.5, 1.0], "three": [1.0, 1.0, 0.5]}
+    ratios = left_out(lucky_once, "one")
+    assert ratios == {"p99_overhead_best_left_out": 1.0, "auto_over_best_left_out": 1.0}
+    really = lucky_once | {"quick": [0.625, 0.625, 0.625]}
+    assert left_out(really, "one") == {"p99_overhead_best_left_out": 0.625, "auto_over_best_left_out": 1.6}
+    assert left_out(really, "quick")["auto_over_best_left_out"] == 1.0
+    assert left_out({"one": [0.9]}, "one") == {}

@@ -121,6 +121,8 @@ def _load(artifact: Artifact, config: EngineConfig, state_type: StateType | None
         raise ArtifactError(
             f"{path} was checked for the precisions {', '.join(record.parity)} on {target}, not for {precision.value}"
         )
+    if not artifact.manifest.split:
+        state_type = StateType.FP32  # its state is the history itself, as it came
     if config.isolation is Isolation.PROCESSES:
         from rankd.engine.processes.process_backend import ProcessBackend
 

@@ -60,7 +60,8 @@ def _overload(
     """One of them at a rate, by default OVER times what it answers at most; and that rate."""
     with contestant.launch(0) as server:
         loaded = LoadedServer(contestant, server, requests, POISSON, seed=1)
-        capacity = loaded.warm(len(requests))
+        loaded.warm(len(requests))
+        capacity = loaded.warm(len(requests))  # with all states there
         rate = OVER * capacity if rate is None else rate
         before = _answers(server)
         row, _, _ = loaded.overload(rate, TIMES * promise.seconds, promise.bound_ms)

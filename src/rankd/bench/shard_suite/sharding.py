@@ -35,6 +35,7 @@ from rankd.bench.served_model import ServedModel
 from rankd.bench.shard_suite.dlrm_workload import DlrmWorkload, build_dlrm, draw_dlrm_requests
 from rankd.bench.shard_suite.hypotheses import Findings, all_hypotheses
 from rankd.bench.shard_suite.layout_prediction import Costs, auto_layout, both_costs, known_costs, predicted
+from rankd.bench.shard_suite.layout_ratios import layout_ratios
 from rankd.bench.shard_suite.layouts import Layout, all_layouts, workload_loads
 from rankd.bench.shard_suite.measured_costs import CostOptions, at_load, table_costs, with_dense_part
 from rankd.bench.shard_suite.open_loop import Offered, measured, most_requests_a_second, one_by_one_ms
@@ -128,7 +129,7 @@ def run_shards(workload: DlrmWorkload, options: ShardOptions, advance: Step, say
     findings = Findings(layouts, by_samples, loads, both, rounds)
     results = [_row(layout, rate) | predicted(layout, loads, both, rounds) for layout in layouts]
     auto = auto_layout(layouts, loads, options.shards, both.here)
-    ratios = _ratios(layouts, results, auto)
+    ratios = layout_ratios(layouts, results, auto)
     ratios |= {f"latency_overhead {samples} candidates": ratio for samples, ratio in by_samples.items()}
     ratios |= {"lookup_vs_best_peer": min(lookups.ratios.values()), **lookups.ratios}
     parity |= lookups.parity
@@ -258,34 +259,6 @@ def _row(layout: Layout, rate: float) -> Row:
     table = f"{rate:.1f} requests a second, half of what singular answers at most"
     about: Row = {"contestant": layout.name + same, "table": table, "shards": len(layout.plan.shards)}
     return about | medians(layout.rounds) | {"p99_of_all_ms": percentile(layout.latencies_ms, 0.99)}
-
-
-def _ratios(layouts: Sequence[Layout], results: Sequence[Row], auto: Layout) -> dict[str, float]:
-    """Of a layout over singular, in the same round, medians of the rounds; and how well the simulator knew it."""
-    singular = layouts[0].rounds
-    p99, cpu = dict[str, float](), dict[str, float]()
-    for layout in layouts[1:]:
-        pairs = list(zip(layout.rounds, singular, strict=True))
-        p99[layout.name] = statistics.median(one["p99_ms"] / alone["p99_ms"] for one, alone in pairs)
-        cpu[layout.name] = statistics.median(
-            (one["server_cpu_ms"] + one["shards_cpu_ms"]) / (alone["server_cpu_ms"] + alone["shards_cpu_ms"])
-            for one, alone in pairs
-        )
-    best = min(p99, key=lambda name: p99[name])
-    of_all = [percentile(layout.latencies_ms, 0.99) for layout in layouts]
-    apart = {layout.name: float(row["apart_p99_ms"]) for layout, row in zip(layouts, results, strict=True)}
-    errors = [abs(float(row["p99_error"])) for row in results]
-    ratios = {
-        "p99_overhead_best": p99[best],
-        "p99_overhead_best_of_all": min(of_all[1:]) / of_all[0],
-        "p99_overhead_best_simulated": min(apart[name] for name in p99) / apart[layouts[0].name],
-        "p99_overhead_auto": p99[auto.name],
-        "auto_over_best": p99[auto.name] / p99[best],
-        "cpu_overhead_best": cpu[best],
-        "p99_prediction_error_median": statistics.median(errors),
-        "p99_prediction_error_largest": max(errors),
-    }
-    return ratios | {f"p99_overhead {name}": value for name, value in p99.items()}
 
 
 def _about(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rankd.bench.arrivals import POISSON
-from rankd.bench.compress_suite.stages import MODEL, VERSION, Compressed, build_version
+from rankd.bench.compress_suite.stages import MODEL, VERSION, Compressed, build_version, openvino
 from rankd.bench.report import Row
 from rankd.bench.schedule_suite.live_contestants import Contestant, served
 from rankd.bench.schedule_suite.live_load import LoadedServer, Promise
@@ -23,7 +23,7 @@ from rankd.engine.targets import float_precision
 from rankd.types import RankRequest
 
 VARIANT = f"{VERSION}-compressed"
-ENGINE = {"RANKD_ENGINE__TARGET": "openvino"}
+ENGINE = openvino(Precision.AUTO)
 ALONE, ELASTIC = "full alone", "full, with the variant"
 OVER = 1.5
 """Times what the full model answers a second when it always has some."""

@@ -9,8 +9,9 @@ int8                 the compressed model in int8, if it was quantized
 pruned, states       the compressed model with its users' states kept; all requests find theirs
 int8, states         the same in int8
 
-All are behind rankd's server with as many executors as there are cores. A single request of the first three is computed
-on all cores by one executor; rankd's own spread it over their executors.
+All are behind rankd's server with as many executors as there are cores, OpenVINO's graphs for the shapes of their calls
+(`engine.static_shapes`). A single request of the first three is computed on all cores by one executor; rankd's own
+spread it over their executors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import msgspec
 
 from rankd.bench.compress_suite.dense_artifact import build_dense
 from rankd.bench.engine_suite.contestant_process import fast_path_library
-from rankd.bench.schedule_suite.live_contestants import IN_ORDER, Contestant, served
+from rankd.bench.schedule_suite.live_contestants import IN_ORDER, STATIC_SHAPES, Contestant, served
 from rankd.build.int8_graphs import Int8Plan
 from rankd.build.pack import BuildOptions, build_artifact
 from rankd.compress.smaller_model import Original
@@ -102,13 +103,13 @@ def build_stages(folder: Path, original: Original, compressed: Compressed) -> tu
         stages.append(dense_at(FAST, variables={**stages[0].variables, **fast}))
     except EngineFailure:
         pass  # without a compiler there is the one baseline
-    engine = _engine("openvino", best)
+    engine = openvino(best)
     stages.append(dense_at(LIBRARY, variables={**plain, **engine}))
     stages.append(Stage(MASKED, whole, whole, {**NO_STATES, **engine}))
     stages += _cold_and_warm(PRUNED, small, engine)
     if compressed.int8 is not None:
         narrow = build_version(folder / "int8", original, compressed.subject, Precision.INT8, compressed)
-        stages += _cold_and_warm(INT8, narrow, _engine("openvino", Precision.INT8))
+        stages += _cold_and_warm(INT8, narrow, openvino(Precision.INT8))
     return tuple(stages)
 
 
@@ -134,6 +135,11 @@ def _cold_and_warm(name: str, version: Path, engine: Mapping[str, str]) -> list[
         Stage(name, version, version, {**NO_STATES, **engine}),
         Stage(name + STATES, version, version, engine, warm=True),
     ]
+
+
+def openvino(precision: Precision) -> dict[str, str]:
+    """OpenVINO in a precision, as all of its stages have it."""
+    return {**_engine("openvino", precision), **STATIC_SHAPES}
 
 
 def _engine(target: str, precision: Precision) -> dict[str, str]:

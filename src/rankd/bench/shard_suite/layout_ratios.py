@@ -57,5 +57,7 @@ def left_out(p99: Mapping[str, Sequence[float]], auto: str) -> dict[str, float]:
     ]
     return {
         "p99_overhead_best_left_out": statistics.median(p99[best[number]][number] for number in rounds),
-        "auto_over_best_left_out": statistics.median(p99[auto][number] / p99[best[number]][number] for number in rounds),
+        "auto_over_best_left_out": statistics.median(
+            p99[auto][number] / p99[best[number]][number] for number in rounds
+        ),
     }

@@ -1,7 +1,7 @@
 """What a layout costs over singular, and what `auto` took over the best of them.
 
-In: layouts with their figures round by round, singular first. Out: the ratios of the suite. All are between measurements
-of one round, and medians of the rounds.
+In: layouts with their figures round by round, singular first. Out: the ratios of the suite. All are between
+measurements of one round, and medians of the rounds.
 
 *The best of several that were measured is partly the luckiest.* So the ratios that end in `_left_out` take for the best
 of a round the one that was best in the other rounds.

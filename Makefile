@@ -37,7 +37,7 @@ machine-code: setup  ## Compile what tests would else compile once in each of th
 
 test: setup  ## All checks and all tests, file by file in WORKERS processes
 	$(MAKE) --jobs=2 --output-sync=target check machine-code
-	$(DEV)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+	$(DEV)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=25
 
 bench: setup  ## The serving benchmark on this machine
 	$(DEV)/rankd bench serve --workload small

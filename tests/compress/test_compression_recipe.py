@@ -44,12 +44,14 @@ def test_steps_keep_their_order_and_what_is_left_out_has_defaults(tmp_path: Path
 def test_the_recipes_of_the_docs_are_recipes(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "compression.md").read_text()
     texts = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    half, quick, int8, tuned = (read(tmp_path, text) for text in texts if "vary" not in text)
+    half, quick, int8, tuned, fifth = (read(tmp_path, text) for text in texts if "vary" not in text)
     assert [type(step) for step in (*half.steps, *quick.steps)] == [Prune, Prune]
     assert quick.request.encodes == 0.3
     assert int8.steps == ()
     assert int8.quantize == Quantize()
     assert tuned.quantize == Quantize(max_error=1.0, finetune=QuantizedTuning())
+    assert fifth.quantize == Quantize()
+    assert fifth.finetune.epochs == 4
 
 
 def test_the_plans_of_the_docs_are_plans(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from rankd.artifact import Artifact
+from rankd.artifact import Artifact, EngineRecord
 from rankd.build.pack import BuildOptions, Contents, pack
-from rankd.engine import machine_choice
+from rankd.demo import MODELS
+from rankd.engine import machine_choice, targets
 from rankd.engine.backend import EngineConfig, Precision
 from rankd.engine.machine_choice import choice_file, fastest_target, write_choice
+from rankd.engine.native import support as native
 from rankd.engine.targets import choose_target, load_backend
 from rankd.features.assembly import assemble
 from rankd.features.catalogue import Catalogue, Ids, UserTable
@@ -68,3 +71,16 @@ def test_auto_takes_what_was_measured_among_what_is_built(tmp_path: Path) -> Non
     assert choose_target(artifact, EngineConfig()) == "onnxruntime"
     assert choose_target(artifact, EngineConfig(target="openvino")) == "openvino"
     assert load_backend(artifact, EngineConfig()).target == "onnxruntime"
+
+
+def test_where_nothing_was_measured_amx_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide model in bfloat16, built for the native engine and for OpenVINO."""
+    built = {target: EngineRecord("bf16", {"fp32": 0.0, "bf16": 0.0}) for target in ("native", "openvino")}
+    demo = Artifact.open(MODELS / "demo" / "1")
+    artifact = Artifact(demo.path, msgspec.structs.replace(demo.manifest, engines=built))
+    monkeypatch.setattr(targets, "why_not", lambda target, precision: "")
+    for outdone, chosen in ((False, "native"), (True, "openvino")):
+        monkeypatch.setattr(native, "outdone", lambda options, outdone=outdone: outdone)
+        assert choose_target(artifact, EngineConfig()) == chosen
+    write_choice("base", {"openvino bf16": 20.0, "native bf16": 10.0})
+    assert choose_target(artifact, EngineConfig()) == "native"

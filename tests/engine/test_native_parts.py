@@ -33,6 +33,15 @@ def test_reads_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "aarch64" in str(support.why_not(OPTIONS, schema_of()))
 
 
+def test_amx_outdoes_it_in_wide_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(support, "CPUINFO", cpuinfo)
+    cpuinfo.write_text(FLAGS)
+    assert not support.outdone({"width": 512})
+    cpuinfo.write_text(FLAGS.replace("sha_ni", "amx_bf16 amx_tile"))
+    assert [support.outdone(options) for options in ({"width": 256}, {"width": 128}, {})] == [True, False, False]
+
+
 @needs_it
 def test_distances_stand_from_right_to_left() -> None:
     from rankd.engine.native.weight_panels import LOG2_E, distance_table

@@ -11,6 +11,8 @@ from rankd.engine.even_layers import why_uneven
 from rankd.features.schema import FeatureSchema
 
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+AMX, WIDE = "amx_bf16", 256
+"""With this, OpenVINO multiplies several times as fast as AVX512-BF16 does; from this width on that decides."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -26,11 +28,20 @@ def machine_lacks() -> str | None:
     if platform.machine() != "x86_64":
         return f"the processor is {platform.machine()}; x86_64 is needed"
     try:
-        flags = set(CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split())
+        flags = _flags()
     except OSError:
         return f"{CPUINFO} cannot be read, so the processor is not known"
     missing = [flag for flag in NEEDED if flag not in flags]
     return f"the processor has no {', '.join(missing)}" if missing else None
+
+
+def outdone(options: Mapping[str, Any]) -> bool:
+    """Whether OpenVINO in bfloat16 is the quicker one on this processor, as far as is known without measuring."""
+    return int(options.get("width", 64)) >= WIDE and AMX in _flags()
+
+
+def _flags() -> set[str]:
+    return set(CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split())
 
 
 def _sizes(options: Mapping[str, Any], schema: FeatureSchema) -> str | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 if os.environ.get("RANKD_TEST_GPU") != "1":  # benchmarks/gpu.py runs tests of kernels on a GPU
     os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton: kernels run on the CPU
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share the cores: threads of torch would wait for each other
+
 import pytest
 from hypothesis import settings
 

@@ -242,8 +242,8 @@ def test_a_state_is_of_the_tables_that_it_was_made_of(versions: Versions, kind: 
         assert process.wait(20) == 0
         running.enter_context(shard(plan, other / "embeddings", 0, "--port", str(port)))
         answer = eventually(lambda: answered(ranker, request), "the shard is asked again")
-        assert answer.state == "encoded"
         np.testing.assert_allclose(answer.scores, expected, rtol=BOUND, atol=BOUND)
+        assert answer.state in ("encoded", "cached")  # cached by a try before it whose candidates came too late
         eventually(lambda: ranker.rank(request).state == "cached", "a state of the other rows is kept")
     with Ranker.load(version, ENGINE, states=spill) as ranker:  # its own tables again
         back = ranker.rank(request)

@@ -138,6 +138,7 @@ def _store(_context: Any, _address: Any, number: Any) -> tuple[Any, Any]:
 store: Callable[[int, Any], None] = importlib.import_module("numba.extending").intrinsic(_store)
 _float_pointer: Any = _pointer_to(types.float32, _ir.FloatType())
 _int_pointer: Any = _pointer_to(types.int64, _ir.IntType(64))
+_short_pointer: Any = _pointer_to(types.uint16, _ir.IntType(16))
 _carray: Any = _numba.carray
 
 
@@ -153,4 +154,11 @@ def floats_at(address: int, count: int) -> Float32Array:
 def ints_at(address: int, count: int) -> Int64Array:
     """The same of int64."""
     found: Int64Array = _carray(_int_pointer(address), (count,))
+    return found
+
+
+@part
+def shorts_at(address: int, count: int) -> Array:
+    """The same of uint16."""
+    found: Array = _carray(_short_pointer(address), (count,))
     return found

@@ -21,7 +21,7 @@ import numpy as np
 from rankd.artifact import Artifact
 from rankd.embeddings.pooling import TableSource
 from rankd.engine import thread_plan
-from rankd.engine.backend import Backend, EngineConfig, Executor
+from rankd.engine.backend import Backend, EngineConfig, Executor, Precision
 from rankd.engine.mixed_targets import kinds_of
 from rankd.engine.targets import load_backend
 from rankd.engine.warming import Shapes, encode_ms, most_new_tokens, score_ms, warm
@@ -47,7 +47,7 @@ from rankd.schedule.policy import Priority, Rules
 from rankd.schedule.schedule_config import ScheduleConfig, make_rules
 from rankd.schedule.scheduler import Scheduler
 from rankd.schedule.served import Asked
-from rankd.shards.table_config import TableConfig, open_tables
+from rankd.shards.table_config import TableConfig, open_tables, with_sums
 from rankd.states.lending import States
 from rankd.states.open_states import engine_state_type, open_states
 from rankd.states.state_config import StateConfig
@@ -140,7 +140,8 @@ class Ranker:
             on_failure.callback(backend.close)
             service = features or FeatureService(FeatureConfig())
             version = VersionFeatures(artifact.schema, catalogue, service.of(artifact.manifest.name))
-            source = open_tables(artifact.path, artifact.schema.embedded_widths, tables or TableConfig())
+            placed = with_sums(tables or TableConfig(), backend.precision is Precision.BF16)
+            source = open_tables(artifact.path, artifact.schema.embedded_widths, placed)
             if source is not None:
                 on_failure.callback(source.close)
             kept = open_states(artifact, backend, keep)

@@ -56,7 +56,10 @@ def test_a_traced_pool_written_by_hand() -> None:
     assert pack_trace(0x000102030405060708090A0B0C0D0E0F, 0x1011121314151617) == trace
 
 
-@pytest.mark.parametrize(("kind", "flags", "length"), [(5, 2, 30), (5, 1, 23), (6, 1, 30), (8, 1, 30), (5, 0x101, 30)])
+@pytest.mark.parametrize(
+    ("kind", "flags", "length"),
+    [(5, 4, 30), (5, 1, 23), (6, 1, 30), (6, 3, 30), (8, 1, 30), (8, 2, 30), (5, 0x101, 30)],
+)
 def test_other_flags_are_refused(kind: int, flags: int, length: int) -> None:
     data = struct.pack("<4sBBHQIIQ", b"RKSH", 1, kind, flags, 1, 0, length, 0)
     with pytest.raises(ShardFailure, match="use the same rankd on both sides"):

@@ -22,20 +22,23 @@ def costs(out: Path, model: Path | None, stats: Path | None, seconds: float, tab
     """Measure what plans reckon with, on this machine.
 
     Rows looked up in each storage, calls of a shard on both of their sides; with --model also what else a request of
-    that version takes. The result is what --costs of the other commands reads.
+    that version takes, and sums are sent back in the format that it is served with. The result is what --costs of the
+    other commands reads.
     """
     import msgspec
 
-    from rankd.bench.shard_suite.measured_costs import CostOptions, model_costs, table_costs
+    from rankd.bench.shard_suite.measured_costs import CostOptions, model_costs, sums_of, table_costs
     from rankd.cli.progress import progress_bar
     from rankd.plan.byte_sizes import read_bytes
     from rankd.plan.costs_file import check_costs_path, write_costs
     from rankd.plan.declaration import read_loads
+    from rankd.shards.shard_config import SumFormat
 
     check_costs_path(out)
     loads = () if model is None else read_loads(model, stats)
+    sums = SumFormat.FP32 if model is None else sums_of(model)
     with progress_bar("costs") as advance:
-        measured, notes = table_costs(CostOptions(seconds, read_bytes(table_size)), advance)
+        measured, notes = table_costs(CostOptions(seconds, read_bytes(table_size), sums), advance)
         if model is None:
             notes = [*notes, "dense_us, dense_sample_us and piece_samples are no measurements: give --model."]
         else:

@@ -110,6 +110,15 @@ def load_backend(artifact: Artifact, config: EngineConfig, state_type: StateType
     return _load(artifact, msgspec.structs.replace(config, target=config.fall_back, fall_back=""), state_type)
 
 
+def served_precision(artifact: Artifact, config: EngineConfig) -> Precision:
+    """The precision in which an artifact is served as configured, by the first target of a mix.
+
+    Raises:
+        ArtifactError, ConfigError: it cannot be.
+    """
+    return _precision(artifact, choose_target(artifact, config), config)
+
+
 def _load(artifact: Artifact, config: EngineConfig, state_type: StateType | None) -> Backend:
     target = choose_target(artifact, config)
     record, path = artifact.manifest.engines[target], artifact.path

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -38,6 +38,7 @@ class CostModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     call_us               a call of a shard, in the main server
     id_us, split_id_us    an id there: checked, its shard found, sent; and what one of a table in parts takes more
     answer_byte_us        a byte of an answer there: received and added
+    sum_bytes             of a number in an answer: 4 in float32, 2 in bfloat16
     shard_call_us, shard_id_us, shard_answer_byte_us   the same in the shard: a call, an id read, a byte sent
     lookups               a row looked up and added, by the storage of its table; a storage that is not there costs as
                           LookupCost's defaults say: 70 M rows/s of 256 bytes and 78 M rows/s of 72 on one core
@@ -59,6 +60,7 @@ class CostModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id_us: Cost = 4e-4
     split_id_us: Cost = 0.0
     answer_byte_us: Cost = 1.125e-4
+    sum_bytes: Literal[2, 4] = 4
     shard_call_us: Cost = 15.0
     shard_id_us: Cost = 4e-4
     shard_answer_byte_us: Cost = 5e-5

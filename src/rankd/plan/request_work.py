@@ -7,9 +7,9 @@ In: a plan, how its tables are asked, a cost model. Out: RequestWork, which `pre
     shard                  wire -> [serve: look up, pool, answer] -> wire                 ^ local and all calls are done
 
 Ids go out in as few bytes as the rows of their part need; a table in parts has a count of one byte for each sample
-beside them. Pooled rows come back as float32, zeros or not. What a request sends and receives passes its main server's
-own link, so each of its calls waits for all of its bytes. Every shard is called for every net it has a part for: in
-hundreds of samples there is nearly always one that needs it.
+beside them. Pooled rows come back in the format of sums, zeros or not. What a request sends and receives passes its
+main server's own link, so each of its calls waits for all of its bytes. Every shard is called for every net it has a
+part for: in hundreds of samples there is nearly always one that needs it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from rankd.plan.table_statistics import TableLoad, hot_share
 
 CALL_BYTES, PART_BYTES = 28, 8
 """Of the headers of a call: of the frame, the request and its one block; and of a part."""
-VALUE_BYTES = 4
 ID_BYTES = ((1 << 16, 2), (1 << 32, 4))
 """Of an id, for parts of up to so many rows; 8 above."""
 
@@ -150,7 +149,7 @@ def _call(
             split += asked
             out_bytes += 1
     out = Line(CALL_BYTES + PART_BYTES * len(parts), out_bytes)
-    back = Line(0.0, VALUE_BYTES * dims)
+    back = Line(0.0, costs.sum_bytes * dims)
     serve = Line(costs.shard_call_us, rows_us + pooled * costs.pooled_value_us + lookups * costs.shard_id_us)
     serve += back * costs.shard_answer_byte_us
     send = Line(costs.call_us, lookups * costs.id_us + split * costs.split_id_us)

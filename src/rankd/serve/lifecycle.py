@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rankd.errors import ConfigError
 from rankd.features.reading.shared_features import FeatureService
+from rankd.malloc import keep_freed
 from rankd.serve.app import create_app
 from rankd.serve.grpc_server import GrpcServer
 from rankd.serve.repository import ModelRepository
@@ -202,6 +203,7 @@ def run_server(root: Path, config: ServeConfig, features: FeatureService | None 
         RankdError: the address or a model is unusable.
     """
     _allow_connections()
+    keep_freed()
     log.info("configuration: %s", msgspec.json.encode(without_secrets(config)).decode())
     server = Server(root, config, features)
     # uvicorn takes signals only while its loop runs; before and after that they have to drain too, not kill.

@@ -3,8 +3,8 @@
     0   magic      4 bytes    "RKSH"
     4   version    uint8      1
     5   kind       uint8      see Kind
-    6   flags      uint16     1 of a POOL that is traced, else 0
-    8   number     uint64     of the request; its answer has the same. Of a HELLO: 1 if the client sends traces
+    6   flags      uint16     1 of a POOL that is traced; 2 of a POOL that asks for sums in bfloat16, and of its POOLED
+    8   number     uint64     of the request; its answer has the same. Of a HELLO: see handshake.py
     16  budget     uint32     microseconds left when it was sent, of an answer those that it took; 2**32 - 1: not said
     20  length     uint32     of the payload, bytes
     24  checksum   uint64     xxh3 of bytes 0 to 23 and of the payload
@@ -36,6 +36,8 @@ HEADER_BYTES, CHECKED_BYTES = 32, 24
 UNLIMITED_US = 2**32 - 1
 TRACED = 1
 """The flag of a POOL whose payload begins with TRACE_BYTES of a trace."""
+NARROW = 2
+"""The flag of a POOL that asks for sums in bfloat16, and of the POOLED that has them."""
 TRACE_BYTES = 24
 _FRONT, _CHECKSUM = struct.Struct("<4sBBHQII"), struct.Struct("<Q")
 
@@ -56,6 +58,10 @@ class Kind(IntEnum):
     GOODBYE = 11
 
 
+FLAGS = {Kind.POOL: TRACED | NARROW, Kind.POOLED: NARROW}
+"""What a frame may have; of other kinds none."""
+
+
 class Header(NamedTuple):
     """Of a frame that was read. `front` are the bytes that the checksum begins with."""
 
@@ -65,11 +71,26 @@ class Header(NamedTuple):
     length: int
     checksum: int
     front: bytes
-    traced: bool = False
+    flags: int = 0
+
+    @property
+    def traced(self) -> bool:
+        """Whether its payload begins with a trace."""
+        return bool(self.flags & TRACED)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether sums are asked for, or are, in bfloat16."""
+        return bool(self.flags & NARROW)
 
 
 def frame(
-    kind: Kind, number: int, payload: Sequence[memoryview] = (), budget_us: int = UNLIMITED_US, trace: bytes = b""
+    kind: Kind,
+    number: int,
+    payload: Sequence[memoryview] = (),
+    budget_us: int = UNLIMITED_US,
+    trace: bytes = b"",
+    narrow: bool = False,
 ) -> list[memoryview]:
     """The buffers of a frame: its header, then those of the payload as they are, behind a trace if there is one; none
     of them is copied.
@@ -81,7 +102,8 @@ def frame(
     length = sum(view.nbytes for view in payload)
     if length >= 2**32:
         raise ShardFailure(f"a payload of {length} bytes does not fit a frame: ask for less at once", Trouble.BROKEN)
-    front = _FRONT.pack(MAGIC, VERSION, kind, TRACED if trace else 0, number, budget_us, length)
+    flags = (TRACED if trace else 0) | (NARROW if narrow else 0)
+    front = _FRONT.pack(MAGIC, VERSION, kind, flags, number, budget_us, length)
     return [memoryview(front + _CHECKSUM.pack(checksum(front, payload))), *payload]
 
 
@@ -104,13 +126,15 @@ def parse_header(data: bytes, limit: int) -> Header:
         raise ShardFailure(
             f"what came begins with {magic!r}, a frame with {MAGIC!r}: no shard is there", Trouble.BROKEN
         )
-    if version != VERSION or flags not in (0, TRACED) or (flags and (kind != Kind.POOL or length < TRACE_BYTES)):
+    known = Kind.HELLO <= kind <= Kind.GOODBYE
+    allowed = FLAGS.get(Kind(kind), 0) if known else 0
+    if version != VERSION or flags & ~allowed or (flags & TRACED and length < TRACE_BYTES):
         raise ShardFailure(
-            f"a frame of version {version} and kind {kind} with flags {flags:#x} came, read here is version {VERSION}, "
-            f"with flag {TRACED} of {Kind.POOL.name} alone: use the same rankd on both sides",
+            f"a frame of version {version} and kind {kind} of {length} bytes with flags {flags:#x} came, read here is "
+            f"version {VERSION}, of that kind with flags {allowed:#x}: use the same rankd on both sides",
             Trouble.BROKEN,
         )
-    if not Kind.HELLO <= kind <= Kind.GOODBYE:
+    if not known:
         raise ShardFailure(f"a frame of kind {kind} came, known are 1 to {len(Kind)}", Trouble.BROKEN)
     if length > limit:
         raise ShardFailure(
@@ -118,7 +142,7 @@ def parse_header(data: bytes, limit: int) -> Header:
             Trouble.BROKEN,
         )
     (expected,) = _CHECKSUM.unpack_from(data, CHECKED_BYTES)
-    return Header(Kind(kind), number, budget_us, length, expected, data[:CHECKED_BYTES], bool(flags))
+    return Header(Kind(kind), number, budget_us, length, expected, data[:CHECKED_BYTES], flags)
 
 
 def read_header(stream: Stream, limit: int, idle_until: float | None, frame_s: float) -> Header:

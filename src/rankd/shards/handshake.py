@@ -8,9 +8,9 @@
 Each proof is of fresh random numbers of both sides and of its own side's name, so that nothing heard once can be shown
 again, to the same side or the other. What the server serves it says only to who is let in. Payloads are MessagePack.
 
-A client that sends traces, or reads which contents the tables have, says so in the number of its HELLO, which a shard
-of an older rankd does not look at; one that takes them, or knows that, says so in its READY, to that client alone, for
-an older one would not know the word.
+A client that sends traces, reads which contents the tables have, or takes sums in bfloat16 says so in the number of
+its HELLO, which a shard of an older rankd does not look at; one that knows of it says so in its READY, to that client
+alone, for an older one would not know the word.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ TRACES = 1
 """The bit in the number of a HELLO whose client sends traces."""
 CONTENTS = 2
 """The bit of one whose client reads `Ready.contents`."""
+NARROW_SUMS = 4
+"""The bit of one whose client may ask for sums in bfloat16."""
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,14 +62,15 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """From the server: it may be asked. `traces`: also with a trace. `contents`: of each table the fingerprint of its
-    rows (`table_format.py`), as far as known."""
+    """From the server: it may be asked. `traces`: also with a trace. `narrow_sums`: also for sums in bfloat16.
+    `contents`: of each table the fingerprint of its rows (`table_format.py`), as far as known."""
 
     plan: str
     proof: bytes
     nets: tuple[ServedNet, ...]
     max_request_bytes: int
     traces: bool = False
+    narrow_sums: bool = False
     contents: dict[str, str] = {}
 
 
@@ -98,7 +101,8 @@ def let_in(stream: Stream, ready: Ready, secret: str, within_s: float) -> None:
         )
     proof = _proof(secret, b"server", hello, nonce) if secret else b""
     contents = ready.contents if said & CONTENTS else {}
-    said_back = msgspec.structs.replace(ready, proof=proof, traces=bool(said & TRACES), contents=contents)
+    traces, narrow_sums = bool(said & TRACES), bool(said & NARROW_SUMS)
+    said_back = msgspec.structs.replace(ready, proof=proof, traces=traces, narrow_sums=narrow_sums, contents=contents)
     _say(stream, Kind.READY, said_back, until)
 
 
@@ -110,7 +114,7 @@ def introduce(stream: Stream, plan: str, nets: tuple[ServedNet, ...], secret: st
         RankdError: it sent something else, does not let us in, does not know the secret, or serves something else.
     """
     hello = Hello(plan, secrets.token_bytes(NONCE_BYTES))
-    _say(stream, Kind.HELLO, hello, until, TRACES | CONTENTS)
+    _say(stream, Kind.HELLO, hello, until, TRACES | CONTENTS | NARROW_SUMS)
     challenge, _ = _next(stream, Kind.CHALLENGE, Challenge, HELLO_BYTES, until, shown)
     _say(stream, Kind.PROOF, Proof(_proof(secret, b"client", hello, challenge.nonce) if secret else b""), until)
     ready, _ = _next(stream, Kind.READY, Ready, READY_BYTES, until, shown)

@@ -67,8 +67,8 @@ class KeptRows:
         """Of all rows."""
         return sum(one.size_bytes for one in self.some.values())
 
-    def answer(self, call: RoutedCall) -> Array:
-        """What a shard would send."""
+    def answer(self, call: RoutedCall) -> Float32Array:
+        """The sums that a shard would send."""
         blocks = read_pool(call.payload, self._nets, call.answer_bytes).blocks
         sums = [self._tables.pool(block).reshape(-1) for block in blocks]
-        return np.concatenate(sums).view(np.uint8)
+        return np.concatenate(sums)

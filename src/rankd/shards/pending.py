@@ -67,9 +67,10 @@ class Pending:
         counts: ClientCounts,
         alarm: Alarm,
         kept: KeptRows | None = None,
+        narrow: bool = False,
     ) -> None:
         self._routed, self._defaults, self._deadline = routed, defaults, deadline
-        self._counts, self._alarm, self._kept = counts, alarm, kept
+        self._counts, self._alarm, self._kept, self._narrow = counts, alarm, kept, narrow
         self._calls: list[PoolCall] = []
         self._waiting: dict[int, PoolCall] = {}
         self._left = 0
@@ -212,7 +213,8 @@ class Pending:
             self._waiting[number], call.attempts[number] = call, None
             call.again = False
             trace = self._traces.begin(number, call.client.name, routed.payload.nbytes, len(call.asked))
-        question = Question(number, Kind.POOL, [routed.payload], routed.answer_bytes, self._deadline, self._take, trace)
+        size, deadline = routed.answer_bytes, self._deadline
+        question = Question(number, Kind.POOL, [routed.payload], size, deadline, self._take, trace, self._narrow)
         link = None
         try:
             link = call.client.ask(question, call.asked)

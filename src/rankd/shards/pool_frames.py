@@ -14,7 +14,8 @@ same ids: ids and sums travel once. `routing_kernels.py` writes requests.
 Worked example: net 1, 2 samples, part 3, ids [7] and [2, 2]
     01 00 01 00 | 02 00 00 00 01 00 00 00 | 03 00 01 02 03 00 00 00 | 01 02  07 00 02 00 02 00
 
-POOLED: of each block its sums (samples, width) float32, the widths of its parts side by side.
+POOLED: of each block its sums (samples, width) float32, the widths of its parts side by side; or as asked in bfloat16,
+the upper half of the float32 that is nearest.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _UNSIGNED: dict[int, np.dtype[np.unsignedinteger]] = {
     4: np.dtype("<u4"),
     8: np.dtype("<u8"),
 }
+VALUE_BYTES, NARROW_BYTES = 4, 2
+"""Of a number of the sums, in float32 and in bfloat16."""
 _COUNT_BYTES, _ID_BYTES = (1, 2, 4), (2, 4, 8)
 
 
@@ -53,8 +56,11 @@ def id_type(rows: int) -> np.dtype[np.unsignedinteger]:
     return _UNSIGNED[2 if rows <= 1 << 16 else 4 if rows <= 1 << 32 else 8]
 
 
-def read_pool(payload: memoryview, nets: Sequence[ServedNet], max_answer_bytes: int) -> PoolRequest:
-    """The payload of a POOL frame. What is read takes memory in proportion to it and to its answer.
+def read_pool(
+    payload: memoryview, nets: Sequence[ServedNet], max_answer_bytes: int, narrow: bool = False
+) -> PoolRequest:
+    """The payload of a POOL frame, whose sums are answered in bfloat16 if it is `narrow`. What is read takes memory in
+    proportion to it and to its answer.
 
     Raises:
         InvalidRequest: it is none, or of other nets and parts.
@@ -75,7 +81,7 @@ def read_pool(payload: memoryview, nets: Sequence[ServedNet], max_answer_bytes: 
     except struct.error as error:
         raise InvalidRequest(f"a request of {payload.nbytes} bytes ends within its headers") from error
     reader = _Numbers(payload[place:])
-    _check_answer(nets[net], headers, max_answer_bytes)
+    _check_answer(nets[net], headers, NARROW_BYTES if narrow else VALUE_BYTES, max_answer_bytes)
     blocks = tuple(reader.block(nets[net], num_samples, parts) for num_samples, parts in headers)
     reader.check_end()
     return PoolRequest(net, blocks)
@@ -126,12 +132,14 @@ class _Numbers:
         return numbers
 
 
-def _check_answer(net: ServedNet, headers: list[tuple[int, list[tuple[int, int, int, int]]]], most: int) -> None:
+def _check_answer(
+    net: ServedNet, headers: list[tuple[int, list[tuple[int, int, int, int]]]], value_bytes: int, most: int
+) -> None:
     answer_bytes = 0
     for num_samples, parts in headers:
         for part, _, _, _ in parts:
             if part >= len(net.parts):
                 raise InvalidRequest(f"part {part} of net '{net.name}' was asked, here are {len(net.parts)}")
-            answer_bytes += 4 * num_samples * net.parts[part].dim
+            answer_bytes += value_bytes * num_samples * net.parts[part].dim
     if answer_bytes > most:
         raise PayloadTooLarge(f"the answer would have {answer_bytes} bytes, sent are {most}: ask for fewer samples")

@@ -29,7 +29,7 @@ from rankd.shards.pool_frames import read_pool
 from rankd.shards.shard_config import ShardServerConfig
 from rankd.shards.shard_layout import ServedNet
 from rankd.shards.shard_stats import Ending, ShardTally
-from rankd.types import Array
+from rankd.types import Array, Float32Array
 
 CLOSE_S = 2.0
 
@@ -44,15 +44,15 @@ class Asker(Protocol):
         """Whether nobody is there any more."""
         ...
 
-    def answer(self, kind: Kind, number: int, payload: Sequence[memoryview], taken_us: int) -> None:
-        """Send a frame, and how long it took; nothing if nobody is there any more."""
+    def answer(self, kind: Kind, number: int, payload: Sequence[memoryview], taken_us: int, narrow: bool) -> None:
+        """Send a frame, and how long it took; nothing if nobody is there any more. `narrow`: its sums are bfloat16."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PoolJob:
     """A request, with the time when its header had come and its deadline (seconds of `time.perf_counter`), and the
-    trace that came with it, empty if it is not traced."""
+    trace that came with it, empty if it is not traced. `narrow`: its sums are wanted in bfloat16."""
 
     asker: Asker
     number: int
@@ -60,6 +60,7 @@ class PoolJob:
     arrived: float
     deadline: float | None
     trace: bytes = b""
+    narrow: bool = False
 
 
 class PoolQueue:
@@ -134,7 +135,9 @@ class PoolQueue:
             done = time.perf_counter()
             self._tally.ended(ending, begun - job.arrived, done - begun)
             taken_us = min(int((done - job.arrived) * 1e6), UNLIMITED_US - 1)
-            job.asker.answer(Kind.POOLED if ending is Ending.ANSWERED else Kind.ERROR, job.number, answer, taken_us)
+            answered = ending is Ending.ANSWERED
+            kind, narrow = Kind.POOLED if answered else Kind.ERROR, answered and job.narrow
+            job.asker.answer(kind, job.number, answer, taken_us, narrow)
             if job.trace and self._traces is not None:
                 self._traces.end(shard_trace(job.trace, job.arrived, begun, done, ending))
 
@@ -156,14 +159,25 @@ class PoolQueue:
             return Ending.FAILED, error_payload(EngineFailure(f"the look-up failed: {type(error).__name__}: {error}"))
 
     def _pooled(self, job: PoolJob) -> list[memoryview]:
-        request = read_pool(job.payload.data, self._nets, self._config.max_answer_bytes)
+        request = read_pool(job.payload.data, self._nets, self._config.max_answer_bytes, job.narrow)
         answer = []
         for asked in request.blocks:
-            sums = np.ascontiguousarray(self._pooling.pool(asked), "<f4")
+            sums: Array = np.ascontiguousarray(self._pooling.pool(asked), "<f4")
             self._tally.pooled(len(asked.ids), asked.num_samples * len(asked.tables))
+            if job.narrow:
+                sums = _narrowed(sums)
             if sums.nbytes:
                 answer.append(sums.data.cast("B"))
         return answer
+
+
+def _narrowed(sums: Float32Array) -> Array:
+    """In bfloat16, as uint16."""
+    from rankd.shards.answer_kernels import narrow_sums  # imported here: it brings numba, which takes half a second
+
+    halves = np.empty(sums.size, "<u2")
+    narrow_sums(sums.reshape(-1).view(np.uint32), halves)
+    return halves
 
 
 def _ending_of(error: RankdError) -> Ending:

@@ -105,23 +105,25 @@ class Routed:
     ) -> None:
         """Write the sums of each of `asked` into its `into` (B, W), those of its f-th table into the columns from
         columns[f, 0] up to columns[f, 1]; zeros for a table of which an answer, one for each of `calls` and for `kept`
-        if there is that, is not there."""
+        if there is that, is not there. Answers are float32, or bfloat16 as uint16."""
         fields, pieces = self._fields, self._pieces
-        addresses = np.zeros(len(pieces), np.int64)
+        addresses, narrow = np.zeros(len(pieces), np.int64), np.zeros(len(pieces), np.bool_)
         for call, answer in zip(self.calls, answers, strict=True):
-            addresses[call.first : call.end] = 0 if answer is None else answer.ctypes.data
+            if answer is not None:
+                addresses[call.first : call.end] = answer.ctypes.data
+                narrow[call.first : call.end] = answer.dtype == np.uint16
         if self.kept is not None and kept_answer is not None:
             addresses[self.kept.first : self.kept.end] = kept_answer.ctypes.data
         order = np.lexsort((pieces[:, fields.REMAINDER], pieces[:, fields.POSITION]))
         if not addresses.all():
             lost = np.unique(pieces[addresses == 0, fields.POSITION])
             order = order[~np.isin(pieces[order, fields.POSITION], lost)]
-        pieces, addresses = pieces[order], addresses[order]
+        pieces, addresses, narrow = pieces[order], addresses[order], narrow[order]
         firsts = np.searchsorted(pieces[:, fields.POSITION], np.arange(len(self.tables) + 1))
         first = 0
         for asked, out, where in zip(self.asked, into, columns, strict=True):
             own = firsts[first : first + len(asked.tables) + 1]
-            self._kernels.add_up(pieces, own, addresses, self._bags_of, where, out)
+            self._kernels.add_up(pieces, own, addresses, narrow, self._bags_of, where, out)
             first += len(asked.tables)
 
     def _places(self) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import msgspec
@@ -62,6 +63,15 @@ class TableDefault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vector: tuple[float, ...] = ()
 
 
+class SumFormat(Enum):
+    """How shards send sums back. AUTO: BF16 where the engine computes in bfloat16, which rounds them in any case (of a
+    table that is split, here each part by itself), and FP32 everywhere else."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
 class ShardClientConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How shards are asked.
 
@@ -70,7 +80,8 @@ class ShardClientConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     time at most) is sent to another replica too; at most a `hedge_share` of all calls are. After `misses_in_a_row`
     deadlines a replica is not asked until it answers anew; connecting is tried again after `first_wait_seconds`, then
     at twice the time up to `longest_wait_seconds`. A replica that says nothing for `heartbeat_seconds` is asked for a
-    sign of life, and given up after as long again. An answer has at most `max_answer_bytes`.
+    sign of life, and given up after as long again. An answer has at most `max_answer_bytes`, and its sums are in the
+    format `sums`; a shard of an older rankd sends float32.
     """
 
     timeout_ms: _Positive = 50.0
@@ -85,4 +96,5 @@ class ShardClientConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     first_wait_seconds: _Positive = 0.05
     longest_wait_seconds: _Positive = 2.0
     max_answer_bytes: _Bytes = 256 * MIB
+    sums: SumFormat = SumFormat.AUTO
     security: ShardSecurity = ShardSecurity()

@@ -60,12 +60,20 @@ class ShardConnection:
             self._gone = True
             self._stream.close()
 
-    def answer(self, kind: Kind, number: int, payload: Sequence[memoryview] = (), taken_us: int = UNLIMITED_US) -> None:
+    def answer(
+        self,
+        kind: Kind,
+        number: int,
+        payload: Sequence[memoryview] = (),
+        taken_us: int = UNLIMITED_US,
+        narrow: bool = False,
+    ) -> None:
         """Send a frame; a client that does not take it is let go."""
         if self._gone:
             return
         try:
-            self._stream.send(frame(kind, number, payload, taken_us), time.perf_counter() + self._config.answer_seconds)
+            answer = frame(kind, number, payload, taken_us, narrow=narrow)
+            self._stream.send(answer, time.perf_counter() + self._config.answer_seconds)
         except OSError as error:
             log.info("shard: a client does not take its answer: %s", error)
             self.shut()
@@ -86,7 +94,8 @@ class ShardConnection:
         if header.kind is Kind.POOL:
             deadline = None if header.budget_us == UNLIMITED_US else arrived + header.budget_us / 1e6
             begin = TRACE_BYTES if header.traced else 0
-            job = PoolJob(self, header.number, payload[begin:], arrived, deadline, payload[:begin].tobytes())
+            trace = payload[:begin].tobytes()
+            job = PoolJob(self, header.number, payload[begin:], arrived, deadline, trace, header.narrow)
             try:
                 self._line.put(job)
             except Overloaded as error:

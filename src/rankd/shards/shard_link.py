@@ -22,8 +22,8 @@ from rankd.types import Array
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of request `number`: its answer's payload (n,) uint8, or why there is none; and how many microseconds the shard
-    says that it took, None if it says nothing."""
+    """Of request `number`: its answer's payload, or why there is none; and how many microseconds the shard says that it
+    took, None if it says nothing. A payload is (n,) uint8, but sums are (n,) float32, or in bfloat16 uint16."""
 
     number: int
     payload: Array | None
@@ -34,8 +34,9 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Question:
     """What is asked under a number, and what its outcome is given to, by the connection's thread: `then` has to be
-    quick. `answer_bytes`: of its answer, None if it may differ; `deadline` in seconds of `time.perf_counter`; `trace`
-    for a shard that takes traces, empty if it is not traced."""
+    quick. `answer_bytes`: of its answer in float32, None if it may differ; `narrow`: from a shard that can, sums in
+    bfloat16. `deadline` in seconds of `time.perf_counter`; `trace` for a shard that takes traces, empty if it is not
+    traced."""
 
     number: int
     kind: Kind
@@ -44,6 +45,7 @@ class Question:
     deadline: float
     then: Callable[[Outcome], None]
     trace: bytes = b""
+    narrow: bool = False
 
 
 class ShardLink:
@@ -88,7 +90,8 @@ class ShardLink:
         now = time.perf_counter()
         budget_us = min(max(int((question.deadline - now) * 1e6), 0), UNLIMITED_US - 1)
         try:
-            buffers = frame(question.kind, question.number, question.payload, budget_us, self._trace(question))
+            narrow = self._narrow(question)
+            buffers = frame(question.kind, question.number, question.payload, budget_us, self._trace(question), narrow)
             self._stream.send(buffers, min(question.deadline, now + self._config.frame_seconds))
         except OSError as error:
             with self._lock:
@@ -145,6 +148,14 @@ class ShardLink:
         fits = _size(question) + len(question.trace) <= self._ready.max_request_bytes
         return question.trace if fits else b""
 
+    def _narrow(self, question: Question) -> bool:
+        return question.narrow and self._ready.narrow_sums
+
+    def _answer_bytes(self, question: Question) -> int | None:
+        if question.answer_bytes is None or not self._narrow(question):
+            return question.answer_bytes
+        return question.answer_bytes // 2
+
     def _check_size(self, question: Question) -> None:
         size = _size(question)
         if size > self._ready.max_request_bytes:
@@ -152,9 +163,10 @@ class ShardLink:
                 f"the request to {self._shown} has {size} bytes, it takes {self._ready.max_request_bytes}: ask for "
                 "fewer samples at once"
             )
-        if (question.answer_bytes or 0) > self._config.max_answer_bytes:
+        answer_bytes = self._answer_bytes(question)
+        if (answer_bytes or 0) > self._config.max_answer_bytes:
             raise PayloadTooLarge(
-                f"the answer of {self._shown} would have {question.answer_bytes} bytes, taken are "
+                f"the answer of {self._shown} would have {answer_bytes} bytes, taken are "
                 f"{self._config.max_answer_bytes}: ask for fewer samples at once"
             )
 
@@ -194,16 +206,22 @@ class ShardLink:
             raise ShardFailure(f"{self._shown} answers {header.number}, which was not asked", Trouble.BROKEN)
         if header.kind is Kind.ERROR:
             return
-        expected = Kind.POOLED if question.kind is Kind.POOL else question.kind
-        if header.kind is not expected or question.answer_bytes not in (None, header.length):
+        expected, answer_bytes = (
+            Kind.POOLED if question.kind is Kind.POOL else question.kind,
+            self._answer_bytes(question),
+        )
+        narrow = self._narrow(question)
+        if header.kind is not expected or header.narrow != narrow or answer_bytes not in (None, header.length):
             raise ShardFailure(
-                f"{self._shown} sent {header.kind.name} of {header.length} bytes, expected was {expected.name} of "
-                f"{question.answer_bytes}",
+                f"{self._shown} sent {header.kind.name} of {header.length} bytes{_format(header.narrow)}, expected was "
+                f"{expected.name} of {answer_bytes}{_format(narrow)}",
                 Trouble.BROKEN,
             )
 
     def _hand_over(self, header: Header, payload: Array) -> None:
         error = read_error(payload.data, self._shown) if header.kind is Kind.ERROR else None
+        if header.kind is Kind.POOLED:
+            payload = payload.view("<u2" if header.narrow else "<f4")
         with self._lock:
             question = self._asked.pop(header.number, None)
             forgotten = header.number in self._forgotten
@@ -214,6 +232,10 @@ class ShardLink:
                 self._misses, self.worked = 0, True
         taken_us = None if header.budget_us == UNLIMITED_US else header.budget_us
         question.then(Outcome(header.number, None if error else payload, error, taken_us))
+
+
+def _format(narrow: bool) -> str:
+    return " in bfloat16" if narrow else ""
 
 
 def _size(question: Question) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 from rankd.embeddings.pooling import Pooling
 from rankd.errors import Overloaded
+from rankd.malloc import keep_freed
 from rankd.observe.tracing import open_traces
 from rankd.shards.frame_errors import RETRY_AFTER_S
 from rankd.shards.frames import Kind
@@ -154,6 +155,7 @@ class ShardServer:
 
 def serve_shard(server: ShardServer, started: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT, then drain; `started` is told the address. Runs in the main thread."""
+    keep_freed()
     asked_to_leave = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked_to_leave.set())

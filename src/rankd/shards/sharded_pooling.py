@@ -21,7 +21,7 @@ from rankd.shards.kept_rows import KeptRows
 from rankd.shards.pending import Pending
 from rankd.shards.routing import Router
 from rankd.shards.shard_client import ShardClient
-from rankd.shards.shard_config import ShardClientConfig, TableDefault
+from rankd.shards.shard_config import ShardClientConfig, SumFormat, TableDefault
 from rankd.shards.shard_layout import ShardLayout
 from rankd.shards.shard_stats import ShardStats
 from rankd.types import Float32Array, Int64Array
@@ -41,6 +41,7 @@ class ShardedPooling:
         self, layout: ShardLayout, config: ShardClientConfig, hot_rows: Mapping[str, int] | None = None
     ) -> None:
         self._router, self._config = Router(layout), config
+        self._narrow = config.sums is SumFormat.BF16
         self._defaults = dict(_default(default, layout) for default in config.defaults)
         self._clients = [ShardClient(shard, layout.plan, layout.served_by(shard), config) for shard in layout.shards]
         self._counts, self._alarm = ClientCounts(), Alarm()
@@ -96,19 +97,21 @@ class ShardedPooling:
         if deadline is None:
             deadline = time.perf_counter() + self._config.timeout_ms / 1e3
         if self._hot is None:
-            return self._send(asked, deadline, None)
+            return self._send(asked, deadline, None, self._narrow)
         kept = self._hot.kept
-        pending = self._send(asked, deadline, kept)
+        pending = self._send(asked, deadline, kept, self._narrow)
         if kept is not None and self._hot.kept is None:  # a shard came back meanwhile, maybe with other rows
             pending.forget()
-            pending = self._send(asked, deadline, None)
+            pending = self._send(asked, deadline, None, self._narrow)
         self._hot.saw(asked)
         return pending
 
-    def _send(self, asked: Sequence[JaggedIds], deadline: float, kept: KeptRows | None) -> Pending:
+    def _send(
+        self, asked: Sequence[JaggedIds], deadline: float, kept: KeptRows | None, narrow: bool = False
+    ) -> Pending:
         begun = time.perf_counter()
         routed = self._router.route(asked, None if kept is None else kept.index)
-        pending = Pending(routed, self._defaults, deadline, self._counts, self._alarm, kept)
+        pending = Pending(routed, self._defaults, deadline, self._counts, self._alarm, kept, narrow)
         pending.send(self._clients, begun)
         self._counts.add(RowsFrom.SHARDS, sum(routed.num_ids(call) for call in routed.calls))
         self._counts.add(RowsFrom.KEPT, 0 if routed.kept is None else routed.num_ids(routed.kept))

@@ -17,7 +17,7 @@ from rankd.shards.live_tables import LiveTables
 from rankd.shards.placed_tables import PlacedTables
 from rankd.shards.placement_file import Placement
 from rankd.shards.planned_shards import layout_of
-from rankd.shards.shard_config import ShardClientConfig
+from rankd.shards.shard_config import ShardClientConfig, SumFormat
 from rankd.shards.sharded_pooling import ShardedPooling
 
 REPLICAS = "|"
@@ -35,6 +35,19 @@ class TableConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     placement: str = ""
     start_seconds: Annotated[float, Meta(gt=0)] = 30.0
     client: ShardClientConfig = ShardClientConfig()
+
+
+def sums_in(narrow: bool) -> SumFormat:
+    """What AUTO is for an engine that computes in bfloat16, or does not."""
+    return SumFormat.BF16 if narrow else SumFormat.FP32
+
+
+def with_sums(config: TableConfig, narrow: bool) -> TableConfig:
+    """The same with the format of sums chosen, if it is not said, for an engine that computes in bfloat16 (`narrow`) or
+    does not."""
+    if config.client.sums is not SumFormat.AUTO:
+        return config
+    return msgspec.structs.replace(config, client=msgspec.structs.replace(config.client, sums=sums_in(narrow)))
 
 
 def open_tables(version: Path, widths: Mapping[str, int], config: TableConfig) -> TableSource | None:

@@ -26,11 +26,13 @@ from rankd.embeddings.local_tables import LocalTables
 from rankd.embeddings.table_file import open_table
 from rankd.embeddings.table_spec import TablePart, TableSpec
 from rankd.embeddings.table_writing import write_table
+from rankd.malloc import keep_freed
 from rankd.plan.declaration import Declaration
 from rankd.plan.plan_file import read_plan, write_plan
 from rankd.plan.table_plan import MemoryLimits, Plan, Shard, Strategy
 from rankd.shards.planned_shards import layout_of
-from rankd.shards.shard_config import ShardClientConfig
+from rankd.shards.pool_frames import NARROW_BYTES, VALUE_BYTES
+from rankd.shards.shard_config import ShardClientConfig, SumFormat
 from rankd.shards.sharded_pooling import ShardedPooling
 
 ROWS, NARROW, WIDE = 1000, 8, 512
@@ -57,6 +59,7 @@ class CallCosts:
     shard_call_us: float
     shard_id_us: float
     shard_answer_byte_us: float
+    sum_bytes: int
     loopback_us: float
     call_wall_us: float
 
@@ -78,12 +81,14 @@ class Sides:
     wall_us: float
 
 
-def call_costs(folder: Path, seconds: float) -> CallCosts:
-    """Measure each shape for so many seconds, tables and two shards in `folder` meanwhile.
+def call_costs(folder: Path, seconds: float, sums: SumFormat) -> CallCosts:
+    """Measure each shape for so many seconds, tables and two shards in `folder` meanwhile. From then on this process
+    keeps what it frees, as servers do.
 
     Raises:
         Unavailable: a shard did not start.
     """
+    keep_freed()
     with ExitStack() as running:
         specs = (IDS, SPLIT, ANSWER)
         block = np.random.default_rng(0).random((ROWS, WIDE), np.float32)
@@ -96,23 +101,24 @@ def call_costs(folder: Path, seconds: float) -> CallCosts:
         write_plan(plan, Declaration("calls", specs), Plan(Strategy.LOAD_BALANCED, specs, shards, (), (), limits))
         processes = [running.enter_context(ShardServerProcess(plan, folder, number)) for number in range(len(shards))]
         addresses = [[f"{process.host}:{process.port}"] for process in processes]
-        config = ShardClientConfig(timeout_ms=PATIENT_MS)
+        config = ShardClientConfig(timeout_ms=PATIENT_MS, sums=sums)
         asking = ShardedPooling(layout_of(read_plan(plan), addresses), config)
         running.callback(asking.close)
         asking.start()
         asking.wait_up(START_SECONDS)
         pids = [process.pid for process in processes]
-        return fitted(lambda shape: _measured(asking, tables, pids, shape, seconds))
+        sum_bytes = NARROW_BYTES if sums is SumFormat.BF16 else VALUE_BYTES
+        return fitted(lambda shape: _measured(asking, tables, pids, shape, seconds), sum_bytes)
 
 
-def shapes() -> dict[str, Shape]:
+def shapes(sum_bytes: int = VALUE_BYTES) -> dict[str, Shape]:
     """The shapes by their names; no two samples have the same ids, which would be sent once for both."""
     random = np.random.default_rng(0)
 
     def shape(spec: TableSpec, samples: int, bag: int) -> Shape:
         offsets = np.arange(0, samples * bag + 1, bag, dtype=np.int64)
         asked = JaggedIds((spec.name,), offsets, random.integers(0, ROWS, samples * bag))
-        return Shape(asked, 4 * samples * spec.dim)
+        return Shape(asked, sum_bytes * samples * spec.dim)
 
     return {
         "one": shape(IDS, 1, 1),
@@ -122,9 +128,9 @@ def shapes() -> dict[str, Shape]:
     }
 
 
-def fitted(measured: Callable[[Shape], Sides]) -> CallCosts:
+def fitted(measured: Callable[[Shape], Sides], sum_bytes: int = VALUE_BYTES) -> CallCosts:
     """Costs of which the measured shapes are made; none is below nothing."""
-    given = shapes()
+    given = shapes(sum_bytes)
     sides = {name: measured(shape) for name, shape in given.items()}
     one, ids, split, answer = (sides[name] for name in ("one", "ids", "split", "answer"))
     num_ids = len(given["ids"].asked.ids)
@@ -145,6 +151,7 @@ def fitted(measured: Callable[[Shape], Sides]) -> CallCosts:
         shard_call_us=one.shards_us,
         shard_id_us=shard_id_us,
         shard_answer_byte_us=shard_answer_byte_us,
+        sum_bytes=sum_bytes,
         loopback_us=max(one.wall_us - one.client_us - one.shards_us, 0.0) / 2,
         call_wall_us=one.wall_us,
     )

@@ -64,12 +64,12 @@ def all_hypotheses(found: Findings, numbers: Sequence[int]) -> list[Row]:
 
 
 def _one_shard(found: Findings, numbers: Sequence[int]) -> list[Row]:
-    """The other layouts' p99 over one shard's: the largest of them."""
+    """The other layouts' p99 over one shard's: the largest of them, all with all tables on shards."""
     one = found.figure("p99_ms", Strategy.ONE_SHARD.value)
     others = [
         statistics.median(figures["p99_ms"] for figures in layout.rounds)
         for layout in found.layouts[1:]
-        if Strategy.ONE_SHARD.value not in layout.names
+        if not layout.plan.replicated and Strategy.ONE_SHARD.value not in layout.names
     ]
     several = [number for number in numbers if number > 1]
     if one is None or not others or not several:

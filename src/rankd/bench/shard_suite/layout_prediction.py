@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from rankd.bench.report import percentile
-from rankd.bench.shard_suite.layouts import LIMITS, SHARDED, Layout
+from rankd.bench.shard_suite.layouts import LIMITS, PLANNED, SHARDED, Layout
 from rankd.bench.shard_suite.open_loop import KnownCosts, Offered
 from rankd.plan.choice import choose
 from rankd.plan.cluster_shape import smallest_shape
@@ -91,6 +91,7 @@ def known_costs(plan: Plan, loads: Sequence[TableLoad], costs: CostModel) -> Kno
 def auto_layout(
     layouts: Sequence[Layout], loads: Sequence[TableLoad], numbers: Sequence[int], costs: CostModel
 ) -> Layout:
-    """The sharded layout that `rankd plan` takes by itself."""
-    chosen = choose(loads, SHARDED, numbers, LIMITS, costs).best.plan
+    """The sharded layout that `rankd plan` takes by itself; where all tables are small, of those that share these."""
+    plans = (choose(loads, SHARDED, numbers, limits, costs).best.plan for limits in (PLANNED, LIMITS))
+    chosen = next(plan for plan in plans if plan.shards)
     return next(layout for layout in layouts if layout.plan.shards == chosen.shards)

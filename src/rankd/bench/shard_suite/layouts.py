@@ -1,13 +1,15 @@
 """The ways to divide a model's tables that are measured: singular, and each strategy with each number of shards.
 
 In: a version's tables and how they are asked. Out: Layouts with their plans' files; strategies that place rows alike
-are one layout with several names.
+are one layout with several names. Each strategy is there with all tables on shards, as studies of sharding have them,
+and as `rankd plan` makes its plans unless told otherwise, with the small tables in the main process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from rankd.bench.shard_suite.dlrm_workload import DlrmWorkload
@@ -21,6 +23,8 @@ from rankd.plan.table_statistics import TableLoad
 SINGULAR = Strategy.SINGULAR.value
 SHARDED = tuple(strategy for strategy in Strategy if strategy is not Strategy.SINGULAR)
 LIMITS = MemoryLimits(replicate_bytes=0)
+PLANNED = MemoryLimits()
+SMALL_HERE = ", small tables here"
 
 
 @dataclass(slots=True)
@@ -41,11 +45,12 @@ class Layout:
         return (self.name, *self.same)
 
 
-def layout_name(strategy: Strategy, num_shards: int) -> str:
+def layout_name(strategy: Strategy, num_shards: int, limits: MemoryLimits = LIMITS) -> str:
     """As it stands in the report."""
+    small_here = SMALL_HERE if limits.replicate_bytes else ""
     if strategy in (Strategy.SINGULAR, Strategy.ONE_SHARD):
-        return str(strategy.value)
-    return f"{strategy.value} on {num_shards}"
+        return f"{strategy.value}{small_here}"
+    return f"{strategy.value} on {num_shards}{small_here}"
 
 
 def workload_loads(workload: DlrmWorkload, declaration: Declaration) -> tuple[TableLoad, ...]:
@@ -61,18 +66,22 @@ def all_layouts(
 ) -> list[Layout]:
     """Singular first; plans are written to `folder`."""
     found = [Layout(SINGULAR, make_plan(Strategy.SINGULAR, loads, 1, LIMITS), None)]
-    for strategy in SHARDED:
-        for number in numbers[:1] if strategy is Strategy.ONE_SHARD else numbers:
-            try:
-                plan = make_plan(strategy, loads, number, LIMITS)
-            except ConfigError:  # fewer tables than shards
-                continue
-            name = layout_name(strategy, number)
-            known = next((one for one in found if one.plan.shards == plan.shards), None)
-            if known is not None:
-                known.same.append(name)
-                continue
-            path = folder / f"plan-{len(found)}.json"
-            write_plan(path, declaration, plan)
-            found.append(Layout(name, plan, path))
+    ways = [(strategy, number) for strategy in SHARDED for number in _numbers(strategy, numbers)]
+    for limits, (strategy, number) in product((LIMITS, PLANNED), ways):
+        try:
+            plan = make_plan(strategy, loads, number, limits)
+        except ConfigError:  # fewer tables than shards
+            continue
+        name = layout_name(strategy, number, limits)
+        known = next((one for one in found if one.plan.shards == plan.shards), None)
+        if known is not None:
+            known.same.append(name)
+            continue
+        path = folder / f"plan-{len(found)}.json"
+        write_plan(path, declaration, plan)
+        found.append(Layout(name, plan, path))
     return found
+
+
+def _numbers(strategy: Strategy, numbers: Sequence[int]) -> Sequence[int]:
+    return numbers[:1] if strategy is Strategy.ONE_SHARD else numbers

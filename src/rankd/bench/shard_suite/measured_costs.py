@@ -20,11 +20,15 @@ from rankd.bench.served_model import ServedModel
 from rankd.bench.shard_suite.call_costs import call_costs
 from rankd.bench.shard_suite.lookup_costs import lookup_costs
 from rankd.bench.shard_suite.served_costs import served_cpu, version_requests
+from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.targets import served_precision
 from rankd.plan.cost_model import CostModel
 from rankd.plan.request_work import Line, request_work
 from rankd.plan.strategies import make_plan
 from rankd.plan.table_plan import MemoryLimits, Strategy
 from rankd.plan.table_statistics import TableLoad
+from rankd.shards.shard_config import SumFormat
+from rankd.shards.table_config import sums_in
 
 Step = Callable[[int, int, str], None]
 STEPS = 3
@@ -33,10 +37,11 @@ COSTS = frozenset(CostModel.__struct_fields__)
 
 @dataclass(frozen=True, slots=True)
 class CostOptions:
-    """Seconds of each measurement, and bytes of the tables that look-ups are measured in."""
+    """Seconds of each measurement, bytes of the tables that look-ups are measured in, and how shards send sums back."""
 
     seconds: float = 1.0
     table_bytes: int = 256 * 1024**2
+    sums: SumFormat = SumFormat.FP32
 
 
 def table_costs(options: CostOptions, advance: Step) -> tuple[CostModel, list[str]]:
@@ -49,7 +54,7 @@ def table_costs(options: CostOptions, advance: Step) -> tuple[CostModel, list[st
         advance(0, STEPS, "look-ups")
         lookups, pooled_value_us = lookup_costs(Path(folder), options.table_bytes)
         advance(1, STEPS, "calls")
-        calls = call_costs(Path(folder), options.seconds)
+        calls = call_costs(Path(folder), options.seconds, options.sums)
     cores = os.cpu_count() or 1
     measured = {name: value for name, value in asdict(calls).items() if name in COSTS}
     about = machine()
@@ -57,6 +62,7 @@ def table_costs(options: CostOptions, advance: Step) -> tuple[CostModel, list[st
         f"Measured on {about['cpu']}, {cores} cores. Microseconds; see rankd/plan/cost_model.py.",
         f"Look-ups in tables of {options.table_bytes / 1024**2:,.0f} MiB, ids drawn uniformly.",
         f"The smallest call of a shard takes {calls.call_wall_us:,.0f} us between two processes of this machine.",
+        f"Shards send sums back in {options.sums.value}.",
         "wire_us and wire_bytes_us are assumptions.",
     ]
     return CostModel(
@@ -88,6 +94,15 @@ def at_load(costs: CostModel, loads: Sequence[TableLoad], cpu_us: float, samples
     return msgspec.structs.replace(
         costs, dense_us=costs.dense_us * factor, dense_sample_us=costs.dense_sample_us * factor
     )
+
+
+def sums_of(version: Path) -> SumFormat:
+    """How shards send sums back to a server of this version that nothing was said to.
+
+    Raises:
+        ArtifactError: it cannot be read, or was not built for an engine of this machine.
+    """
+    return sums_in(served_precision(Artifact.open(version), EngineConfig()) is Precision.BF16)
 
 
 def model_costs(costs: CostModel, version: Path, loads: Sequence[TableLoad], seconds: float) -> CostModel:

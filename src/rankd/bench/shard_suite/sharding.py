@@ -37,7 +37,13 @@ from rankd.bench.shard_suite.hypotheses import Findings, all_hypotheses
 from rankd.bench.shard_suite.layout_prediction import Costs, auto_layout, both_costs, known_costs, predicted
 from rankd.bench.shard_suite.layout_ratios import layout_ratios
 from rankd.bench.shard_suite.layouts import Layout, all_layouts, workload_loads
-from rankd.bench.shard_suite.measured_costs import CostOptions, at_load, table_costs, with_dense_part
+from rankd.bench.shard_suite.measured_costs import (
+    CostOptions,
+    at_load,
+    sums_of,
+    table_costs,
+    with_dense_part,
+)
 from rankd.bench.shard_suite.open_loop import Offered, measured, most_requests_a_second, one_by_one_ms
 from rankd.bench.shard_suite.placed_server import PlacedServer
 from rankd.bench.shard_suite.served_costs import encoded, served_cpu
@@ -112,7 +118,7 @@ def run_shards(workload: DlrmWorkload, options: ShardOptions, advance: Step, say
         loads = workload_loads(workload, declaration)
         layouts = all_layouts(declaration, loads, options.shards, Path(folder))
         lookups = run_tables(replace(options.lookups, storages=(workload.storage,)), advance)
-        costs, _ = table_costs(options.costs, advance)
+        costs, _ = table_costs(replace(options.costs, sums=sums_of(version)), advance)
         placed = [running.enter_context(_placed(version, layout)) for layout in layouts]
         parity |= _parity(layouts, placed, wire, _bound(version))
         for one in placed:

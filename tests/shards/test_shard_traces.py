@@ -191,15 +191,17 @@ def test_an_older_shard_is_asked_as_ever() -> None:
     assert "rankd.shard_ms" not in call.attributes
 
 
-@pytest.mark.parametrize(("number", "words"), [(0, set()), (1, {"traces"})])
-def test_only_who_sends_traces_hears_that_they_are_taken(number: int, words: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, set()), (1, {"traces"}), (4, {"narrow_sums"}), (5, {"traces", "narrow_sums"})]
+)
+def test_a_client_hears_only_of_what_it_knows(number: int, words: set[str]) -> None:
     layout = one_shard()
     with serving(make_server(layout)) as (address,), raw(address) as client:
         client.send(Kind.HELLO, number, msgspec.msgpack.encode(Hello(layout.plan, bytes(32))))
         assert set(msgspec.msgpack.decode(client.next()[2])) == set(Challenge.__struct_fields__)
         client.send(Kind.PROOF, 0, msgspec.msgpack.encode(Proof(b"")))
         ready = msgspec.msgpack.decode(client.next()[2])
-    assert set(ready) == (set(Ready.__struct_fields__) - {"traces", "contents"}) | words
+    assert set(ready) == (set(Ready.__struct_fields__) - {"traces", "narrow_sums", "contents"}) | words
 
 
 def test_a_trace_that_does_not_fit_any_more_stays_here() -> None:

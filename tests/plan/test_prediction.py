@@ -31,7 +31,8 @@ def test_without_others_a_request_takes_what_its_steps_take() -> None:
     plan = make_plan(Strategy.LOAD_BALANCED, DLRM, 4, MemoryLimits())
     work = request_work(plan, DLRM, costs)
     calls = max(call.serve_us.at(200) for call in work.calls) + work.wire_us.at(200)
-    expected = work.send_us.at(200) + max(work.local_us.at(200), calls) + work.join_us.at(200) + work.dense_us.at(100)
+    own = work.send_us + work.local_us + work.join_us
+    expected = own.at(200) + calls + work.dense_us.at(100)
     told = predict(plan, DLRM, costs)
     assert told.mean_ms == pytest.approx(expected / 1e3)
     assert told.p99_ms == pytest.approx(expected / 1e3)

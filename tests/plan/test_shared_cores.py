@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankd.plan.shared_cores import Events, Machine, OwnCores, SharedCores
+from rankd.plan.shared_cores import Events, SharedCores
 
 tasks = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=1, max_size=12)
 
 
-def ends_on(machine: Machine, events: Events, given: list[tuple[int, int]]) -> list[float]:
+def ends_on(machine: SharedCores, events: Events, given: list[tuple[int, int]]) -> list[float]:
     """When each task (begun at, takes) ended."""
     ended = [-1.0] * len(given)
 
@@ -54,9 +54,8 @@ def test_equal_shares(given: list[tuple[int, int]], cores: int) -> None:
 
 @given(tasks)
 def test_cores_enough_are_cores_of_their_own(given: list[tuple[int, int]]) -> None:
-    alone, shared = Events(), Events()
-    assert ends_on(OwnCores(alone), alone, given) == [begun + takes for begun, takes in given]
-    assert ends_on(SharedCores(shared, len(given)), shared, given) == [begun + takes for begun, takes in given]
+    events = Events()
+    assert ends_on(SharedCores(events, len(given)), events, given) == [begun + takes for begun, takes in given]
 
 
 def test_by_hand() -> None:

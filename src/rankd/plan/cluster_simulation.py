@@ -1,12 +1,13 @@
 """A cluster without servers: requests go through a plan's steps (`request_work.py`) event by event, in made-up time.
 
 In: when requests come and how large they are, what one takes, and how many servers there are. Out: when each was done,
-and how busy servers were. Servers have cores and a queue; a task has one core, and the dense part of a request as many
-as are idle when it begins. A main server sends the calls of new requests before it finishes answered ones, so that
-shards work meanwhile; the other way round calls wait for dense parts, come in bunches, and p99 was twice as long on
-slow wires. Requests go to the servers of a kind in turn. Servers that are processes of one machine share its cores as
-an operating system shares them (`shared_cores.py`). Not simulated: links that several requests share, and memory
-bandwidth that cores share.
+and how busy servers were. Servers have executors, one a core, and a queue; a task has one executor, and the dense part
+of a request as many as are idle when it begins. A main server sends the calls of a request as soon as it comes, on a
+thread beside its executors, which then have less of their cores; when all answers are there the request waits for an
+executor. Were calls sent by executors, they would wait for dense parts and come in bunches: p99 was twice as long on
+slow wires. Requests go to the servers of a kind in turn. Threads share the cores of their server, or of the one machine
+of all servers, as an operating system shares them (`shared_cores.py`). Not simulated: links that several requests
+share, and memory bandwidth that cores share.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rankd.plan.cluster_shape import ClusterShape
 from rankd.plan.cost_model import CostModel
 from rankd.plan.queueing import Times
 from rankd.plan.request_work import RequestWork
-from rankd.plan.shared_cores import Events, Happens, Machine, OwnCores, SharedCores
+from rankd.plan.shared_cores import Events, Happens, SharedCores
 
 WARM = 0.2
 """Of the requests: the first ones find an empty cluster and are left out of quantiles."""
@@ -74,23 +75,21 @@ class SimulatedCluster:
 
 @dataclass(slots=True)
 class _Task:
-    """Takes a core for `takes_us`; `starts` and `ends` are told the moment. `pieces` follow at once, if there are any:
-    what each takes if so many cores may share them."""
+    """Takes an executor for `takes_us`; `ends` is told the moment. `pieces` follow at once, if there are any: what each
+    takes if so many executors may share them."""
 
     takes_us: float
     ends: Happens
-    starts: Happens | None = None
     pieces: Callable[[int], Sequence[float]] | None = None
 
 
 @dataclass(slots=True)
 class _Server:
-    """`idle` of the cores that it may use at once; `machine` is what they are cores of."""
+    """`idle` of its executors; `cores` are what its threads run on."""
 
     idle: int
-    machine: Machine
-    new: deque[_Task] = field(default_factory=deque)
-    answered: deque[_Task] = field(default_factory=deque)
+    cores: SharedCores
+    waiting: deque[_Task] = field(default_factory=deque)
     worked_us: float = 0.0
 
 
@@ -98,43 +97,46 @@ class _Simulation:
     def __init__(self, work: RequestWork, shape: ClusterShape, costs: CostModel, stragglers: Stragglers) -> None:
         self._work, self._stragglers = work, stragglers
         self.events = Events()
-        shared = SharedCores(self.events, costs.machine_cores) if costs.machine_cores is not None else None
-        alone = OwnCores(self.events)
-        self.mains = [_Server(costs.main_cores, shared or alone) for _ in range(shape.mains)]
-        self.shards = [
-            [_Server(costs.shard_cores, shared or alone) for _ in range(number)] for number in shape.replicas
-        ]
+        machine = SharedCores(self.events, costs.machine_cores) if costs.machine_cores is not None else None
+
+        def server(cores: int) -> _Server:
+            return _Server(cores, machine or SharedCores(self.events, cores))
+
+        self.mains = [server(costs.main_cores) for _ in range(shape.mains)]
+        self.shards = [[server(costs.shard_cores) for _ in range(number)] for number in shape.replicas]
         self._random = np.random.default_rng(0)
 
     def arrives(self, number: int, samples: float, ended: Happens, now: float) -> None:
-        """Request `number` comes to a main server, which sends its calls and looks up what it has itself."""
+        """Request `number` comes to a main server, which sends its calls, and looks up what it has itself when it has
+        their answers."""
         work = self._work
         main = self.mains[number % len(self.mains)]
-        waiting_for, ready = 1 + len(work.calls), 0.0
+        left = len(work.calls)
 
         def pieces(idle: int) -> list[float]:
             return [work.piece_us(piece, samples) for piece in work.pieces(samples, idle)]
 
-        def join(then: float) -> None:
-            main.answered.append(_Task(work.join_us.at(samples), ended, pieces=pieces))
+        def there(then: float) -> None:
+            main.waiting.append(_Task((work.local_us + work.join_us).at(samples), ended, pieces))
             self._serve(main, then)
 
-        def answer(then: float) -> None:
-            nonlocal waiting_for, ready
-            waiting_for, ready = waiting_for - 1, max(ready, then)
-            if not waiting_for:
-                self.events.at(ready, join)
+        def answered(then: float) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                there(then)
 
-        def send(then: float) -> None:
-            self._call(number, samples, answer, then + work.send_us.at(samples))
+        def sent(then: float) -> None:
+            self._call(number, samples, answered, then)
 
-        if work.calls:
-            main.new.append(_Task((work.send_us + work.local_us).at(samples), answer, send))
-        else:
-            main.new.append(_Task(work.local_us.at(samples), ended, pieces=pieces))
-        self._serve(main, now)
+        if not work.calls:
+            there(now)
+            return
+        send_us = work.send_us.at(samples)
+        main.worked_us += send_us
+        main.cores.run(send_us, sent, now)
 
-    def _call(self, number: int, samples: float, answer: Happens, sent: float) -> None:
+    def _call(self, number: int, samples: float, answered: Happens, sent: float) -> None:
         """All calls of a request leave at `sent`; each answer comes after the wire, the queue and the service."""
         way_us = self._work.wire_us.at(samples) / 2
         for call in self._work.calls:
@@ -142,25 +144,23 @@ class _Simulation:
             takes_us = call.serve_us.at(samples)
             if self._stragglers.share and self._random.random() < self._stragglers.share:
                 takes_us *= self._stragglers.times
-            task = _Task(takes_us, lambda then: answer(then + way_us))
+            task = _Task(takes_us, lambda then: self.events.at(then + way_us, answered))
             self.events.at(sent + way_us, self._comes(replicas[number % len(replicas)], task))
 
     def _comes(self, server: _Server, task: _Task) -> Happens:
         def comes(now: float) -> None:
-            server.new.append(task)
+            server.waiting.append(task)
             self._serve(server, now)
 
         return comes
 
     def _serve(self, server: _Server, now: float) -> None:
-        """Give idle cores work, if there is any."""
-        while server.idle and (queue := server.new or server.answered):
-            task = queue.popleft()
+        """Give idle executors work, if there is any."""
+        while server.idle and server.waiting:
+            task = server.waiting.popleft()
             server.idle -= 1
             server.worked_us += task.takes_us
-            if task.starts is not None:
-                task.starts(now)
-            server.machine.run(task.takes_us, self._ends(server, task), now)
+            server.cores.run(task.takes_us, self._ends(server, task), now)
 
     def _ends(self, server: _Server, task: _Task) -> Happens:
         def ends(now: float) -> None:
@@ -174,8 +174,8 @@ class _Simulation:
         return ends
 
     def _share(self, server: _Server, pieces: Callable[[int], Sequence[float]], ended: Happens, now: float) -> None:
-        """Begin all pieces at once, on the core that is there and those which nobody else waits for."""
-        begun = pieces(max(server.idle - len(server.new) - len(server.answered), 1))
+        """Begin all pieces at once, on the executor that is there and those which nobody else waits for."""
+        begun = pieces(max(server.idle - len(server.waiting), 1))
         left = len(begun)
 
         def ends(then: float) -> None:
@@ -189,7 +189,7 @@ class _Simulation:
         for takes_us in begun:
             server.idle -= 1
             server.worked_us += takes_us
-            server.machine.run(takes_us, ends, now)
+            server.cores.run(takes_us, ends, now)
 
 
 def poisson_requests(costs: CostModel, number: int, seed: int = 0) -> ClusterRequests:

@@ -114,14 +114,15 @@ def _draw(work: RequestWork, main: Queue, shards: Sequence[Queue], costs: CostMo
         return fixed + each * samples
 
     sent = line(work.send_us.fixed, work.send_us.each)
-    ready = sent + line(work.local_us.fixed, work.local_us.each)
+    ready = sent
     wire = line(work.wire_us.fixed, work.wire_us.each)
     for call in work.calls:
         served = shards[call.shard].draw(random, DRAWS) + line(call.serve_us.fixed, call.serve_us.each)
         ready = np.maximum(ready, sent + wire + served)
     waits = main.draw(random, DRAWS)
     busy = np.where(waits > 0, costs.main_cores, _busy_cores(random, work, main, costs))
-    joined = line(work.join_us.fixed, work.join_us.each)
+    own = work.local_us + work.join_us
+    joined = line(own.fixed, own.each)
     return ready + waits + joined + _longest_piece(work, samples, costs.main_cores - busy)
 
 

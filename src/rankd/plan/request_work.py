@@ -3,8 +3,8 @@
 In: a plan, how its tables are asked, a cost model. Out: RequestWork, which `prediction.py` reckons with by formulas and
 `cluster_simulation.py` by events. The steps:
 
-    main    [send: a call for each shard and net][local: replicated tables, hot rows]     [join][dense part, in pieces]
-    shard                  wire -> [serve: look up, pool, answer] -> wire                 ^ local and all calls are done
+    main    [send: a call for each shard and net]      [local: replicated tables, hot rows][join][dense part, in pieces]
+    shard          wire -> [serve: look up, pool, answer] -> wire    ^ all calls are answered
 
 Ids go out in as few bytes as the rows of their part need; a table in parts has a count of one byte for each sample
 beside them. Pooled rows come back in the format of sums, zeros or not. What a request sends and receives passes its

@@ -1,7 +1,5 @@
-"""Made-up time, and the cores that tasks run on in it.
-
-`OwnCores`: every task has a core of its own; whoever gives it tasks gives no more than there are. `SharedCores`: more
-tasks than cores get equal shares of them, as an operating system gives them to threads (processor sharing).
+"""Made-up time, and the cores that tasks run on in it: more tasks than cores get equal shares of them, as an operating
+system gives them to threads (processor sharing).
 """
 
 from __future__ import annotations
@@ -9,7 +7,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from itertools import count
-from typing import Protocol
 
 Happens = Callable[[float], None]
 """Is told when it happens, in us."""
@@ -33,25 +30,6 @@ class Events:
             now, _, happens = heapq.heappop(self._waiting)
             happens(now)
         return now
-
-
-class Machine(Protocol):
-    """Runs tasks."""
-
-    def run(self, takes_us: float, ends: Happens, now: float) -> None:
-        """Begin a task that takes so much of a core."""
-        ...
-
-
-class OwnCores:
-    """A core for each task."""
-
-    def __init__(self, events: Events) -> None:
-        self._events = events
-
-    def run(self, takes_us: float, ends: Happens, now: float) -> None:
-        """Begin a task."""
-        self._events.at(now + takes_us, ends)
 
 
 class SharedCores:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankd.bench.shard_suite.call_costs import Shape, Sides, fitted, shapes
+from rankd.bench.shard_suite.call_costs import Shape, Sides, fitted, medians, shapes
 from rankd.bench.shard_suite.lookup_costs import line_of_rows
 from rankd.bench.shard_suite.measured_costs import at_load, with_dense_part
 from rankd.bench.shard_suite.served_costs import line_through, small_and_large
@@ -47,7 +47,7 @@ def test_costs_of_calls_are_found_again(
         shards = parts * shard_call + ids * shard_id + answer * shard_byte
         return Sides(client, shards, client + shards + 2 * way)
 
-    found = fitted(measured)
+    found = fitted({name: measured(shape) for name, shape in shapes().items()})
     assert found.call_us == pytest.approx(call)
     assert found.id_us == pytest.approx(each, rel=1e-3)
     assert found.split_id_us == pytest.approx(split, rel=1e-3)
@@ -56,6 +56,11 @@ def test_costs_of_calls_are_found_again(
     assert found.shard_id_us == pytest.approx(shard_id, rel=1e-3)
     assert found.shard_answer_byte_us == pytest.approx(shard_byte, rel=1e-3)
     assert found.loopback_us == pytest.approx(way, abs=1e-6)
+
+
+def test_a_round_that_something_else_disturbed_does_not_count() -> None:
+    rounds = [Sides(300.0, 200.0, 500.0), Sides(310.0, 190.0, 520.0), Sides(1800.0, 210.0, 510.0)]
+    assert medians(rounds) == Sides(310.0, 200.0, 510.0)
 
 
 def test_no_two_samples_are_alike() -> None:

@@ -7,14 +7,18 @@ this process and taken off, so that what is left is routing, frames, sockets and
     ids      many ids, a small answer
     split    the same in a table of two parts on two shards
     answer   few ids, a large answer
+
+All shapes in turn, several times, and of each the median: what else this process does (threads of other libraries that
+spin after they have computed) is counted as the client's.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ from rankd.malloc import keep_freed
 from rankd.plan.declaration import Declaration
 from rankd.plan.plan_file import read_plan, write_plan
 from rankd.plan.table_plan import MemoryLimits, Plan, Shard, Strategy
+from rankd.serve.memory import keep_loaded
 from rankd.shards.planned_shards import layout_of
 from rankd.shards.pool_frames import NARROW_BYTES, VALUE_BYTES
 from rankd.shards.shard_config import ShardClientConfig, SumFormat
@@ -39,6 +44,7 @@ ROWS, NARROW, WIDE = 1000, 8, 512
 SAMPLES, BAG = 64, 512
 START_SECONDS = 30.0
 WARM_CALLS = 20
+ROUNDS = 5
 PATIENT_MS = 10_000.0
 """A call that a busy machine delays is measured late, and fails nothing."""
 IDS, SPLIT, ANSWER = (
@@ -82,13 +88,14 @@ class Sides:
 
 
 def call_costs(folder: Path, seconds: float, sums: SumFormat) -> CallCosts:
-    """Measure each shape for so many seconds, tables and two shards in `folder` meanwhile. From then on this process
-    keeps what it frees, as servers do.
+    """Measure each shape for so many seconds in all, tables and two shards in `folder` meanwhile. From then on this
+    process keeps what it frees, and never collects what is there now, as servers do.
 
     Raises:
         Unavailable: a shard did not start.
     """
     keep_freed()
+    keep_loaded()
     with ExitStack() as running:
         specs = (IDS, SPLIT, ANSWER)
         block = np.random.default_rng(0).random((ROWS, WIDE), np.float32)
@@ -108,7 +115,12 @@ def call_costs(folder: Path, seconds: float, sums: SumFormat) -> CallCosts:
         asking.wait_up(START_SECONDS)
         pids = [process.pid for process in processes]
         sum_bytes = NARROW_BYTES if sums is SumFormat.BF16 else VALUE_BYTES
-        return fitted(lambda shape: _measured(asking, tables, pids, shape, seconds), sum_bytes)
+        asked = shapes(sum_bytes)
+        rounds = [
+            {name: _measured(asking, tables, pids, shape, seconds / ROUNDS) for name, shape in asked.items()}
+            for _ in range(ROUNDS)
+        ]
+        return fitted({name: medians([one[name] for one in rounds]) for name in asked}, sum_bytes)
 
 
 def shapes(sum_bytes: int = VALUE_BYTES) -> dict[str, Shape]:
@@ -128,10 +140,14 @@ def shapes(sum_bytes: int = VALUE_BYTES) -> dict[str, Shape]:
     }
 
 
-def fitted(measured: Callable[[Shape], Sides], sum_bytes: int = VALUE_BYTES) -> CallCosts:
-    """Costs of which the measured shapes are made; none is below nothing."""
+def medians(rounds: Sequence[Sides]) -> Sides:
+    """Of each side by itself."""
+    return Sides(*(statistics.median(side) for side in zip(*map(astuple, rounds), strict=True)))
+
+
+def fitted(sides: Mapping[str, Sides], sum_bytes: int = VALUE_BYTES) -> CallCosts:
+    """Costs of which the measured shapes, by their names, are made; none is below nothing."""
     given = shapes(sum_bytes)
-    sides = {name: measured(shape) for name, shape in given.items()}
     one, ids, split, answer = (sides[name] for name in ("one", "ids", "split", "answer"))
     num_ids = len(given["ids"].asked.ids)
     answer_ids, answer_bytes = len(given["answer"].asked.ids), given["answer"].answer_bytes

@@ -32,7 +32,7 @@ from rankd.features.reading.stored_events import empty_history
 from rankd.features.reading.version_features import Fetch, VersionFeatures
 from rankd.features.requests import history_of_events, request_time, user_features_with
 from rankd.features.schema import UNKNOWN_ROW, candidate_specs
-from rankd.features.staging import InputBuffers, allocate
+from rankd.features.staging import InputBuffers, allocate, unwritten
 from rankd.features.tables import UserFeatures
 from rankd.features.token_rows import RowsAway, TokenRows
 from rankd.observe.clocks import StageClock
@@ -289,7 +289,8 @@ class RequestPath:
         assert item.fetch is not None  # noqa: S101 - the caller asked
         item.user = self._user(item)
         rows = item.fetch.candidates
-        whole = allocate(candidate_specs(self.schema), {"B": 1, "C": len(rows)}).arrays
+        # What is not written here or by the look-up (the match features) is written when parts are assembled.
+        whole = allocate(candidate_specs(self.schema), {"B": 1, "C": len(rows)}, unwritten).arrays
         fill_item_columns(self.schema, self.features.items, rows, whole)
         self.features.fill_items(item.fetch, whole, 0, len(rows))
         if self.schema.user_columns:

@@ -96,7 +96,15 @@ def allocate(specs: Sequence[TensorSpec], sizes: Mapping[str, int], memory: Allo
     return Block(whole, arrays)
 
 
+def unwritten(num_bytes: int) -> Bytes:
+    """Aligned memory for who writes all of it that is read: to zero megabytes of sums takes as long as to copy them."""
+    return _aligned(np.empty(num_bytes + ALIGNMENT, np.uint8), num_bytes)
+
+
 def _aligned_zeros(num_bytes: int) -> Bytes:
-    raw = np.zeros(num_bytes + ALIGNMENT, np.uint8)
+    return _aligned(np.zeros(num_bytes + ALIGNMENT, np.uint8), num_bytes)
+
+
+def _aligned(raw: Bytes, num_bytes: int) -> Bytes:
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + num_bytes]

@@ -44,7 +44,8 @@ def costs(out: Path, model: Path | None, stats: Path | None, seconds: float, tab
         else:
             advance(2, 3, "model")
             measured = model_costs(measured, model, loads, seconds)
-            notes = [*notes, f"The dense part is that of {model.resolve().parent.name}."]
+            name = model.resolve().parent.name
+            notes = [*notes, f"The dense part is that of {name}, and samples are its candidate buckets."]
         advance(3, 3, "done")
     write_costs(out, measured, notes)
     if as_json:

@@ -106,7 +106,8 @@ def sums_of(version: Path) -> SumFormat:
 
 
 def model_costs(costs: CostModel, version: Path, loads: Sequence[TableLoad], seconds: float) -> CostModel:
-    """The same with the dense part of a version, whose repository is served for it; `loads` are its tables, if any.
+    """The same with the dense part of a version, whose repository is served for it, and requests as large as its
+    candidate buckets; `loads` are its tables, if any.
 
     Raises:
         ConfigError, ArtifactError: a version that cannot be asked or read.
@@ -114,5 +115,6 @@ def model_costs(costs: CostModel, version: Path, loads: Sequence[TableLoad], sec
     """
     opened = Artifact.open(version)
     requests, smallest = version_requests(opened), opened.schema.candidate_buckets[0]
+    costs = msgspec.structs.replace(costs, samples=tuple(sorted({len(one.candidates) for one in requests})))
     with ServedModel(opened.path.resolve().parent.parent, ("rankd", "serve", "--store", "memory:")) as server:
         return with_dense_part(costs, served_cpu(server, requests, seconds), loads, smallest)

@@ -190,6 +190,38 @@ def test_the_token_is_for_nobody_else(tmp_path: Path, fake_ray: Callable[[bool],
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
+@pytest.mark.parametrize(
+    ("address", "token", "said", "shown"),
+    [
+        ("127.0.0.1:6379", True, None, "token"),
+        ("localhost:6379", True, None, "token"),
+        ("127.0.0.1:6379", False, None, None),
+        ("127.0.0.1:6379", True, "disabled", "disabled"),
+        ("10.0.0.7:6379", True, None, None),
+        ("auto", True, None, None),
+    ],
+)
+def test_our_token_is_shown_to_a_ray_of_this_machine(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str,
+    token: bool,
+    said: str | None,
+    shown: str | None,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", said or "")  # so that it is put back
+    if said is None:
+        monkeypatch.delenv("RAY_AUTH_MODE")
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret")
+    local_ray.show_token(address)
+    assert os.environ.get("RAY_AUTH_MODE") == shown
+
+
 def test_only_the_process_that_was_started_is_ended(
     tmp_path: Path, fake_ray: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ import msgspec
 from rankd.errors import MissingExtra, Unavailable
 
 HOST = "127.0.0.1"
+HERE = (HOST, "localhost", "[::1]")
 PORT = 6379
 START_S = 60.0
 STOP_S = 30.0
@@ -38,6 +39,13 @@ class LocalRay(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     began: int
     log: str
     address: str = f"{HOST}:{PORT}"
+
+
+def show_token(address: str) -> None:
+    """Let Ray show our token to a Ray of this machine, "host:port", as it does by itself for "auto": only if there is a
+    token, and nothing was said about that."""
+    if address.rpartition(":")[0] in HERE and "RAY_AUTH_MODE" not in os.environ and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def start_local() -> LocalRay:
@@ -100,6 +108,11 @@ def kept() -> LocalRay | None:
 
     found = internal_kv._internal_kv_get(_KEY)
     return None if found is None else msgspec.json.decode(found, type=LocalRay)
+
+
+def _has_token() -> bool:
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return "RAY_AUTH_TOKEN" in os.environ or Path(path).is_file()
 
 
 def _make_token(program: str) -> None:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rankd.deploy.deployment_record import DeploymentRecord
+from rankd.deploy.local_ray import show_token
 from rankd.errors import ConfigError, MissingExtra, NotFound, RankdError, Unavailable, nearest
 
 LOCAL = "local"
@@ -25,6 +26,7 @@ def connect(address: str) -> None:
     """
     if find_spec("ray") is None:
         raise MissingExtra("rankd deploy", "cluster")
+    show_token(address)  # before Ray is imported, which looks whether it is to
     import ray
     from ray.exceptions import RayError
 

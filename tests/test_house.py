@@ -16,7 +16,7 @@ SOURCE = Path(rankd.__file__).parent
 FLOORS = [
     ["errors", "types"],
     ["config", "observe", "picture"],
-    ["gate", "machine_code"],
+    ["gate", "machine_code", "malloc"],
     ["embeddings"],
     ["plan"],
     ["shards"],

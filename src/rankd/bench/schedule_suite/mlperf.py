@@ -134,6 +134,8 @@ class _Client:
         with closing(connection):
             while (sample := self._asked.get()) is not None:
                 try:
+                    if connection.ended():  # 64 of them: some are used so rarely that the server lets them go
+                        connection.reopen()
                     good = connection.exchange(self.encoded[sample.index]).status == 200
                 except OSError:
                     good = False

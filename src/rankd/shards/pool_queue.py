@@ -74,7 +74,11 @@ class PoolQueue:
         tally: ShardTally,
         traces: Traces | None = None,
     ) -> None:
+        # Imported here, not by the first request: it brings numba, which takes half a second.
+        from rankd.shards.answer_kernels import narrow_sums
+
         self._pooling, self._nets, self._config, self._tally, self._traces = pooling, nets, config, tally, traces
+        self._narrow_sums = narrow_sums
         self._jobs: queue.SimpleQueue[PoolJob | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards the two counts
         self._waiting = self._waiting_bytes = 0
@@ -165,19 +169,16 @@ class PoolQueue:
             sums: Array = np.ascontiguousarray(self._pooling.pool(asked), "<f4")
             self._tally.pooled(len(asked.ids), asked.num_samples * len(asked.tables))
             if job.narrow:
-                sums = _narrowed(sums)
+                sums = self._narrowed(sums)
             if sums.nbytes:
                 answer.append(sums.data.cast("B"))
         return answer
 
-
-def _narrowed(sums: Float32Array) -> Array:
-    """In bfloat16, as uint16."""
-    from rankd.shards.answer_kernels import narrow_sums  # imported here: it brings numba, which takes half a second
-
-    halves = np.empty(sums.size, "<u2")
-    narrow_sums(sums.reshape(-1).view(np.uint32), halves)
-    return halves
+    def _narrowed(self, sums: Float32Array) -> Array:
+        """In bfloat16, as uint16."""
+        halves = np.empty(sums.size, "<u2")
+        self._narrow_sums(sums.reshape(-1).view(np.uint32), halves)
+        return halves
 
 
 def _ending_of(error: RankdError) -> Ending:

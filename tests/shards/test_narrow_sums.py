@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -22,7 +20,6 @@ from rankd.errors import InvalidRequest, PayloadTooLarge
 from rankd.shards.answer_kernels import narrow_sums
 from rankd.shards.shard_config import ShardClientConfig, ShardServerConfig, SumFormat
 from rankd.shards.shard_layout import Shard, ShardLayout
-from rankd.shards.sharded_pooling import ShardedPooling
 from rankd.shards.table_config import TableConfig, with_sums
 from rankd.types import Array, Float32Array
 from tests.features.stores.redis_server import eventually
@@ -40,6 +37,7 @@ from tests.shards.plain_tables import (
     two_shards,
     whole,
 )
+from tests.shards.test_sharded_pooling import both
 
 NARROW = ShardClientConfig(timeout_ms=30_000, sums=SumFormat.BF16)
 
@@ -65,15 +63,6 @@ def split_sums(layout: ShardLayout, asked: JaggedIds) -> Float32Array:
             total += rounded(part.pool(jagged([name], [own])))
         found.append(total)
     return np.concatenate(found, axis=1) if found else np.zeros((0, 0), np.float32)
-
-
-@contextmanager
-def both(layout: ShardLayout, config: ShardClientConfig = NARROW) -> Iterator[ShardedPooling]:
-    with (
-        serving(make_server(layout, 0), make_server(layout, 1)) as (first, second),
-        asking(two_shards([first], [second]), config) as pooling,
-    ):
-        yield pooling
 
 
 @given(arrays(np.uint32, st.integers(0, 200), elements=st.integers(0, 2**32 - 1)))
@@ -112,7 +101,7 @@ def test_a_shard_of_an_older_rankd_sends_float32(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("rankd.shards.handshake.NARROW_SUMS", 0)
     layout = two_shards()
     asked = jagged(["user", "item"], [[[3], [4, 4]], [[5, 6, 7], [100]]])
-    with both(layout) as pooling:
+    with both(layout, NARROW) as pooling:
         values = pooling.pool(asked)
     np.testing.assert_allclose(values, whole(layout).pool(asked), rtol=1e-6)
     assert (values != rounded(values)).any()

@@ -48,11 +48,11 @@ def test_sharded_equals_unsharded(data: st.DataObject) -> None:
 
 
 @contextmanager
-def both(layout: ShardLayout) -> Iterator[ShardedPooling]:
+def both(layout: ShardLayout, config: ShardClientConfig | None = None) -> Iterator[ShardedPooling]:
     """A client of `two_shards`, which are started for it."""
     with (
         serving(make_server(layout, 0), make_server(layout, 1)) as (first, second),
-        asking(two_shards([first], [second])) as pooling,
+        asking(two_shards([first], [second]), config) as pooling,
     ):
         yield pooling
 

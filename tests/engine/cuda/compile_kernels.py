@@ -24,6 +24,7 @@ from rankd.engine.cuda.kernels import (
     triton_block_fusion,
     triton_candidate_attention,
     triton_feed_forward,
+    triton_gated_output,
     triton_history_attention,
     triton_pooled_gather,
     triton_projection,
@@ -35,20 +36,29 @@ INT32 = ("tiles", "known", "row_times", "page_times", "table", "lengths", "now",
          "sizes", "user_of", "arrived_times", "places")  # fmt: skip
 FLOAT32 = ("scales", "temperature", "positions", "times", "x", "bias", "other", "up_bias", "down_bias", "numbers",
            "added", "users", "norm")  # fmt: skip
-NARROW = ("out", "qkv", "pool", "fresh", "arrived", "weight", "up", "down", "tables")
+NARROW = ("out", "qkv", "attended", "gates", "pool", "fresh", "arrived", "weight", "up", "down", "tables")
 HEADS = {"HEADS": 4, "HEAD": 64, "ROOM": 64}
+HSTU = {"HEADS": 4, "HEAD": 128, "ROOM": 128}
 ATTENTION = {**HEADS, "PAGE": 64, "DISTANCES": 257, "BIASED": True, "block_queries": 64}
 KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (triton_history_attention._attend, {**ATTENTION, "POINTWISE": False, "FP8": False}),
     (triton_candidate_attention._attend, {**ATTENTION, "POINTWISE": False, "FP8": False}),
     (triton_candidate_attention._attend, {**ATTENTION, "POINTWISE": True, "FP8": True}),
+    *((one._attend, {**ATTENTION, **HSTU, "DISTANCES": 8193, "POINTWISE": True, "FP8": False})
+      for one in (triton_history_attention, triton_candidate_attention)),
     (triton_state_rows._store, {**HEADS, "PAGE": 64, "FP8": True, "block_rows": 64}),
     (triton_state_rows._place, {**HEADS, "PAGE": 64, "FP8": True}),
     (triton_state_rows._place, {**HEADS, "PAGE": 64, "FP8": False}),
     (triton_projection._project,
-     {"INPUTS": 256, "OUTPUTS": 768, "NORMED": True, "ACTIVATION": "", "RESIDUAL": False, "GATED": False}),
+     {"INPUTS": 256, "OUTPUTS": 768, "NORMED": True, "ACTIVATION": "", "ACTIVATED_FROM": 0, "RESIDUAL": False,
+      "GATED": False}),
     (triton_projection._project,
-     {"INPUTS": 128, "OUTPUTS": 512, "NORMED": False, "ACTIVATION": "", "RESIDUAL": False, "GATED": True}),
+     {"INPUTS": 128, "OUTPUTS": 512, "NORMED": False, "ACTIVATION": "", "ACTIVATED_FROM": 0, "RESIDUAL": False,
+      "GATED": True}),
+    (triton_projection._project,
+     {"INPUTS": 512, "OUTPUTS": 2048, "NORMED": True, "ACTIVATION": "silu", "ACTIVATED_FROM": 1536, "RESIDUAL": False,
+      "GATED": False}),
+    (triton_gated_output._finish, {"WIDTH": 512, "OUTPUTS": 512, "PARTS": 3}),
     (triton_feed_forward._feed_forward,
      {"WIDTH": 256, "ROOM": 256, "HIDDEN": 1024, "ACTIVATION": "gelu", "GATED": False}),
     (triton_feed_forward._feed_forward,

@@ -11,13 +11,13 @@ import torch
 from rankd.artifact import Artifact
 from rankd.demo import MODELS
 from rankd.engine.backend import EngineConfig, Precision, StateType
-from rankd.engine.cuda.climber_steps import Block
-from rankd.engine.cuda.climber_weights import WeightLoader
+from rankd.engine.cuda.climber_layers import climber_weights
 from rankd.engine.cuda.cuda_backend import CudaBackend, model_of
 from rankd.engine.cuda.cuda_executor import CudaExecutor, CudaModel
-from rankd.engine.cuda.gpu_presence import fusion_heads
 from rankd.engine.cuda.kernels import triton_feed_forward
 from rankd.engine.cuda.paged_states import PageType
+from rankd.engine.cuda.ranker_steps import Block
+from rankd.engine.cuda.ranker_weights import WeightReader
 from rankd.engine.cuda.state_pool import StatePool
 from rankd.engine.reference_backend import ReferenceBackend
 from rankd.errors import EngineFailure
@@ -72,8 +72,8 @@ def model_over(schema: FeatureSchema, options: dict[str, Any], dtype: torch.dtyp
     """A random Climber, and its weights as executors have them."""
     climber = climber_of(schema, options)
     weights = {name: tensor.numpy() for name, tensor in climber.state_dict().items()}
-    loaded = WeightLoader(weights, dtype, lambda tensor: tensor).load(schema, fusion_heads(options))
-    specs = specs_of(schema, loaded.attention_width, len(loaded.layers))
+    loaded = climber_weights(WeightReader(weights, dtype, lambda tensor: tensor), schema, options)
+    specs = specs_of(schema, loaded.attention_width, loaded.layers.depth)
     return climber, CudaModel(loaded, schema, specs, dtype, SMALL)
 
 
@@ -165,7 +165,7 @@ def test_a_bucket_that_was_measured_on_nobody_scores_the_same() -> None:
 
 
 def test_a_wide_feed_forward_goes_in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankd.engine.cuda.climber_weights.WIDEST", 16)
+    monkeypatch.setattr("rankd.engine.cuda.climber_layers.WIDEST", 16)
     assert triton_feed_forward.WIDEST == 512
     test_computes_what_torch_computes(torch.float32, 1, True, OPTIONS, [2], 3)
 

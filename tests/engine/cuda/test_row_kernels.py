@@ -9,6 +9,7 @@ from torch.nn.functional import gelu, layer_norm, silu
 
 from rankd.engine.cuda.kernels.triton_block_fusion import attend_blocks
 from rankd.engine.cuda.kernels.triton_feed_forward import FeedForward, feed_forward
+from rankd.engine.cuda.kernels.triton_gated_output import GatedOutput, finish_gated
 from rankd.engine.cuda.kernels.triton_pieces import LOG2_E
 from rankd.engine.cuda.kernels.triton_pooled_gather import Pooling, PoolingRows, pool
 from rankd.engine.cuda.kernels.triton_projection import Linear, folded, project
@@ -76,6 +77,45 @@ def test_a_folded_norm_is_a_norm() -> None:
     folds = folded(weight, bias, norm_weight, norm_bias)
     project(out, x, Linear(folds[0][None], folds[1][None], normed=True), counted(4))
     close(out, (layer_norm(x, (9,), norm_weight, norm_bias) @ weight.t() + bias).double(), 1e-5)
+
+
+def test_an_activation_may_begin_behind_some_outputs() -> None:
+    x, weight, out = torch.randn(1, 3, 16), torch.randn(1, 40, 16), torch.empty(1, 3, 40)
+    expected = (x @ weight.transpose(1, 2)).double()
+    expected[..., 33:] = silu(expected[..., 33:])
+    project(out, x, Linear(weight, torch.zeros(1, 40), activation="silu", activated_from=33), counted(3))
+    close(out, expected, 1e-5)
+
+
+def test_a_norm_has_the_epsilon_of_its_layer() -> None:
+    x, out = torch.tensor([[[1e-3, -1e-3] * 8]]), torch.empty(1, 1, 16)
+    project(out, x, Linear(torch.eye(16)[None], torch.zeros(1, 16), normed=True, epsilon=1e-6), counted(1))
+    close(out, layer_norm(x.double(), (16,), eps=1e-6), 1e-5)
+
+
+@TYPES
+@pytest.mark.parametrize(("rows", "width", "outputs", "parts"), [(17, 40, 24, 3), (33, 16, 70, 1), (1, 6, 6, 3)])
+def test_lets_gates_decide(dtype: torch.dtype, rows: int, width: int, outputs: int, parts: int) -> None:
+    torch.manual_seed(rows)
+    counts = counted(rows, rows - 1)
+    attended = (torch.randn(2, rows, width) * 1e-3 + 2e-3).to(dtype)  # divided by a length: the epsilon counts
+    both = torch.randn(2, rows, 2 * width).to(dtype)
+    gates = both[..., width:]
+    weight = (torch.randn(2, outputs, parts * width) / (parts * width) ** 0.5).to(dtype)
+    layer = GatedOutput(weight, torch.randn(2, outputs), torch.randn(2, 2, width), 1e-6)
+    normed = torch.stack(
+        [
+            layer_norm(a.double(), (width,), n[0].double(), n[1].double(), 1e-6)
+            for a, n in zip(attended, layer.norm, strict=True)
+        ]
+    )
+    gated = (gates.double() * normed).to(dtype).double()
+    read = gated if parts == 1 else torch.cat([gates.double(), attended.double(), gated], -1)
+    x = torch.randn(2, rows, outputs)
+    expected = x + read @ weight.double().transpose(1, 2) + layer.bias.double()[:, None]
+    x[1, rows - 1 :] = 7.0
+    finish_gated(x, attended, gates, layer, counts)
+    check(x, expected, counts, CLOSE[dtype])
 
 
 @TYPES

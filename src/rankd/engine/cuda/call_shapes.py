@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from rankd.engine.cuda.call_staging import Section, fill_tiles, rung, rung_of_users, tile_shape
-from rankd.engine.cuda.climber_steps import Block
 from rankd.engine.cuda.paged_states import StateShape
+from rankd.engine.cuda.ranker_steps import Block
 from rankd.engine.cuda.state_pool import PlacedState
 from rankd.errors import EngineFailure
 from rankd.features.schema import FeatureSchema

@@ -1,4 +1,4 @@
-"""The target `cuda`: a Climber on an NVIDIA GPU, its weights read from the artifact; there are no graphs to build.
+"""The target `cuda`: a Climber or an HSTU on an NVIDIA GPU, its weights read from the artifact; no graphs to build.
 
 In GPU memory are the weights, the pool of states, and what calls need. Streams belong to `EngineConfig.executors`; each
 has k executors of ours, so that k calls are under way on it. Nothing of torch or Triton is imported before an artifact
@@ -32,9 +32,9 @@ from rankd.errors import ArtifactError, ConfigError, EngineFailure
 from rankd.types import UserState
 
 if TYPE_CHECKING:
-    from rankd.engine.cuda.climber_weights import Put
     from rankd.engine.cuda.cuda_device import Device
     from rankd.engine.cuda.cuda_executor import CudaExecutor, CudaModel
+    from rankd.engine.cuda.ranker_weights import Put
     from rankd.engine.cuda.state_pool import StatePool
 
 log = logging.getLogger("rankd")
@@ -172,7 +172,7 @@ def measured_in_flight(manifest: Manifest, model: CudaModel, make: Callable[[], 
 
 
 def model_of(artifact: Artifact, precision: Precision, put: Put, **block: int) -> CudaModel:
-    """An artifact's model with its weights where `put` puts them. `block` are sizes of `climber_steps.Block`.
+    """An artifact's model with its weights where `put` puts them. `block` are sizes of `ranker_steps.Block`.
 
     Raises:
         ArtifactError: a model that the target does not run.
@@ -180,17 +180,20 @@ def model_of(artifact: Artifact, precision: Precision, put: Put, **block: int) -
     import torch
     from safetensors.numpy import load_file
 
-    from rankd.engine.cuda.climber_steps import Block
-    from rankd.engine.cuda.climber_weights import WeightLoader
+    from rankd.engine.cuda.climber_layers import climber_weights
     from rankd.engine.cuda.cuda_executor import CudaModel
+    from rankd.engine.cuda.hstu_layers import hstu_weights
+    from rankd.engine.cuda.ranker_steps import Block
+    from rankd.engine.cuda.ranker_weights import WeightReader
 
     manifest = artifact.manifest
     if reason := gpu_presence.why_not_model(manifest.model, manifest.options, manifest.schema):
         raise ArtifactError(f"{artifact.path} cannot be served by {TARGET}: {reason}; take another target")
     dtype = torch.bfloat16 if precision is Precision.BF16 else torch.float32
     try:
-        loader = WeightLoader(load_file(artifact.path / "weights.safetensors"), dtype, put)
-        weights = loader.load(manifest.schema, gpu_presence.fusion_heads(manifest.options))
+        reader = WeightReader(load_file(artifact.path / "weights.safetensors"), dtype, put)
+        make = {gpu_presence.CLIMBER: climber_weights, gpu_presence.HSTU: hstu_weights}[manifest.model]
+        weights = make(reader, manifest.schema, manifest.options)
     except KeyError as error:
         raise ArtifactError(f"{artifact.path} cannot be served by {TARGET}: it has no weight {error}") from error
     return CudaModel(weights, manifest.schema, manifest.state, dtype, Block(**block))

@@ -30,10 +30,10 @@ from rankd.engine.cuda.call_shapes import (
     write_whole,
 )
 from rankd.engine.cuda.call_staging import HOST_TYPES, NOBODY, CallStaging, rung
-from rankd.engine.cuda.climber_steps import Block, HistorySteps, ScoreSteps
-from rankd.engine.cuda.climber_weights import ClimberWeights
 from rankd.engine.cuda.cuda_device import Device, Way
 from rankd.engine.cuda.paged_states import PageType, StateShape
+from rankd.engine.cuda.ranker_steps import Block, HistorySteps, ScoreSteps
+from rankd.engine.cuda.ranker_weights import RankerWeights
 from rankd.engine.cuda.state_pool import PlacedState, StatePool
 from rankd.engine.state_arrays import APPEND_BUCKETS, empty_state
 from rankd.features.schema import FeatureSchema, TensorSpec
@@ -46,7 +46,7 @@ OWN_PAGES = {torch.float32: PageType.FP32, torch.bfloat16: PageType.BF16}
 class CudaModel:
     """What executors share: weights, and what a call looks like."""
 
-    weights: ClimberWeights
+    weights: RankerWeights
     schema: FeatureSchema
     specs: Sequence[TensorSpec]
     dtype: torch.dtype
@@ -61,7 +61,7 @@ class CudaModel:
         """Of states, with room for what may be appended; in pages of a kind, or of the type of the arithmetic."""
         longest = max(*self.schema.history_buckets, self.schema.history_length) + APPEND_BUCKETS[-1]
         most_pages, weights = -(-longest // self.block.page), self.weights
-        layers, heads, wide = len(weights.layers), weights.tables.heads, weights.attention_width
+        layers, heads, wide = weights.layers.depth, weights.tables.heads, weights.attention_width
         own = kind or OWN_PAGES[self.dtype]
         return StateShape(weights.blocks, layers, heads, wide, self.block.page, most_pages, self.dtype, own)
 

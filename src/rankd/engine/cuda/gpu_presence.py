@@ -18,6 +18,8 @@ LEAST = (8, 0)  # bfloat16 in the matrix units
 LEAST_OF_FP8 = (8, 9)  # for states in e4m3
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 WIDEST_HEAD = 256
+CLIMBER, HSTU = "climber", "hstu"
+"""The models that the target computes, by their names in `models.protocol`."""
 
 
 def why_not(open_driver: Callable[[str], Any] = ctypes.CDLL, least: tuple[int, int] = LEAST) -> str:
@@ -40,8 +42,8 @@ def why_not(open_driver: Callable[[str], Any] = ctypes.CDLL, least: tuple[int, i
 
 def why_not_model(model: str, options: Mapping[str, Any], schema: FeatureSchema) -> str:
     """What of a model the target does not compute; empty if it computes all of it."""
-    if model != "climber":
-        return f"the model is {model!r}; only climber runs on the target cuda"
+    if model not in (CLIMBER, HSTU):
+        return f"the model is {model!r}; {CLIMBER} and {HSTU} run on the target cuda"
     shape = options.get("shape")
     if shape is not None and (reason := why_uneven(shape)):
         return reason

@@ -43,7 +43,7 @@ class CandidateRows:
 def _attend(
     out, qkv, tiles, lengths, now, pool, scales,
     page_times, table, temperature, positions, times,
-    layer, layers, most_pages, qkv_group, out_group,
+    layer, layers, most_pages, qkv_group, qkv_row, out_group,
     inverse_length, HEADS: tl.constexpr, HEAD: tl.constexpr, ROOM: tl.constexpr, PAGE: tl.constexpr,
     DISTANCES: tl.constexpr, POINTWISE: tl.constexpr, BIASED: tl.constexpr, FP8: tl.constexpr,
     block_queries: tl.constexpr, block_keys: tl.constexpr,
@@ -58,7 +58,7 @@ def _attend(
     lane, columns = tl.arange(0, block_queries), tl.arange(0, ROOM)
     real = lane < rows
     row, inside = first + lane, real[:, None] & (columns < HEAD)[None, :]
-    own = qkv + block.to(tl.int64) * qkv_group + row[:, None] * (3 * HEADS * HEAD) + (head * HEAD + columns)[None, :]
+    own = qkv + block.to(tl.int64) * qkv_group + row[:, None] * qkv_row + (head * HEAD + columns)[None, :]
     queries = tl.load(own, mask=inside, other=0.0)
     own_keys = tl.load(own + HEADS * HEAD, mask=inside, other=0.0)
     own_values = tl.load(own + 2 * HEADS * HEAD, mask=inside, other=0.0)
@@ -102,7 +102,7 @@ def _attend(
 def attend_candidates(
     out: Tensor, qkv: Tensor, rows: CandidateRows, states: PagedStates, tables: AttentionTables, layer
 ) -> None:
-    """Write out (N, R, A) of the candidates' queries, keys and values qkv (N, R, 3 A)."""
+    """Write out (N, R, A) of the candidates' queries, keys and values qkv (N, R, 3 A or more)."""
     blocks, width = qkv.shape[0], out.shape[-1]
     head = width // tables.heads
     positions, times = tables.positions, tables.times
@@ -110,7 +110,7 @@ def attend_candidates(
         out, qkv, rows.tiles, rows.lengths, rows.now, states.keys_values, states.scales,
         states.times, states.table, tables.temperature,
         tables.temperature if positions is None else positions, tables.temperature if times is None else times,
-        layer, states.layers, states.table.shape[2], qkv.stride(0), out.stride(0),
+        layer, states.layers, states.table.shape[2], qkv.stride(0), qkv.stride(1), out.stride(0),
         tables.inverse_length, HEADS=tables.heads, HEAD=head, ROOM=room_of(head), PAGE=states.page,
         DISTANCES=tables.distances, POINTWISE=tables.weighting is Weighting.POINTWISE, BIASED=positions is not None,
         FP8=states.fp8, block_queries=rows.block,

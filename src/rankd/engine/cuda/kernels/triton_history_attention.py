@@ -46,7 +46,7 @@ class HistoryRows:
 def _attend(
     out, qkv, tiles, known, row_times, pool, scales,
     page_times, table, temperature, positions, times,
-    layer, layers, num_tiles, most_pages, qkv_group, out_group, time_group,
+    layer, layers, num_tiles, most_pages, qkv_group, qkv_row, out_group, time_group,
     inverse_length, HEADS: tl.constexpr, HEAD: tl.constexpr, ROOM: tl.constexpr, PAGE: tl.constexpr,
     DISTANCES: tl.constexpr, POINTWISE: tl.constexpr, BIASED: tl.constexpr, FP8: tl.constexpr,
     block_queries: tl.constexpr, block_keys: tl.constexpr,
@@ -62,7 +62,7 @@ def _attend(
     real = lane < rows
     row, inside = first + lane, real[:, None] & (columns < HEAD)[None, :]
     queries = tl.load(
-        qkv + block.to(tl.int64) * qkv_group + row[:, None] * (3 * HEADS * HEAD) + (head * HEAD + columns)[None, :],
+        qkv + block.to(tl.int64) * qkv_group + row[:, None] * qkv_row + (head * HEAD + columns)[None, :],
         mask=inside, other=0.0,
     )  # fmt: skip
     moments = tl.load(row_times + block * time_group + row, mask=real, other=0)
@@ -104,7 +104,7 @@ def _attend(
 def attend_history(
     out: Tensor, qkv: Tensor, rows: HistoryRows, states: PagedStates, tables: AttentionTables, layer
 ) -> None:
-    """Write out (N, R, A) of queries, keys and values qkv (N, R, 3 A); rows that no tile has are left as they are.
+    """Write out (N, R, A) of queries, keys and values qkv (N, R, 3 A or more); rows that no tile has stay as they are.
 
     The keys and values of the rows are read from the pages, where `triton_state_rows.py` has put them.
     """
@@ -115,7 +115,8 @@ def attend_history(
         out, qkv, rows.tiles, rows.known, rows.times, states.keys_values, states.scales,
         states.times, states.table, tables.temperature,
         tables.temperature if positions is None else positions, tables.temperature if times is None else times,
-        layer, states.layers, num_tiles, states.table.shape[2], qkv.stride(0), out.stride(0), rows.times.stride(0),
+        layer, states.layers, num_tiles, states.table.shape[2], qkv.stride(0), qkv.stride(1), out.stride(0),
+        rows.times.stride(0),
         tables.inverse_length, HEADS=tables.heads, HEAD=head, ROOM=room_of(head), PAGE=states.page,
         DISTANCES=tables.distances, POINTWISE=tables.weighting is Weighting.POINTWISE, BIASED=positions is not None,
         FP8=states.fp8, block_queries=rows.block,

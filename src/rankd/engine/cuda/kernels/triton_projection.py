@@ -33,13 +33,16 @@ CONFIGS = (
 class Linear:
     """weight (G, O, I) as torch has it, in the type of the arithmetic; bias (G, O) float32. G may be 1 for all groups.
 
-    `normed`: the rows are normalised first. `activation`: "", "gelu", "silu" or "relu".
+    `normed`: the rows are normalised first, with `epsilon` beside their variance. `activation`: "", "gelu", "silu" or
+    "relu", of the outputs from number `activated_from` on.
     """
 
     weight: Tensor
     bias: Tensor
     normed: bool = False
     activation: str = ""
+    activated_from: int = 0
+    epsilon: float = EPSILON
 
 
 @tuned(CONFIGS, key=("INPUTS", "OUTPUTS", "NORMED", "capacity"), restored=("out",))
@@ -47,7 +50,7 @@ class Linear:
 def _project(
     out, x, weight, bias, other, counts, capacity, x_group, x_row, weight_group, bias_group, out_group, out_row,
     other_group, other_row, epsilon, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, NORMED: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACTIVATED_FROM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     block_rows: tl.constexpr, block_outputs: tl.constexpr, block_inputs: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows and outputs of one group. Within a group numbers are counted in 32 bits: they fit registers."""
@@ -86,7 +89,7 @@ def _project(
                           mask=wanted[None, :] & there[:, None], other=0.0)  # fmt: skip
         total = product(narrowed(part.to(tl.float32), against.dtype), against, total)
     total += tl.load(bias + group * bias_group + column, mask=wanted, other=0.0)[None, :]
-    total = activated(total, ACTIVATION)
+    total = tl.where((column >= ACTIVATED_FROM)[None, :], activated(total, ACTIVATION), total)
     inside = real[:, None] & wanted[None, :]
     if RESIDUAL or GATED:
         theirs = other + group * other_group + row[:, None] * other_row + column[None, :]
@@ -120,8 +123,9 @@ def project(
     _project[grid](
         out, x, layer.weight, layer.bias, other, counts, capacity, x.stride(0), x.stride(1),
         0 if shared else layer.weight.stride(0), 0 if shared else layer.bias.stride(0), out.stride(0), out.stride(1),
-        other.stride(0), other.stride(1), EPSILON, INPUTS=inputs, OUTPUTS=outputs, NORMED=layer.normed,
-        ACTIVATION=layer.activation, RESIDUAL=residual is not None, GATED=gated is not None,
+        other.stride(0), other.stride(1), layer.epsilon, INPUTS=inputs, OUTPUTS=outputs, NORMED=layer.normed,
+        ACTIVATION=layer.activation, ACTIVATED_FROM=layer.activated_from, RESIDUAL=residual is not None,
+        GATED=gated is not None,
     )  # fmt: skip
 
 

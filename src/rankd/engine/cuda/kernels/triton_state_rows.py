@@ -20,7 +20,7 @@ from rankd.engine.cuda.paged_states import PagedStates
 @triton.jit
 def _store(
     pool, scales, page_times, table, fresh, qkv, tiles, known, row_times, time_group,
-    layer, layers, num_tiles, most_pages, qkv_group, capacity,
+    layer, layers, num_tiles, most_pages, qkv_group, qkv_row, capacity,
     HEADS: tl.constexpr, HEAD: tl.constexpr, ROOM: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr,
     block_rows: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _store(
         tl.store(page_times + page * PAGE + place % PAGE, moments, real)
     for which in tl.static_range(2):  # keys, values
         of_head = ((which + 1) * HEADS + head) * HEAD + columns
-        made = qkv + block.to(tl.int64) * qkv_group + row[:, None] * (3 * HEADS * HEAD) + of_head[None, :]
+        made = qkv + block.to(tl.int64) * qkv_group + row[:, None] * qkv_row + of_head[None, :]
         numbers = tl.load(made, mask=inside, other=0.0).to(tl.float32)
         leaving = ((block.to(tl.int64) * layers + layer) * 2 + which) * capacity + row
         column = (head * HEAD + columns)[None, :]
@@ -108,15 +108,15 @@ def place_pages(states: PagedStates, arrived: ArrivedPages, heads: int) -> None:
 
 
 def store_rows(states: PagedStates, fresh: Tensor, qkv: Tensor, rows: HistoryRows, layer) -> None:
-    """Write keys and values of qkv (N, R, 3 A) into their pages, and into fresh (N, L, 2, R, A) row by row; their times
-    go into the pages."""
+    """Write keys and values of qkv (N, R, 3 A or more) into their pages, and into fresh (N, L, 2, R, A) row by row;
+    their times go into the pages."""
     blocks, width = qkv.shape[0], fresh.shape[-1]
     heads = states.scales.shape[-1]
     head, num_tiles = width // heads, rows.tiles.shape[1]
     _store[(num_tiles, heads, blocks)](
         states.keys_values, states.scales, states.times, states.table, fresh, qkv, rows.tiles, rows.known,
         rows.times, rows.times.stride(0),
-        layer, states.layers, num_tiles, states.table.shape[2], qkv.stride(0), fresh.shape[3],
+        layer, states.layers, num_tiles, states.table.shape[2], qkv.stride(0), qkv.stride(1), fresh.shape[3],
         HEADS=heads, HEAD=head, ROOM=room_of(head), PAGE=states.page, FP8=states.fp8, block_rows=rows.block,
         num_warps=8,  # 4 spill registers at 64 rows
     )  # fmt: skip

@@ -21,6 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from rankd.engine.cuda.kernels import (
+    triton_around_product,
     triton_block_fusion,
     triton_candidate_attention,
     triton_feed_forward,
@@ -36,7 +37,7 @@ INT32 = ("tiles", "known", "row_times", "page_times", "table", "lengths", "now",
          "sizes", "user_of", "arrived_times", "places")  # fmt: skip
 FLOAT32 = ("scales", "temperature", "positions", "times", "x", "bias", "other", "up_bias", "down_bias", "numbers",
            "added", "users", "norm")  # fmt: skip
-NARROW = ("out", "qkv", "attended", "gates", "pool", "fresh", "arrived", "weight", "up", "down", "tables")
+NARROW = ("out", "made", "qkv", "attended", "gates", "pool", "fresh", "arrived", "weight", "up", "down", "tables")
 HEADS = {"HEADS": 4, "HEAD": 64, "ROOM": 64}
 HSTU = {"HEADS": 4, "HEAD": 128, "ROOM": 128}
 ATTENTION = {**HEADS, "PAGE": 64, "DISTANCES": 257, "BIASED": True, "block_queries": 64}
@@ -58,6 +59,9 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (triton_projection._project,
      {"INPUTS": 512, "OUTPUTS": 2048, "NORMED": True, "ACTIVATION": "silu", "ACTIVATED_FROM": 1536, "RESIDUAL": False,
       "GATED": False}),
+    (triton_around_product._normalise, {"INPUTS": 512, "ROOM": 512, "NORMED": True}),
+    (triton_around_product._finish,
+     {"OUTPUTS": 2048, "ACTIVATION": "silu", "ACTIVATED_FROM": 1536, "RESIDUAL": False, "GATED": False}),
     (triton_gated_output._finish, {"WIDTH": 512, "OUTPUTS": 512, "PARTS": 3}),
     (triton_feed_forward._feed_forward,
      {"WIDTH": 256, "ROOM": 256, "HIDDEN": 1024, "ACTIVATION": "gelu", "GATED": False}),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
+from rankd.engine.cuda.kernels.fastest_way import FastestWay
 from rankd.engine.cuda.kernels.triton_block_fusion import attend_blocks
-from rankd.engine.cuda.kernels.triton_feed_forward import FeedForward, feed_forward
+from rankd.engine.cuda.kernels.triton_feed_forward import FeedForward, feed_forward_fused, feed_forward_in_two
 from rankd.engine.cuda.kernels.triton_gated_output import GatedOutput, finish_gated
 from rankd.engine.cuda.kernels.triton_pieces import LOG2_E
 from rankd.engine.cuda.kernels.triton_pooled_gather import Pooling, PoolingRows, pool
-from rankd.engine.cuda.kernels.triton_projection import Linear, folded, project
+from rankd.engine.cuda.kernels.triton_projection import Linear, folded, project, project_by_library, project_fused
 from tests.engine.cuda.test_attention_kernels import CLOSE, close
 
 ACTIVATIONS = {"": lambda x: x, "gelu": gelu, "silu": silu, "relu": torch.relu}
@@ -30,6 +33,7 @@ def check(out: Tensor, expected: Tensor, counts: Tensor, bound: float) -> None:
         assert (out[group, count:] == 7).all()
 
 
+@pytest.mark.parametrize("way", [project_fused, project_by_library])
 @TYPES
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "normed", "activation", "after", "shared"),
@@ -41,8 +45,9 @@ def check(out: Tensor, expected: Tensor, counts: Tensor, bound: float) -> None:
     ],
 )
 def test_projects(
-    dtype: torch.dtype, rows: int, inputs: int, outputs: int, normed: bool, activation: str, after: str, shared: bool
-) -> None:
+    dtype: torch.dtype, rows: int, inputs: int, outputs: int, normed: bool, activation: str, after: str, shared: bool,
+    way: Callable[..., None],
+) -> None:  # fmt: skip
     torch.manual_seed(rows)
     counts = counted(rows, 0, rows - 1)
     x = torch.randn(3, rows, inputs) + 3.0
@@ -52,7 +57,7 @@ def test_projects(
     bias, other = torch.randn(weight.shape[:2]), torch.randn(3, rows, outputs)
     out = torch.full((3, rows, outputs), 7.0)
     sides = {"residual": other if after == "residual" else None, "gated": other if after == "gate" else None}
-    project(out, x, Linear(weight, bias, normed, activation), counts, **sides)
+    way(out, x, Linear(weight, bias, normed, activation), counts, **sides)
     read = x.double()
     if normed:
         read = layer_norm(read, (inputs,)).to(dtype).double()
@@ -61,12 +66,13 @@ def test_projects(
     check(out, expected, counts, CLOSE[dtype])
 
 
-def test_a_projection_may_write_into_its_residual_and_anywhere() -> None:
+@pytest.mark.parametrize("way", [project_fused, project_by_library])
+def test_a_projection_may_write_into_its_residual_and_anywhere(way: Callable[..., None]) -> None:
     x, weight = torch.randn(2, 5, 16), torch.randn(2, 8, 16)
     channels = torch.randn(5, 16)  # two groups side by side
     out = channels.view(5, 2, 8).transpose(0, 1)
     expected = (out + x @ weight.transpose(1, 2)).double()
-    project(out, x, Linear(weight, torch.zeros(2, 8)), counted(5, 5), residual=out)
+    way(out, x, Linear(weight, torch.zeros(2, 8)), counted(5, 5), residual=out)
     close(channels.view(5, 2, 8).transpose(0, 1), expected, 1e-5)
 
 
@@ -79,17 +85,19 @@ def test_a_folded_norm_is_a_norm() -> None:
     close(out, (layer_norm(x, (9,), norm_weight, norm_bias) @ weight.t() + bias).double(), 1e-5)
 
 
-def test_an_activation_may_begin_behind_some_outputs() -> None:
+@pytest.mark.parametrize("way", [project_fused, project_by_library])
+def test_an_activation_may_begin_behind_some_outputs(way: Callable[..., None]) -> None:
     x, weight, out = torch.randn(1, 3, 16), torch.randn(1, 40, 16), torch.empty(1, 3, 40)
     expected = (x @ weight.transpose(1, 2)).double()
     expected[..., 33:] = silu(expected[..., 33:])
-    project(out, x, Linear(weight, torch.zeros(1, 40), activation="silu", activated_from=33), counted(3))
+    way(out, x, Linear(weight, torch.zeros(1, 40), activation="silu", activated_from=33), counted(3))
     close(out, expected, 1e-5)
 
 
-def test_a_norm_has_the_epsilon_of_its_layer() -> None:
+@pytest.mark.parametrize("way", [project_fused, project_by_library])
+def test_a_norm_has_the_epsilon_of_its_layer(way: Callable[..., None]) -> None:
     x, out = torch.tensor([[[1e-3, -1e-3] * 8]]), torch.empty(1, 1, 16)
-    project(out, x, Linear(torch.eye(16)[None], torch.zeros(1, 16), normed=True, epsilon=1e-6), counted(1))
+    way(out, x, Linear(torch.eye(16)[None], torch.zeros(1, 16), normed=True, epsilon=1e-6), counted(1))
     close(out, layer_norm(x.double(), (16,), eps=1e-6), 1e-5)
 
 
@@ -119,8 +127,17 @@ def test_lets_gates_decide(dtype: torch.dtype, rows: int, width: int, outputs: i
 
 
 @TYPES
-@pytest.mark.parametrize(("rows", "width", "hidden", "gated"), [(17, 24, 40, True), (5, 32, 16, False)])
-def test_feeds_forward(dtype: torch.dtype, rows: int, width: int, hidden: int, gated: bool) -> None:
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "gated", "way"),
+    [
+        (17, 24, 40, True, feed_forward_fused),
+        (5, 32, 16, False, feed_forward_fused),
+        (5, 32, 16, False, feed_forward_in_two),
+    ],
+)
+def test_feeds_forward(
+    dtype: torch.dtype, rows: int, width: int, hidden: int, gated: bool, way: Callable[..., None]
+) -> None:
     torch.manual_seed(rows)
     counts, ups = counted(rows, rows - 1), hidden * (1 + gated)
     x = torch.randn(2, rows, width) + 3.0
@@ -133,7 +150,7 @@ def test_feeds_forward(dtype: torch.dtype, rows: int, width: int, hidden: int, g
     inner = inner.to(dtype).double()
     expected = x + inner @ down.double().transpose(1, 2) + layer.down_bias.double()[:, None]
     x[1, rows - 1 :] = 7.0
-    feed_forward(x, layer, counts)
+    way(x, layer, counts)
     check(x, expected, counts, CLOSE[dtype])
 
 
@@ -181,3 +198,33 @@ def test_pools_once_for_all_blocks() -> None:
     out = torch.empty(3, 2, 16)
     pool(out, Pooling(tables, counted(0), counted(5)), PoolingRows(ids, counted(2)))
     assert (out == tables[[1, 4]]).all()
+
+
+def test_the_fastest_way_is_measured_once_for_a_shape_and_leaves_no_trace() -> None:
+    took, ran = {"fused": 2.0, "library": 1.0}, []
+    x = torch.zeros(2)
+
+    def way(name: str) -> Callable[[], None]:
+        def run() -> None:
+            ran.append(name)
+            x.add_(1)
+
+        return run
+
+    ways = {name: way(name) for name in took}
+
+    def milliseconds(run: Callable[[], None]) -> float:
+        run()
+        return took[ran[-1]]
+
+    choice = FastestWay("test", milliseconds)
+    choice.run("large", ways, (x,))
+    assert ran == ["fused", "library", "library"]
+    assert (x == 1).all()  # measured on what was put back, then run once
+    took["fused"] = 0.5
+    choice.run("large", ways, (x,))
+    assert ran[3:] == ["library"]
+    choice.run("small", ways, (x,))
+    assert ran[4:] == ["fused", "library", "fused"]
+    FastestWay("test").run("large", ways)  # the interpreter measures nothing
+    assert ran[7:] == ["fused"]

@@ -97,6 +97,7 @@ class CudaStreams:
         self._device = torch.device("cuda", index)
         self._streams: dict[Way, Any] = {way: torch.cuda.Stream(self._device) for way in Way}
         self._recording: Any = torch.cuda.Stream(self._device)  # a shared one would record what others launch
+        self._scratch = torch.cuda.graph_pool_handle()  # graphs of one stream run one after the other and keep nothing
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the GPU, zeros: what is never written is finite."""
@@ -141,7 +142,7 @@ class CudaStreams:
             self._recording.synchronize()
             graph = torch.cuda.CUDAGraph()
             # thread_local: other executors go on launching meanwhile.
-            with torch.cuda.graph(graph, stream=self._recording, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._scratch, self._recording, capture_error_mode="thread_local"):
                 work()
         replay: Callable[[], None] = graph.replay
         return replay

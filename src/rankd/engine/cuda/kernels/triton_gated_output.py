@@ -19,7 +19,7 @@ from rankd.engine.cuda.kernels.triton_pieces import config, narrowed, product, t
 CONFIGS = (
     config(4, 3, block_rows=32, block_outputs=64, block_inputs=64),
     config(4, 2, block_rows=16, block_outputs=32, block_inputs=32),
-    config(4, 3, block_rows=64, block_outputs=64, block_inputs=64),
+    config(8, 3, block_rows=64, block_outputs=64, block_inputs=32),
     config(8, 3, block_rows=64, block_outputs=128, block_inputs=64),
     config(8, 3, block_rows=128, block_outputs=128, block_inputs=32),
 )

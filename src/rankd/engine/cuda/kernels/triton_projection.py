@@ -4,18 +4,22 @@
 
 Groups are computed in one launch: each has its own rows and, unless their stride is 0, its own weights. The norm is
 computed from float32 rows in two passes (mean, then squares of what is left); its weight and bias are folded into the
-layer's when weights are loaded. A layer without any of this is the library's matrix product (`torch.mm`).
+layer's when weights are loaded. The other way is the library's matrix product between two small kernels
+(`triton_around_product.py`); the faster one is taken.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankd.engine.cuda.kernels.fastest_way import FastestWay
+from rankd.engine.cuda.kernels.triton_around_product import finish_product, rows_for_product
 from rankd.engine.cuda.kernels.triton_pieces import activated, config, narrowed, product, sigmoid, tiles_of, tuned
 
 EPSILON = 1e-5  # of nn.LayerNorm
@@ -27,6 +31,9 @@ CONFIGS = (
     config(8, 3, block_rows=128, block_outputs=128, block_inputs=32),
     config(8, 3, block_rows=128, block_outputs=128, block_inputs=64),
 )
+
+
+PROJECTIONS = FastestWay("projection")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,19 @@ def project(
     All but the last dimension may have any strides. `residual` (G, R, O) is added and may be `out` itself; `gated` is
     multiplied by the sigmoid of the result instead. counts (G,) int32.
     """
+    ways = {
+        "fused": partial(project_fused, out, x, layer, counts, residual, gated),
+        "library": partial(project_by_library, out, x, layer, counts, residual, gated),
+    }
+    after = "residual" if residual is not None else "gate" if gated is not None else ""
+    shape = tuple(x.shape), layer.weight.shape[1], x.dtype, layer.weight.dtype, layer.normed, layer.activation, after
+    PROJECTIONS.run(shape, ways, () if residual is None else (out,))
+
+
+def project_fused(
+    out: Tensor, x: Tensor, layer: Linear, counts: Tensor, residual: Tensor | None = None, gated: Tensor | None = None
+) -> None:
+    """`project` in one kernel."""
     groups, capacity, inputs = x.shape
     outputs = layer.weight.shape[1]
     other = residual if residual is not None else gated if gated is not None else out
@@ -127,6 +147,20 @@ def project(
         ACTIVATION=layer.activation, ACTIVATED_FROM=layer.activated_from, RESIDUAL=residual is not None,
         GATED=gated is not None,
     )  # fmt: skip
+
+
+def project_by_library(
+    out: Tensor, x: Tensor, layer: Linear, counts: Tensor, residual: Tensor | None = None, gated: Tensor | None = None
+) -> None:
+    """`project` around torch.bmm. All rows are multiplied, those of nobody too; the graph that this is recorded in owns
+    what lies between the steps."""
+    weight = layer.weight
+    rows = x
+    if layer.normed or x.dtype is not weight.dtype:
+        rows = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+        rows_for_product(rows, x, counts, layer.normed, layer.epsilon)
+    made = torch.bmm(rows, weight.transpose(1, 2).expand(len(x), -1, -1))
+    finish_product(out, made, layer.bias, counts, layer.activation, layer.activated_from, residual, gated)
 
 
 def folded(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from rankd.artifact import Artifact
-from rankd.bench.engine_suite.contestant_messages import CONTESTANTS, GPU, Family, Load, Work, pack_features
+from rankd.bench.engine_suite.contestant_messages import (
+    CONTESTANTS,
+    GPU,
+    Family,
+    Load,
+    Work,
+    pack_features,
+    together,
+    unpack_features,
+)
 from rankd.bench.engine_suite.contestants import load_calls
 from rankd.bench.engine_suite.dense_attention import Attention
 from rankd.bench.engine_suite.dense_model import DenseRanker, dense_form
@@ -76,8 +85,20 @@ def test_calls_of_a_family_give_the_logits_of_every_request(tmp_path: Path) -> N
     requests = [Features(history_of(schema, 16, [16, 3]), candidates_of(schema, count), count - 1) for count in (4, 6)]
     calls = torch_calls(load_of(Family.SDPA, requests, tmp_path), requests, "cpu")[Work.COLD]
     for number, expected in enumerate(torch_logits(artifact, requests)):
-        np.testing.assert_allclose(calls.logits(number), expected, atol=1e-3)
-        assert calls.logits(number).shape[0] == requests[number].num_candidates
+        np.testing.assert_allclose(calls.logits(number), expected[None], atol=1e-3)
+        assert calls.logits(number).shape[1] == requests[number].num_candidates
+
+
+def test_a_family_scores_several_users_in_a_call(tmp_path: Path) -> None:
+    artifact = Artifact.open(MODELS / "demo" / "1")
+    schema = artifact.schema
+    alone = [
+        Features(history_of(schema, 16, lengths, seed), candidates_of(schema, 4), 4)
+        for seed, lengths in enumerate(([16, 3], [2, 9]))
+    ]
+    (both,) = [unpack_features(one) for one in together([pack_features(one) for one in alone], 2)]
+    calls = torch_calls(load_of(Family.EAGER, [both], tmp_path), [both], "cpu")[Work.COLD]
+    np.testing.assert_allclose(calls.logits(0), np.stack(torch_logits(artifact, alone)), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +123,8 @@ def test_our_engine_on_a_gpu_is_compared_with_others_there() -> None:
     assert set(p50) <= set(CONTESTANTS)
     assert best_peer(p50, on_gpu=True) == "flex-cuda-bf16"
     assert best_peer(p50) == "ort-fp32"
-    assert ratios(p50, Precision.BF16, Flops(4, 3, 2, 1), peak=1.0) == {
+    assert ratios(p50, Precision.BF16, Flops(4e9, 3e9, 2e9, 1e9), {("cuda", Precision.BF16): 4000.0}) == {
+        "peak_share": 0.25,
         "speedup_cold": 4.0,
         "speedup_warm": 8.0,
         "over_best_peer_cold": 2.5,

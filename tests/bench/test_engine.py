@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 import rankd.bench.engine_suite.engine as suite
 from rankd.bench.engine_suite.contestant_messages import (
     CONTESTANTS,
+    Family,
     Packed,
     Work,
     pack,
     pack_features,
+    together,
     unpack,
     unpack_features,
 )
@@ -28,6 +30,7 @@ from rankd.bench.engine_suite.contestant_process import ContestantProcess, fast_
 from rankd.bench.engine_suite.dense_model import DenseRanker
 from rankd.bench.engine_suite.engine import Trial, best_peer, choose, compete, prepare, ratios, work_flops
 from rankd.bench.flops import Flops
+from rankd.bench.peak import gpu_peak_gflops
 from rankd.bench.report import Report, print_report
 from rankd.bench.synthetic_model import build_model, schema_of
 from rankd.bench.workload import Workload, read_workload
@@ -145,6 +148,53 @@ def test_engine_ends_with_the_contract(prepared: Trial, tmp_path: Path) -> None:
     assert found["speedup_cold"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_several_users_in_a_call(trial: Trial) -> None:
+    """Eight requests are two calls of three users; who computes other scores for one of them would be left out."""
+    chosen = choose(RUN)
+    results = compete(trial, chosen, 1, 1, nothing, users=3)
+    assert results.reasons == {}
+    assert set(results.parity) == set(RUN) - {"rankd-openvino-fp32-extend"}
+    assert max(results.parity.values()) < 1e-4
+    assert (results.suffix, results.setting) == ("_3u", "1t_3u")
+    requests, expected = trial.batches(3)
+    assert len(requests) == len(expected) == 2
+    assert expected[0].shape == (3, 4, 2)
+    swapped = Trial(trial.workload, trial.about, trial.artifact, trial.scratch, trial.requests, trial.expected[::-1])
+    assert compete(swapped, choose(["ort-fp32"]), 1, 1, nothing, users=3).reasons["ort-fp32"].startswith("its scores")
+    row = suite._row(chosen[0], results, trial, 2e9)
+    assert (row["users"], row["gflop_needed"]) == (3, 6.0)
+    assert trial.candidates(5, 3) == 60
+
+
+def test_requests_of_different_sizes_make_no_batch(trial: Trial) -> None:
+    one = unpack_features(trial.requests[0])
+    shorter = Features(one.history, {n: a[:, :2] if a.ndim > 2 else a for n, a in one.candidates.items()}, 2)
+    with pytest.raises(ConfigError, match="2 users in a call: the requests of this workload are of different sizes"):
+        together([trial.requests[1], pack_features(shorter)], 2)
+
+
+def test_a_target_has_its_own_contestants_and_is_refused_where_it_cannot_be() -> None:
+    on_gpu = choose([], "cuda")
+    assert {one.target for one in on_gpu} == {"cuda"}
+    assert {one.family for one in on_gpu} >= {Family.RANKD, Family.EAGER, Family.FLEX, Family.TENSORRT}
+    on_cpu = choose([], "openvino")
+    assert {one.target for one in on_cpu} == {"", "openvino"}
+    with pytest.raises(ConfigError, match=r"unknown target 'cude'; .* Did you mean 'cuda'"):
+        CliRunner().invoke(bench, ["engine", "--target", "cude"], catch_exceptions=False)
+
+
+def test_a_target_that_is_not_here_is_refused(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "runs_here", lambda target: False)
+    monkeypatch.setattr(suite, "why_not", lambda target, precision: "there is no GPU")
+    with pytest.raises(ConfigError, match="--target cuda cannot compute workload 'tiny' here: there is no GPU"):
+        suite.run_engine(workload, suite.EngineOptions(target="cuda"), lambda *_: None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_peak_of_a_gpu_is_a_product(precision: str) -> None:
+    assert 0 < gpu_peak_gflops(precision, "cpu", 64) < 1e7
+
+
 @pytest.mark.parametrize("name", ["base", "rankd-openvino-fp32-cool"])
 def test_unknown_contestant_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown contestant '{name}'; there is: eager-fp32, "):
@@ -251,7 +301,7 @@ def test_ratios_are_as_they_are_named() -> None:
         "rankd-openvino-bf16-warm": 2.0,
     }
     assert best_peer(p50) == "eager-bf16"
-    assert ratios(p50, Precision.BF16, FLOPS, peak=800.0) == {
+    assert ratios(p50, Precision.BF16, FLOPS, {("", Precision.BF16): 800.0}) == {
         "speedup_cold": 6.0,
         "speedup_cold_tuned": 5.0,
         "speedup_warm": 30.0,
@@ -259,7 +309,7 @@ def test_ratios_are_as_they_are_named() -> None:
         "over_best_peer_cold": 3.0,
         "peak_share": 0.5,
     }
-    assert ratios(p50, Precision.FP32, FLOPS, None) == {}
+    assert ratios(p50, Precision.FP32, FLOPS, {}) == {}
     assert best_peer({"eager-fp32": 1.0, "rankd-openvino-bf16-cold": 1.0}) is None
 
 

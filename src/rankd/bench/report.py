@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 QUIET = 0.05
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
-NOT_FIGURES = ("contestant", "loop", "threads", "reason", "table", "policy", "storage")
+NOT_FIGURES = ("contestant", "loop", "threads", "users", "reason", "table", "policy", "storage")
 MOST_COLUMNS = 6
 
 Row = dict[str, Any]
@@ -150,7 +150,8 @@ def _title(row: Row, runs: int) -> str:
         return str(row["table"])
     if "loop" in row:
         return f"{row['loop']} loop, medians of {runs} runs"
-    return f"threads: {row['threads']}, all calls of {runs} runs"
+    users = f", users in a call: {row['users']}" if row.get("users", 1) > 1 else ""
+    return f"threads: {row['threads']}{users}, all calls of {runs} runs"
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:

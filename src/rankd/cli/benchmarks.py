@@ -114,8 +114,25 @@ def serve(
 @click.option(
     "--contestant", "contestants", multiple=True, metavar="NAME", help="One of them alone; may be given several times."
 )
+@click.option("--target", default="", help="Ours alone of this target, and others that compute in the same place.")
+@click.option(
+    "--users",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="In one call; may be given several times.",
+)
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
-def engine(name: str, threads: tuple[int, ...], runs: int, contestants: tuple[str, ...], as_json: bool) -> None:
+def engine(
+    name: str,
+    threads: tuple[int, ...],
+    runs: int,
+    contestants: tuple[str, ...],
+    target: str,
+    users: tuple[int, ...],
+    as_json: bool,
+) -> None:
     """Latency of the model alone, beside torch and its compilers.
 
     Torch eager under one dense mask (eager-fp32, eager-bf16), torch.compile, ONNX Runtime and OpenVINO on the same
@@ -127,7 +144,7 @@ def engine(name: str, threads: tuple[int, ...], runs: int, contestants: tuple[st
     from rankd.cli.progress import progress_bar
     from rankd.cli.reporting import show_report
 
-    options = EngineOptions(tuple(dict.fromkeys(threads)), runs, contestants)
+    options = EngineOptions(tuple(dict.fromkeys(threads)), runs, contestants, target, tuple(dict.fromkeys(users)))
     with progress_bar("engine") as advance:
         report = run_engine(load_workload(name), options, advance)
     show_report(report, as_json)

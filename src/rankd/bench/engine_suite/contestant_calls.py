@@ -16,7 +16,7 @@ from rankd.types import Array, Features, Float32Array
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """`call(i)` is timed; `logits(i)` gives the (C, K) float32 that the same computation leads to."""
+    """`call(i)` is timed; `logits(i)` gives the (B, C, K) float32 that the same computation leads to."""
 
     call: Callable[[int], object]
     logits: Callable[[int], Float32Array]
@@ -34,14 +34,14 @@ def ort_calls_on(
     options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads idle while others are timed
     if same_shapes(requests):
         history, candidates = requests[0].history["history_item"], requests[0].candidates["candidate_item"]
-        for dimension, size in (("B", 1), ("T", history.shape[-1]), ("C", candidates.shape[-1])):
+        for dimension, size in (("B", len(history)), ("T", history.shape[-1]), ("C", candidates.shape[-1])):
             options.add_free_dimension_override_by_name(dimension, size)
     session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     wanted = [port.name for port in session.get_inputs()]
     feeds = [{name: array for name, array in arrays_of(one).items() if name in wanted} for one in requests]
 
     def call(i: int) -> Float32Array:
-        logits: Float32Array = session.run(None, feeds[i])[0][0, : requests[i].num_candidates]
+        logits: Float32Array = session.run(None, feeds[i])[0][:, : requests[i].num_candidates]
         return logits
 
     return {Work.COLD: Calls(call, call)}

@@ -6,6 +6,7 @@ Commands are Load, Score and Time; replies are Loaded, Scored, Timed and Refused
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import IO
@@ -15,6 +16,7 @@ import numpy as np
 
 from rankd.engine.backend import Precision
 from rankd.engine.targets import PRECISIONS, TARGETS
+from rankd.errors import ConfigError
 from rankd.types import Array, Features
 
 LENGTH_BYTES = 8
@@ -112,7 +114,7 @@ class Packed(msgspec.Struct, frozen=True):
 
 
 class Inputs(msgspec.Struct, frozen=True):
-    """`Features` on their way through a pipe."""
+    """`Features` on their way through a pipe: of one user (B = 1), or of several together."""
 
     history: dict[str, Packed]
     candidates: dict[str, Packed]
@@ -151,7 +153,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Scored(msgspec.Struct, frozen=True, tag=True):
-    """Logits (C, K) float32 of every request, without padding."""
+    """Logits (B, C, K) float32 of every request, without padding."""
 
     logits: list[Packed]
 
@@ -196,6 +198,30 @@ def unpack_features(inputs: Inputs) -> Features:
         {name: unpack(packed) for name, packed in arrays.items()} for arrays in (inputs.history, inputs.candidates)
     )
     return Features(history, candidates, inputs.num_candidates)
+
+
+def together(requests: Sequence[Inputs], users: int) -> list[Inputs]:
+    """Requests of one user each, `users` of them in one; what is left over is left out.
+
+    Raises:
+        ConfigError: they are not all of the same shapes.
+    """
+    if users == 1:
+        return list(requests)
+    features = [unpack_features(one) for one in requests]
+    shapes = {tuple(array.shape for side in (f.history, f.candidates) for array in side.values()) for f in features}
+    if len(shapes) > 1 or len({one.num_candidates for one in features}) > 1:
+        raise ConfigError(
+            f"{users} users in a call: the requests of this workload are of different sizes and make no batch; take "
+            "one whose requests are all alike, such as base, long or hstu"
+        )
+    made = []
+    for start in range(0, len(features) - users + 1, users):
+        part = features[start : start + users]
+        sides = ([one.history for one in part], [one.candidates for one in part])
+        history, candidates = ({n: np.concatenate([one[n] for one in side]) for n in side[0]} for side in sides)
+        made.append(pack_features(Features(history, candidates, part[0].num_candidates)))
+    return made
 
 
 def write_frame(pipe: IO[bytes], message: Command | Reply) -> None:

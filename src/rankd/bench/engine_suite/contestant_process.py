@@ -127,7 +127,7 @@ class ContestantProcess:
         return self._ask(command, Loaded).load_s
 
     def scores(self, contestant: Contestant) -> list[Float32Array]:
-        """Logits (C, K) float32 of every request."""
+        """Logits (B, C, K) float32 of every request."""
         return [unpack(packed) for packed in self._ask(Score(contestant.work), Scored).logits]
 
     def time(self, contestant: Contestant, calls: int) -> list[float]:

@@ -81,7 +81,7 @@ def eager_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
 
     def call(i: int) -> Float32Array:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            logits: Float32Array = model(*inputs[i])[0, : requests[i].num_candidates].float().numpy()
+            logits: Float32Array = model(*inputs[i])[:, : requests[i].num_candidates].float().numpy()
         return logits
 
     return {Work.COLD: Calls(call, call)}
@@ -107,7 +107,7 @@ def compile_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]
 
     def call(i: int) -> Float32Array:
         with torch.no_grad():  # in inference mode constants are not frozen
-            logits: Float32Array = compiled(*inputs[i])[0, : requests[i].num_candidates].float().numpy()
+            logits: Float32Array = compiled(*inputs[i])[:, : requests[i].num_candidates].float().numpy()
         return logits
 
     for i in range(len(requests)):
@@ -144,7 +144,7 @@ def openvino_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls
         for index, tensor in enumerate(inputs[i]):
             request.set_input_tensor(index, tensor)
         request.infer()
-        logits: Float32Array = request.get_output_tensor(0).data[0, : requests[i].num_candidates].copy()
+        logits: Float32Array = request.get_output_tensor(0).data[:, : requests[i].num_candidates].copy()
         return logits
 
     return {Work.COLD: Calls(call, call)}
@@ -155,34 +155,52 @@ def rankd_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
     config = EngineConfig(load.target, load.precision, executors=1, threads=load.threads)
     artifact = Artifact.open(Path(load.artifact))
     executor = load_backend(artifact, config).executor()
-    lengths = [tuple(one.history["history_length"][0].tolist()) for one in requests]
+    histories = [alone(one.history) for one in requests]
+    lengths = [[tuple(one["history_length"][0].tolist()) for one in users] for users in histories]
 
-    def encode(i: int) -> UserState:
-        return UserState(executor.encode(requests[i].history), lengths[i])
+    def encode(i: int) -> list[UserState]:
+        """Each under a mark of its own, so that the engine may keep it where it computes."""
+        marks = [next(numbers).to_bytes(8, "little") for _ in histories[i]]
+        states = encoded(executor, histories[i], marks)
+        return [UserState(*one) for one in zip(states, lengths[i], marks, strict=True)]
 
-    def score(i: int, state: UserState) -> Float32Array:
-        return executor.score([state], requests[i].candidates)[0, : requests[i].num_candidates]
-
-    def named(state: UserState) -> UserState:
-        """What was encoded last, which the engine may keep where it computes."""
-        mark = next(marks).to_bytes(8, "little")
-        executor.keep(mark)
-        return UserState(state.arrays, state.lengths, mark)
+    def score(i: int, states: Sequence[UserState]) -> Float32Array:
+        return executor.score(states, requests[i].candidates)[:, : requests[i].num_candidates]
 
     def cold(i: int) -> Float32Array:
-        return score(i, named(encode(i)))
+        return score(i, encode(i))
 
     def warm(i: int) -> Float32Array:
         return score(i, kept[i])
 
-    marks = itertools.count()
-    kept = [copy_of(named(encode(i))) for i in range(len(requests))]
+    numbers = itertools.count()
+    kept = [[copy_of(state) for state in encode(i)] for i in range(len(requests))]
     return {
         Work.COLD: Calls(cold, cold),
         Work.WARM: Calls(warm, warm),
         Work.ENCODE: Calls(encode, cold),
-        Work.EXTEND: extend_calls(executor, artifact.manifest, requests),
-    }
+    } | ({} if len(histories[0]) > 1 else {Work.EXTEND: extend_calls(executor, artifact.manifest, requests)})
+
+
+def alone(history: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """The histories of several users, each B = 1."""
+    users = len(history["history_length"])
+    return [{name: array[user : user + 1] for name, array in history.items()} for user in range(users)]
+
+
+def encoded(
+    executor: Any, histories: Sequence[Mapping[str, Array]], marks: Sequence[bytes]
+) -> Sequence[Mapping[str, Array]]:
+    """States of several users: in one call where the executor can, else one after the other."""
+    if len(histories) > 1 and hasattr(executor, "encode_all"):
+        together: Sequence[Mapping[str, Array]] = executor.encode_all(histories, [None] * len(histories))
+        executor.keep_all(marks)
+        return together
+    states = []
+    for history, mark in zip(histories, marks, strict=True):
+        states.append(executor.encode(history))
+        executor.keep(mark)
+    return states
 
 
 def extend_calls(executor: Executor, manifest: Manifest, requests: Sequence[Features]) -> Calls:
@@ -207,7 +225,7 @@ def extend_calls(executor: Executor, manifest: Manifest, requests: Sequence[Feat
     def logits(i: int) -> Float32Array:
         call(i)
         longer = UserState(states[i].arrays, tuple(lengths[i].tolist()))
-        return executor.score([longer], requests[i].candidates)[0, : requests[i].num_candidates]
+        return executor.score([longer], requests[i].candidates)[:, : requests[i].num_candidates]
 
     return Calls(call, logits)
 

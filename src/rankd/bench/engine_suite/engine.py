@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from rankd.artifact import Artifact
 from rankd.bench.engine_suite.contestant_messages import (
@@ -29,19 +30,20 @@ from rankd.bench.engine_suite.contestant_messages import (
     Inputs,
     Work,
     pack_features,
+    together,
     unpack_features,
 )
 from rankd.bench.engine_suite.contestant_process import ContestantProcess
 from rankd.bench.flops import Flops, model_flops
 from rankd.bench.parity import BOUNDS, max_difference, stored_features, torch_logits
-from rankd.bench.peak import peak_gflops
+from rankd.bench.peak import gpu_peak_gflops, peak_gflops
 from rankd.bench.report import Neighbours, Report, Row, commit, machine, percentile
 from rankd.bench.state_suite.storage_error import storage_errors
 from rankd.bench.synthetic_model import build_model, schema_of, users_for
 from rankd.bench.workload import Workload, draw_requests
 from rankd.engine.backend import Precision
 from rankd.engine.machine_choice import choice_key, write_choice
-from rankd.engine.targets import PRECISIONS, TARGETS, runs_here, why_not, why_not_model
+from rankd.engine.targets import PRECISIONS, TARGETS, check_target, runs_here, why_not, why_not_model
 from rankd.errors import ConfigError, EngineFailure, MissingExtra, nearest
 from rankd.features.catalogue import Catalogue
 from rankd.features.reading.version_features import features_in_memory
@@ -62,11 +64,18 @@ Advance = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Threads of a call, one after the other; rounds; names of contestants, none for all of them."""
+    """Threads of a call and users in one, one after the other; rounds; names of contestants, none for all of them, or
+    for all who compute where `target` does."""
 
     threads: tuple[int, ...] = (1, 2)
     runs: int = 7
     contestants: tuple[str, ...] = ()
+    target: str = ""
+    users: tuple[int, ...] = (1,)
+
+    def settings(self) -> list[tuple[int, int]]:
+        """Threads and users of everything that is measured."""
+        return [(threads, users) for threads in self.threads for users in self.users]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +89,41 @@ class Trial:
     requests: list[Inputs]
     expected: list[Float32Array]
 
-    def candidates(self, calls: int) -> int:
-        """How many candidates so many calls over the requests in turn score."""
+    def candidates(self, calls: int, users: int) -> int:
+        """How many candidates so many calls over the requests in turn score, each for so many users."""
+        if users > 1:
+            return calls * users * self.requests[0].num_candidates
         return sum(self.requests[number % len(self.requests)].num_candidates for number in range(calls))
+
+    def batches(self, users: int) -> tuple[list[Inputs], list[Float32Array]]:
+        """The requests, so many users in each, and their logits (B, C, K)."""
+        requests = together(self.requests, users)
+        return requests, [np.stack(self.expected[n * users : (n + 1) * users]) for n in range(len(requests))]
 
 
 @dataclass(slots=True)
 class Results:
-    """Of one number of threads, by contestant: milliseconds of every call, and how many of them a turn has; parity;
-    the reason of those that are left out. `peaks` are GFLOP/s by precision."""
+    """Of one number of threads and one of users, by contestant: milliseconds of every call, and how many of them a turn
+    has; parity; the reason of those that are left out. `peaks` are GFLOP/s by where is computed, and precision."""
 
     threads: int
+    users: int = 1
     calls_ms: dict[str, list[float]] = field(default_factory=dict)
     turn: dict[str, int] = field(default_factory=dict)
     parity: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    peaks: dict[Precision, float] = field(default_factory=dict)
+    peaks: dict[tuple[str, Precision], float] = field(default_factory=dict)
 
     @property
     def suffix(self) -> str:
-        """What follows the names of ratios and parities; nothing for one thread."""
-        return "" if self.threads == 1 else f"_{self.threads}t"
+        """What follows the names of ratios and parities; nothing for one thread and one user."""
+        threads, users = self.threads, self.users
+        return ("" if threads == 1 else f"_{threads}t") + ("" if users == 1 else f"_{users}u")
+
+    @property
+    def setting(self) -> str:
+        """As reports name it."""
+        return f"{self.threads}t" + ("" if self.users == 1 else f"_{self.users}u")
 
     def p50(self) -> dict[str, float]:
         """The median of each contestant's calls."""
@@ -122,47 +145,59 @@ def run_engine(workload: Workload, options: EngineOptions, advance: Advance) -> 
     """Run the suite.
 
     Raises:
-        ConfigError: no contestant of such a name.
+        ConfigError: no contestant of such a name, no such target, a target that this machine or model is not for, or
+            several users in a call of a workload whose requests are not alike.
         MissingExtra: torch is not installed; the scores are checked against it.
         EngineFailure: our own engine failed, or its scores differ from torch's.
     """
-    chosen = choose(options.contestants)
+    chosen = choose(options.contestants, options.target)
+    if options.target and (reason := unsuitable(options.target, workload)):
+        raise ConfigError(f"--target {options.target} cannot compute workload '{workload.name}' here: {reason}")
     if importlib.util.find_spec("torch") is None:
         raise MissingExtra("rankd bench engine", "train")
     processes = len({contestant.process for contestant in chosen})
-    steps = 1 + len(options.threads) * (processes + options.runs)
+    steps = 1 + len(options.settings()) * (processes + options.runs)
     surroundings = machine() | _versions()
     neighbours, everything = Neighbours(), []
     advance(0, steps, "model")
     with tempfile.TemporaryDirectory(prefix="rankd-bench-") as folder:
         wanted = {one.target for one in chosen}
         usable = tuple(target for target in TARGETS if target in wanted and not unsuitable(target, workload))
-        trial = prepare(workload, Path(folder), tuple(dict.fromkeys((*usable, "openvino"))))
-        for number, threads in enumerate(options.threads):
-            done = 1 + number * (processes + options.runs)
+        built = tuple(dict.fromkeys((*usable, "openvino")))
+        trial = prepare(workload, Path(folder), built, max(REQUESTS, *options.users))
+        for number, (threads, users) in enumerate(options.settings()):
+            done, told = 1 + number * (processes + options.runs), f"threads: {threads}, users: {users}"
 
-            def step(count: int, line: str, done: int = done, threads: int = threads) -> None:
-                advance(done + count, steps, f"{line}, threads: {threads}")
+            def step(count: int, line: str, done: int = done, told: str = told) -> None:
+                advance(done + count, steps, f"{line}, {told}")
 
-            everything.append(compete(trial, chosen, threads, options.runs, step))
+            everything.append(compete(trial, chosen, threads, options.runs, step, users))
         kept = storage_errors(Artifact.open(trial.artifact), [unpack_features(one) for one in trial.requests])
     surroundings["others_cpu_share"] = neighbours.share()
     advance(steps, steps, "done")
     return _report(options, trial, everything, surroundings, chosen, kept)
 
 
-def choose(names: Sequence[str]) -> list[Contestant]:
-    """Contestants in the order of the report; all of them if no names are given.
+def choose(names: Sequence[str], target: str = "") -> list[Contestant]:
+    """Contestants in the order of the report; all of them if no names are given. With a target our own is that one, and
+    others are those that compute in the same place, on a GPU or on the processor.
 
     Raises:
-        ConfigError: no such contestant.
+        ConfigError: no such contestant or target.
     """
+    if target:
+        check_target(target)
     for name in names:
         if name not in CONTESTANTS:
             raise ConfigError(
                 f"unknown contestant '{name}'; there is: {', '.join(CONTESTANTS)}.{nearest(name, CONTESTANTS)}"
             )
-    return [contestant for name, contestant in CONTESTANTS.items() if not names or name in names]
+
+    def beside(one: Contestant) -> bool:
+        return one.target == target if one.family is Family.RANKD else (one.target == GPU) is (target == GPU)
+
+    named = [one for name, one in CONTESTANTS.items() if not names or name in names]
+    return [one for one in named if not target or beside(one)]
 
 
 def unsuitable(target: str, workload: Workload) -> str:
@@ -172,13 +207,13 @@ def unsuitable(target: str, workload: Workload) -> str:
     return why_not_model(target, workload.model.kind.value, workload.model.options(), schema_of(workload))
 
 
-def prepare(workload: Workload, folder: Path, targets: tuple[str, ...]) -> Trial:
-    """The model, built for the targets, its requests, and what torch makes of them."""
+def prepare(workload: Workload, folder: Path, targets: tuple[str, ...], count: int = REQUESTS) -> Trial:
+    """The model, built for the targets, `count` requests, and what torch makes of them."""
     source, path = "random weights", build_model(workload, folder / "built", targets)
     artifact = Artifact.open(path)
     catalogue = Catalogue.load(artifact.path / "tables", artifact.schema)
     features, users = features_in_memory(artifact.schema, catalogue), users_for(catalogue, workload)
-    drawn = draw_requests(workload, users, catalogue.ids.items, REQUESTS)
+    drawn = draw_requests(workload, users, catalogue.ids.items, count)
     requests = [stored_features(features, request) for request in drawn]
     tokens = [float(one.history["history_length"].mean()) for one in requests]
     about = {
@@ -193,14 +228,21 @@ def prepare(workload: Workload, folder: Path, targets: tuple[str, ...]) -> Trial
 
 
 def compete(
-    trial: Trial, chosen: Sequence[Contestant], threads: int, runs: int, step: Callable[[int, str], None]
+    trial: Trial,
+    chosen: Sequence[Contestant],
+    threads: int,
+    runs: int,
+    step: Callable[[int, str], None],
+    users: int = 1,
 ) -> Results:
-    """All contestants with so many threads: start, check, then the rounds.
+    """All contestants with so many threads and users in a call: start, check, then the rounds.
 
     Raises:
+        ConfigError: several users, and the requests are not alike.
         EngineFailure: our own engine failed, or its scores differ from torch's.
     """
-    results = Results(threads)
+    results = Results(threads, users)
+    chosen = [one for one in chosen if users == 1 or one.work is not Work.EXTEND]  # a user's, whoever else is there
     members: dict[str, list[Contestant]] = {}
     for contestant in chosen:
         members.setdefault(contestant.process, []).append(contestant)
@@ -209,8 +251,9 @@ def compete(
         for number, (name, group) in enumerate(members.items()):
             step(number, name)
             ready += _admit(trial, group, results, stack)
-        for precision in dict.fromkeys(contestant.precision for contestant, _ in ready):
-            results.peaks[precision] = peak_gflops(precision.value, threads)
+        for place, precision in dict.fromkeys((place_of(contestant), contestant.precision) for contestant, _ in ready):
+            peak = gpu_peak_gflops(precision.value) if place == GPU else peak_gflops(precision.value, threads)
+            results.peaks[place, precision] = peak
         for number in range(runs):
             step(len(members) + number, f"round {number + 1}")
             _round(ready, number, results)
@@ -227,12 +270,13 @@ def _admit(
         results.reasons |= {contestant.name: reason for contestant in group}
         return []
     ready = []
+    requests, expected = trial.batches(results.users)
     with ExitStack() as own:
         try:
             process = own.enter_context(ContestantProcess(group[0], results.threads, trial.scratch))
-            process.load(trial.artifact, trial.requests)
+            process.load(trial.artifact, requests)
             for contestant in group:
-                difference = max_difference(trial.expected, process.scores(contestant))
+                difference = max_difference(expected, process.scores(contestant))
                 bound = BOUNDS[contestant.precision.value]
                 if not difference <= bound:
                     raise EngineFailure(f"its scores differ from torch by {difference:.3g}; allowed is {bound:g}")
@@ -287,7 +331,8 @@ def _report(
             "state_storage": kept,
             "runs": options.runs,
             "threads": list(options.threads),
-            "ratios_of": {f"{one.threads}t": ours for one in everything if (ours := fastest_own(one.p50(), precision))},
+            "users_a_call": list(options.users),
+            "ratios_of": {one.setting: ours for one in everything if (ours := fastest_own(one.p50(), precision))},
             "best_peer": {
                 f"over_best_peer_cold{one.suffix}": peer
                 for one in everything
@@ -301,7 +346,7 @@ def _report(
         ratios={
             f"{name}{one.suffix}": ratio
             for one in everything
-            for name, ratio in ratios(one.p50(), precision, flops, one.peaks.get(precision)).items()
+            for name, ratio in ratios(one.p50(), precision, flops.scaled(one.users), one.peaks).items()
         }
         | {"states_per_gib": kept["bf16"]["states_per_gib"]},
     )
@@ -309,20 +354,22 @@ def _report(
 
 def _row(contestant: Contestant, results: Results, trial: Trial, flops: float) -> Row:
     name = contestant.name
-    row: Row = {"contestant": name, "threads": results.threads}
+    row: Row = {"contestant": name, "threads": results.threads, "users": results.users}
+    flops *= results.users
     if name in results.reasons:
         return row | {"reason": results.reasons[name]}
     spent, turn = results.calls_ms[name], results.turn[name]
     p50_ms, gflop = percentile(spent, 0.5), flops / 1e9
     row |= {"p50_ms": p50_ms, "p99_ms": percentile(spent, 0.99), "calls": len(spent)}
     if contestant.work in (Work.COLD, Work.WARM):
-        row["throughput"] = trial.candidates(turn) * (len(spent) // turn) / (sum(spent) / 1e3)
-    reached = gflop / (p50_ms / 1e3)
-    row |= {"gflop_needed": gflop, "gflops_reached": reached}
-    if contestant.target == GPU:  # the peak that is measured here is the processor's
-        return row
-    peak = results.peaks[contestant.precision]
-    return row | {"peak_gflops": peak, "peak_share": reached / peak}
+        row["throughput"] = trial.candidates(turn, results.users) * (len(spent) // turn) / (sum(spent) / 1e3)
+    reached, peak = gflop / (p50_ms / 1e3), results.peaks[place_of(contestant), contestant.precision]
+    return row | {"gflop_needed": gflop, "gflops_reached": reached, "peak_gflops": peak, "peak_share": reached / peak}
+
+
+def place_of(contestant: Contestant) -> str:
+    """Where it computes: GPU, or "" for the processor."""
+    return GPU if contestant.target == GPU else ""
 
 
 def work_flops(work: Work, workload: Workload, tokens: float) -> float:
@@ -368,10 +415,12 @@ def best_peer(p50: Mapping[str, float], on_gpu: bool = False) -> str | None:
     return min(peers, key=p50.__getitem__, default=None)
 
 
-def ratios(p50: Mapping[str, float], precision: Precision, flops: Flops, peak: float | None) -> dict[str, float]:
+def ratios(
+    p50: Mapping[str, float], precision: Precision, flops: Flops, peaks: Mapping[tuple[str, Precision], float]
+) -> dict[str, float]:
     """What others take over what our engine takes in the given precision, as far as they took part; and how much of
-    the measured peak (GFLOP/s) our cold call reaches. Ours on a GPU is compared with others there, and with torch in
-    the same precision."""
+    the measured peak (GFLOP/s, `Results.peaks`) our cold call reaches. Ours on a GPU is compared with others there, and
+    with torch in the same precision."""
     ours = fastest_own(p50, precision)
     on_gpu = ours.startswith(OWN_ON_GPU)
     peer = best_peer(p50, on_gpu)
@@ -385,7 +434,8 @@ def ratios(p50: Mapping[str, float], precision: Precision, flops: Flops, peak: f
         "extend_over_encode": (f"{ours}-extend", f"{ours}-encode"),
     }
     found = {name: p50[a] / p50[b] for name, (a, b) in pairs.items() if a in p50 and b in p50}
-    if peak and not on_gpu and f"{ours}-cold" in p50:
+    peak = peaks.get((GPU if on_gpu else "", precision))
+    if peak and f"{ours}-cold" in p50:
         found["peak_share"] = flops.needed / 1e9 / (p50[f"{ours}-cold"] / 1e3) / peak
     return found
 

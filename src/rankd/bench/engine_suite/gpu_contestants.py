@@ -54,7 +54,7 @@ def torch_calls(load: Load, requests: Sequence[Features], device: str) -> dict[W
     def call(i: int) -> Float32Array:
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=narrow):
             sides = [{name: tensor.to(device) for name, tensor in side.items()} for side in inputs[i]]
-            logits: Float32Array = run(*sides)[0, : requests[i].num_candidates].float().cpu().numpy()
+            logits: Float32Array = run(*sides)[:, : requests[i].num_candidates].float().cpu().numpy()
         return logits
 
     for i in range(len(requests)):

@@ -140,7 +140,9 @@ def test_new_states_are_written_where_they_belong(dtype: torch.dtype, eager: Way
     check_same(straight, staged)
     assert device.done[-2:] == ["compute", "out kernel"]
     some = [arrays_in(memory, executor, room) if room != 18 else None for room in rooms]
+    into[1]["keys_values"][...] = 55
     check_same(executor.encode_all(histories, some), staged)
+    assert (into[1]["keys_values"] == 55).all()  # the user before who had this place in a call
     assert [name.split()[:2] for name in device.done[-2:]] == [["out", "kernel"], ["out", device.done[-1].split()[1]]]
     check_same([executor.encode(histories[0], arrays_in(memory, executor, 20))], staged[:1])
     ordinary = {name: np.full_like(array, 77) for name, array in staged[1].items()}

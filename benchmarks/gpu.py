@@ -32,10 +32,11 @@ from rankd.bench.report import commit, machine
 from rankd.bench.workload import Workload, load_workload
 from rankd.engine.backend import MOST_IN_FLIGHT, EngineConfig, Precision
 from rankd.engine.cuda import gpu_presence
+from rankd.engine.state_arrays import empty_state
 from rankd.engine.targets import load_backend
 from rankd.errors import EngineFailure
 from rankd.features.schema import TensorSpec
-from rankd.types import Array, UserState
+from rankd.types import Allocate, Array, UserState
 
 ROOT = Path(__file__).resolve().parents[1]
 USERS = (1, 8, 32)
@@ -111,7 +112,7 @@ def run_tests() -> dict[str, Any]:
         AssertionError: one of them failed; the end of what they said.
     """
     environment = os.environ | {"RANKD_TEST_GPU": "1", "RANKD_CUDA_TUNE": "off"}
-    files = [f"tests/engine/cuda/test_{name}_kernels.py" for name in ("attention", "row")]
+    files = [f"tests/engine/cuda/test_{name}_kernels.py" for name in ("attention", "row", "host")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(  # noqa: S603 - our own interpreter
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TEST_SECONDS
@@ -189,6 +190,8 @@ def whole_requests(workload: Workload, parts: Parts) -> dict[str, Any]:
                 "speedup_warm": took[EAGER] / took["rankd warm"],
                 "speedup_warm_sent": took[EAGER] / took["rankd warm, states sent"],
                 "gpu_hit_gain": took["rankd warm, states sent"] / took["rankd warm"],
+                "pinned_gain": took["rankd warm, states staged"] / took["rankd warm, states sent"],
+                "pinned_gain_cold": took["rankd cold, staged"] / took["rankd cold"],
                 "over_best_peer_cold": min(took[name] for name in peers) / took["rankd cold"] if peers else None,
                 "peak_share": useful / took["rankd cold"] / 1e9 / peak if peak else None,
             }
@@ -278,28 +281,42 @@ def differs(expected: Array, made: Any) -> float:
 def rankd_calls(
     artifact: Artifact, histories: Sequence[dict[str, Array]], candidates: dict[str, Array]
 ) -> dict[str, Call]:
-    """Ours: states made anew, found in GPU memory, and sent from the host's."""
-    executor: Any = load_backend(artifact, EngineConfig("cuda", Precision.BF16, 1, calls_in_flight=1)).executor()
-    kept = marked_states(executor, histories)
+    """Ours: states made anew, found in GPU memory, and sent from the host's. Those of the host lie in locked memory, as
+    they do while it serves; "staged": in ordinary memory, so that the host copies them into pinned blocks and out."""
+    backend: Any = load_backend(artifact, EngineConfig("cuda", Precision.BF16, 1, calls_in_flight=1))
+    executor: Any = backend.executor()
+    kept = marked_states(executor, histories, backend.host_memory)
     sent = [UserState(state.arrays, state.lengths) for state in kept]
+    staged = [UserState({name: a.copy() for name, a in state.arrays.items()}, state.lengths) for state in kept]
+    homes = arrays_for(executor, histories, backend.host_memory)
 
-    def cold() -> object:
-        made = executor.encode_all(histories, [None] * len(histories))
+    def cold(into: Sequence[dict[str, Array] | None]) -> object:
+        made = executor.encode_all(histories, into)
         marks = [next(MARKS).to_bytes(8, "little") for _ in histories]
         executor.keep_all(marks)
         states = [UserState(a, one.lengths, m) for a, one, m in zip(made, kept, marks, strict=True)]
         return executor.score(states, candidates)
 
     return {
-        "rankd cold": cold,
+        "rankd cold": lambda: cold(homes),
+        "rankd cold, staged": lambda: cold([None] * len(histories)),
         "rankd warm": lambda: executor.score(kept, candidates),
         "rankd warm, states sent": lambda: executor.score(sent, candidates),
+        "rankd warm, states staged": lambda: executor.score(staged, candidates),
     }
 
 
-def marked_states(executor: Any, histories: Sequence[dict[str, Array]]) -> list[UserState]:
-    """States that are in GPU memory under marks of their own."""
-    made = executor.encode_all(histories, [None] * len(histories))
+def arrays_for(executor: Any, histories: Sequence[dict[str, Array]], memory: Allocate | None) -> list[dict[str, Array]]:
+    """Arrays for the states of histories, in memory of a kind."""
+    model, rooms = executor._model, [history["history_time"].shape[2] for history in histories]
+    return [empty_state(model.specs, room, model.state_type, memory=memory) for room in rooms]
+
+
+def marked_states(
+    executor: Any, histories: Sequence[dict[str, Array]], memory: Allocate | None = None
+) -> list[UserState]:
+    """States that are in GPU memory under marks of their own, and in memory of a kind on the host."""
+    made = executor.encode_all(histories, arrays_for(executor, histories, memory))
     marks = [next(MARKS).to_bytes(8, "little") for _ in histories]
     executor.keep_all(marks)
     lengths = [tuple(history["history_length"][0].tolist()) for history in histories]
@@ -311,16 +328,16 @@ def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
     graphs. `h2d_share` is the share of the transfers' time that is hidden behind computing with so many under way."""
     from rankd.engine.cuda.calls_in_flight import rate
     from rankd.engine.cuda.cuda_backend import CudaBackend, model_of, open_pool
-    from rankd.engine.cuda.cuda_device import CudaStreams
+    from rankd.engine.cuda.cuda_device import CudaStreams, Way
     from rankd.engine.cuda.cuda_executor import CudaExecutor
 
     class Launched(CudaStreams):
         """Without graphs."""
 
-        def captured(self, work: Callable[[], None]) -> Callable[[], None]:
-            """Every kernel is launched by itself."""
-            super().captured(work)
-            return work
+        def captured(self, work: Callable[[], None], way: Way = Way.COMPUTE) -> Callable[[], None]:
+            """Every kernel that computes is launched by itself."""
+            replay = super().captured(work, way)
+            return work if way is Way.COMPUTE else replay
 
     model = model_of(artifact, Precision.BF16, lambda tensor: tensor.cuda())
     histories, candidates = inputs_of(artifact, workload, FLIGHT_USERS)
@@ -331,8 +348,8 @@ def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
     launched_on = Launched()
     launched = CudaExecutor(model, open_pool(model, launched_on, alone, 1), launched_on)
 
-    def calls(executors: Sequence[CudaExecutor], found: bool) -> list[Call]:
-        kept = marked_states(executors[0], histories)
+    def calls(executors: Sequence[CudaExecutor], found: bool, memory: Allocate | None = None) -> list[Call]:
+        kept = marked_states(executors[0], histories, memory)
         states = kept if found else [UserState(state.arrays, state.lengths) for state in kept]
         made: list[Call] = [partial(executor.score, states, candidates) for executor in executors]
         for call in made:
@@ -340,16 +357,18 @@ def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
         return made
 
     rates: dict[str, dict[int, float]] = {}
-    for name, executors, there in (
-        ("k in flight, states found", shared, True),
-        ("k in flight, states sent", shared, False),
-        ("k executors, states found", apart, True),
+    ready: dict[str, list[Call]] = {}  # kept to the end: what was sent last is sent again by `parts_ms`
+    for name, executors, there, memory in (
+        ("k in flight, states found", shared, True, None),
+        ("k in flight, states staged", shared, False, None),
+        ("k in flight, states sent", shared, False, backends[0].host_memory),
+        ("k executors, states found", apart, True, None),
     ):
-        ready = calls(executors, there)
-        rates[name] = {k: rate(ready[:k], RATE_SECONDS) for k in range(1, MOST_IN_FLIGHT + 1)}
+        ready[name] = calls(executors, there, memory)
+        rates[name] = {k: rate(ready[name][:k], RATE_SECONDS) for k in range(1, MOST_IN_FLIGHT + 1)}
     plain = rate(calls([launched], True), RATE_SECONDS)
     spent = parts_ms(shared[0], FLIGHT_USERS)
-    found, sent = (rates[f"k in flight, states {how}"] for how in ("found", "sent"))
+    found, sent, staged = (rates[f"k in flight, states {how}"] for how in ("found", "sent", "staged"))
 
     def hidden(k_rates: dict[int, float], transfers: float) -> float:
         exposed = 1e3 / max(k_rates.values()) - spent["compute"]
@@ -362,13 +381,18 @@ def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
         "in_flight_gain": max(found.values()) / found[1],
         "in_flight_gain_sent": max(sent.values()) / sent[1],
         "h2d_share": hidden(found, spent["in"] + spent["out"]),
+        "pinned_gain": max(sent.values()) / max(staged.values()),
         "h2d_share_sent": hidden(sent, spent["in"] + spent["out"] + spent["states in"]),
     }
 
 
 def parts_ms(executor: Any, users: int) -> dict[str, float]:
     """What the GPU spends on each part of the call that the executor ran last: copies, and all kernels."""
-    prepared, turn = next(iter(executor._scoring.values())), executor._arriving._turns[0]
+    from rankd.engine.cuda.kernels.triton_host_states import fetch_pages
+
+    prepared, arriving = next(iter(executor._scoring.values())), executor._arriving
+    last, shape = arriving._fetched._turns[arriving._fetched._next - 1].staging.there, executor._shape
+    states = executor._pool.states(last["count"])
 
     def copied(staging: Any) -> float:
         return device_ms(lambda: staging._block.copy_(staging._pinned, non_blocking=True))
@@ -377,7 +401,8 @@ def parts_ms(executor: Any, users: int) -> dict[str, float]:
         "compute": device_ms(prepared.launch),
         "in": copied(prepared.staging),
         "out": device_ms(lambda: prepared.result.copy_(prepared.made, non_blocking=True)),
-        "states in": users * copied(turn.staging),
+        "states in": device_ms(lambda: fetch_pages(states, last["rows"], last["count"], shape.heads, shape.dtype)),
+        "states in, staged": users * copied(arriving._turns[0].staging),
     }
 
 

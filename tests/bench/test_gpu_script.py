@@ -15,9 +15,11 @@ from rankd.bench.workload import load_workload
 from rankd.demo import MODELS
 from rankd.engine.backend import EngineConfig, Precision, StateType
 from rankd.engine.cuda import gpu_presence
+from rankd.engine.cuda.pinned_memory import PinnedMemory
 from rankd.engine.reference_backend import ReferenceBackend
 from rankd.errors import EngineFailure
 from rankd.types import UserState
+from tests.engine.cuda.interpreted_device import InterpretedDevice
 from tests.engine.cuda.test_cuda_executor import OPTIONS, made, near
 from tests.engine.test_native_climber import candidates_of, history_of, schema_of
 
@@ -68,19 +70,24 @@ def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(
     script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     schema = schema_of(1)
-    _, executor, device = made(schema, OPTIONS | {"layers": 1}, torch.float32)
+    device = InterpretedDevice()
+    memory = PinnedMemory(device)
+    _, executor, _ = made(schema, OPTIONS | {"layers": 1}, torch.float32, device, memory=memory)
     monkeypatch.setattr(script, "load_backend", lambda *_: executor)
+    monkeypatch.setattr(executor, "host_memory", memory.allocate)
     monkeypatch.setattr(type(executor), "executor", lambda self: self, raising=False)
     histories = [history_of(schema, 8, [length], length) for length in (8, 5)]
     candidates = {name: np.concatenate([array] * 2) for name, array in candidates_of(schema, 3).items()}
     calls = script.rankd_calls(None, histories, candidates)
     cold = calls["rankd cold"]()
+    assert device.done.count("out kernel") == 2  # the marked ones, and these
+    near(calls["rankd cold, staged"](), cold, 1e-6)
     transfers = []
-    for name in ("rankd warm", "rankd warm, states sent"):
+    for name in ("rankd warm", "rankd warm, states sent", "rankd warm, states staged"):
         before = device.counts["transfers"]
         near(calls[name](), cold, 1e-6)
         transfers.append(device.counts["transfers"] - before)
-    assert transfers == [2, 4]
+    assert transfers == [2, 3, 4]
 
 
 def test_a_contestant_with_other_scores_is_left_out(script: Any) -> None:

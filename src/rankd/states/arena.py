@@ -30,7 +30,7 @@ class Slab:
 
 class Arena:
     """Not thread-safe: whoever owns it holds a lock. Sizes are rounded up to `ALIGNMENT` bytes. `allocate` makes its
-    memory, of which only what is written to should be taken from the machine.
+    memory, of which only what is written to should be taken from the machine, where that can be.
 
     Raises:
         ConfigError: not even one slab of the largest size fits.

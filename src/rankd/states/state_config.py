@@ -35,6 +35,7 @@ class Policy(Enum):
 
 class StateConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """User states of one model version. Memory is taken as it is needed, up to `budget_mib`; 0 keeps none.
+    On a GPU it is page-locked, and all of it taken at the start (docs/gpu.md).
 
     `spill` is a folder for the states that had to leave memory, at most `spill_mib` a version; they are read back
     when their users return, and on a stop all states in memory go there too. Empty: no such folder.

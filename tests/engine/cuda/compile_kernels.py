@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -27,6 +28,7 @@ from rankd.engine.cuda.kernels import (
     triton_feed_forward,
     triton_gated_output,
     triton_history_attention,
+    triton_host_states,
     triton_pooled_gather,
     triton_projection,
     triton_state_rows,
@@ -34,7 +36,8 @@ from rankd.engine.cuda.kernels import (
 
 H200 = GPUTarget("cuda", 90, 32)
 INT32 = ("tiles", "known", "row_times", "page_times", "table", "lengths", "now", "counts", "count", "ids", "starts",
-         "sizes", "user_of", "arrived_times", "places")  # fmt: skip
+         "sizes", "user_of", "arrived_times", "places", "apart")  # fmt: skip
+INT64 = ("rows", "homes")  # addresses of the host among them
 FLOAT32 = ("scales", "temperature", "positions", "times", "x", "bias", "other", "up_bias", "down_bias", "numbers",
            "added", "users", "norm")  # fmt: skip
 NARROW = ("out", "made", "qkv", "attended", "gates", "pool", "fresh", "arrived", "weight", "up", "down", "tables")
@@ -50,6 +53,12 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (triton_state_rows._store, {**HEADS, "PAGE": 64, "FP8": True, "block_rows": 64}),
     (triton_state_rows._place, {**HEADS, "PAGE": 64, "FP8": True}),
     (triton_state_rows._place, {**HEADS, "PAGE": 64, "FP8": False}),
+    (triton_host_states._fetch,
+     {**HEADS, "PAGE": 64, "FP8": False, "KIND": tl.bfloat16, "SIZE": 2, "FIELDS": triton_host_states.ROW}),
+    (triton_host_states._fetch,
+     {**HEADS, "PAGE": 64, "FP8": True, "KIND": tl.bfloat16, "SIZE": 2, "FIELDS": triton_host_states.ROW}),
+    (triton_host_states._deliver,
+     {"WIDTH": 256, "KIND": tl.bfloat16, "SIZE": 2, "PIECE": triton_host_states.CHUNK}),
     (triton_projection._project,
      {"INPUTS": 256, "OUTPUTS": 768, "NORMED": True, "ACTIVATION": "", "ACTIVATED_FROM": 0, "RESIDUAL": False,
       "GATED": False}),
@@ -80,6 +89,7 @@ def compiled(kernel: Any, constants: dict[str, Any], chosen: triton.Config | Non
     constants = constants | (chosen.kwargs if chosen else {})
     kinds = dict.fromkeys(names, "i32") | dict.fromkeys(INT32, "*i32") | dict.fromkeys(FLOAT32, "*fp32")
     kinds |= dict.fromkeys(NARROW, "*bf16") | dict.fromkeys(("inverse_length", "epsilon", "scale"), "fp32")
+    kinds |= dict.fromkeys(INT64, "*i64")
     kinds |= {"pool": "*fp8e4nv"} if constants.get("FP8") else {}
     kinds |= {"weight": "*fp32", "out": "*fp32"} if "COPIES" in constants else {}
     kinds |= {"x": "*bf16"} if constants.get("NORMED") is False else {}

@@ -35,9 +35,12 @@ class InterpretedDevice:
     """`counts` are how often memory was taken, something sent or fetched, recorded, launched, waited for; `done` is
     what has happened, in its order."""
 
-    def __init__(self, memory_bytes: int = 1 << 40, measures: bool = False, eager: Way | None = None) -> None:
+    def __init__(
+        self, memory_bytes: int = 1 << 40, measures: bool = False, eager: Way | None = None, lockable: int = 1 << 40
+    ) -> None:
         self.counts = dict.fromkeys(("taken", "transfers", "recorded", "launched", "waits"), 0)
         self.memory_bytes, self.measures, self._eager = memory_bytes, measures, eager
+        self.lockable = lockable
         self.done: list[str] = []
         self._ways: dict[Way, deque[Callable[[], object]]] = {way: deque() for way in Way}
         self._lock = INTERPRETER
@@ -55,8 +58,10 @@ class InterpretedDevice:
         return torch.full(tuple(shape), huge.get(dtype, 1e30), dtype=dtype)
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """Memory of the host."""
+        """Memory of the host, at most `lockable` bytes in one piece."""
         self.counts["taken"] += 1
+        if num_bytes > self.lockable:
+            raise RuntimeError(f"no {num_bytes} bytes can be locked")
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
     def free_bytes(self) -> int:
@@ -98,7 +103,7 @@ class InterpretedDevice:
             while event.happened < event.recorded:
                 self._step(event.way)
 
-    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+    def captured(self, work: Callable[[], None], way: Way = Way.COMPUTE) -> Callable[[], None]:
         """Run it once; what is returned runs it again, when its turn comes."""
         self.counts["recorded"] += 1
         with self._lock:
@@ -106,7 +111,7 @@ class InterpretedDevice:
 
         def replay() -> None:
             self.counts["launched"] += 1
-            self._give(Way.COMPUTE, work, "compute")
+            self._give(way, work, "compute" if way is Way.COMPUTE else f"{way.value} kernel")
 
         return replay
 

@@ -16,6 +16,7 @@ from rankd.engine.cuda.cuda_backend import CudaBackend, model_of
 from rankd.engine.cuda.cuda_executor import CudaExecutor, CudaModel
 from rankd.engine.cuda.kernels import triton_feed_forward
 from rankd.engine.cuda.paged_states import PageType
+from rankd.engine.cuda.pinned_memory import PinnedMemory
 from rankd.engine.cuda.ranker_steps import Block
 from rankd.engine.cuda.ranker_weights import WeightReader
 from rankd.engine.cuda.state_pool import StatePool
@@ -59,13 +60,14 @@ def made(
     device: InterpretedDevice | None = None,
     users: int = USERS,
     kind: PageType | None = None,
+    memory: PinnedMemory | None = None,
 ) -> tuple[Any, CudaExecutor, InterpretedDevice]:
-    """A random Climber, an executor over its weights, and that one's device."""
+    """A random Climber, an executor over its weights, and that one's device. `memory` is of the same device."""
     climber, model = model_over(schema, options, dtype)
     device = device or InterpretedDevice()
     shape = model.state_shape(kind)
     pool = StatePool(device, shape, users * shape.pages_a_user)
-    return climber, CudaExecutor(model, pool, device), device
+    return climber, CudaExecutor(model, pool, device, memory), device
 
 
 def model_over(schema: FeatureSchema, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, CudaModel]:

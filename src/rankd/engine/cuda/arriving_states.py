@@ -1,21 +1,24 @@
-"""States that are not in GPU memory yet come from the host: through pinned memory, a state at a time, into pool pages.
+"""States that are not in GPU memory yet come from the host, into pages of the pool.
 
-In: a state's arrays and the pages that it gets. Out: nothing; what is launched afterwards finds it there. Two pinned
-blocks take turns, so one state is written by the host while the one before it is on its way. What arrives is put into
-its pages by a kernel, which narrows it to e4m3 where pages are of that type.
+In: states' arrays and the pages that they get. Out: nothing; what is launched afterwards finds them there. What lies in
+locked memory the GPU reads there (`fetched_states.py`). The rest goes through pinned blocks, a state at a time: two of
+them take turns, so one state is written by the host while the one before it is on its way. What arrives is put into its
+pages by a kernel, which narrows it to e4m3 where pages are of that type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rankd.engine.cuda.call_staging import CallStaging, Section
 from rankd.engine.cuda.cuda_device import Device, Way
+from rankd.engine.cuda.fetched_states import Arriving, FetchedStates
 from rankd.engine.cuda.kernels.triton_state_rows import ArrivedPages, place_pages
 from rankd.engine.cuda.paged_states import StateShape
+from rankd.engine.cuda.pinned_memory import PinnedMemory
 from rankd.engine.cuda.state_pool import PlacedState, StatePool
 from rankd.types import Array
 
@@ -33,15 +36,27 @@ class _Turn:
 
 
 class Arrivals:
-    """One executor's way for states. Memory is taken when it is made, for a user's longest state twice."""
+    """One executor's way for states. Memory is taken when it is made, for a user's longest state twice. `memory` knows
+    what is locked; None: nothing is."""
 
-    def __init__(self, device: Device, pool: StatePool) -> None:
+    def __init__(self, device: Device, pool: StatePool, memory: PinnedMemory | None = None) -> None:
         self._device, self._page = device, pool.shape.page
+        self._fetched = None if memory is None else FetchedStates(device, pool, memory)
         self._turns = [self._turn(pool) for _ in range(TURNS)]
         self._next = 0
 
+    def bring(self, states: Sequence[Arriving]) -> None:
+        """Begin to bring the first `placed.lengths[n]` tokens of each block n of every state."""
+        near, far = list[Arriving](), list[Arriving]()
+        for one in states:
+            (near if self._fetched is not None and self._fetched.reaches(*one) else far).append(one)
+        if self._fetched is not None and near:
+            self._fetched.fetch(near)
+        for one in far:
+            self.send(*one)
+
     def send(self, state: Mapping[str, Array], placed: PlacedState) -> None:
-        """Begin to bring the first `placed.lengths[n]` tokens of each block n."""
+        """The same of one state, through a pinned block."""
         device, turn = self._device, self._turns[self._next]
         self._next = (self._next + 1) % TURNS
         device.wait(turn.sent)

@@ -14,6 +14,7 @@ import torch
 
 from rankd.engine.cuda.call_staging import Section, fill_tiles, rung, rung_of_users, tile_shape
 from rankd.engine.cuda.paged_states import StateShape
+from rankd.engine.cuda.pinned_memory import address_of
 from rankd.engine.cuda.ranker_steps import Block
 from rankd.engine.cuda.state_pool import PlacedState
 from rankd.errors import EngineFailure
@@ -47,6 +48,8 @@ def history_sections(schema: FeatureSchema, state: StateShape, rows: int, users:
         Section("tiles", (blocks, *tile_shape(rows, users, block.tile))),
         Section("row_times", (blocks, rows)),
         Section("ids", (blocks, rows, 2 + schema.item_columns)),
+        Section("homes", (users, blocks), torch.int64),
+        Section("apart", (users,)),
     ]
     if schema.event_values:
         sections.append(Section("numbers", (blocks, rows, len(schema.event_values)), torch.float32))
@@ -140,6 +143,16 @@ def write_events(host: Mapping[str, Array], histories: Sequence[Mapping[str, Arr
                 host["numbers"][number, part] = history["history_values"][taken]
             host["row_times"][number, part] = history["history_time"][taken]
             first += count
+
+
+def write_homes(host: Mapping[str, Array], homes: Sequence[Array | None]) -> None:
+    """Write where the new tokens of U users go on the host: keys and values (1, N, L, 2, T, A) in locked memory. None:
+    they leave with the others in one piece."""
+    host["homes"][:] = 0
+    for user, home in enumerate(homes):
+        if home is not None:
+            host["homes"][user] = address_of(home) + np.arange(home.shape[1]) * home.strides[1]
+            host["apart"][user] = home.strides[3]
 
 
 def write_whole(host: Mapping[str, Array], longest: int, bucket: Bucket, block: Block, pages: Sequence[int]) -> None:

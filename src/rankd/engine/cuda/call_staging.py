@@ -19,7 +19,7 @@ from rankd.engine.cuda.kernels.triton_attention_steps import TILE_COLUMNS
 from rankd.types import Array
 
 ALIGNMENT = 256  # bytes; what kernels load in one piece never straddles two sections
-HOST_TYPES = {torch.int32: np.int32, torch.float32: np.float32, torch.bfloat16: np.uint16}
+HOST_TYPES = {torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32, torch.bfloat16: np.uint16}
 NOBODY = -1
 
 

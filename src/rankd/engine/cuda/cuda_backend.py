@@ -1,8 +1,9 @@
 """The target `cuda`: a Climber or an HSTU on an NVIDIA GPU, its weights read from the artifact; no graphs to build.
 
-In GPU memory are the weights, the pool of states, and what calls need. Streams belong to `EngineConfig.executors`; each
-has k executors of ours, so that k calls are under way on it. Nothing of torch or Triton is imported before an artifact
-is loaded. Pinning: the calling thread launches and waits.
+In GPU memory are the weights, the pool of states, and what calls need; the host's states are in page-locked memory,
+which the GPU reads and writes. Streams belong to `EngineConfig.executors`; each has k executors of ours, so that k
+calls are under way on it. Nothing of torch or Triton is imported before an artifact is loaded. Pinning: the calling
+thread launches and waits.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from rankd.engine.backend import (
     plan_threads,
 )
 from rankd.engine.cuda import gpu_presence
+from rankd.engine.cuda.pinned_memory import PinnedMemory
 from rankd.engine.warming import Shapes
 from rankd.errors import ArtifactError, ConfigError, EngineFailure
-from rankd.types import UserState
+from rankd.types import Allocate, UserState
 
 if TYPE_CHECKING:
     from rankd.engine.cuda.cuda_device import Device
@@ -69,6 +71,8 @@ class CudaBackend(InThisProcess):
         self.precision = Precision.BF16 if model.state_type is StateType.BF16 else Precision.FP32
         streams = config.executors or EXECUTORS
         self._device = open_device()
+        self._memory = PinnedMemory(self._device)
+        self.host_memory: Allocate | None = self._memory.allocate
         self._pool = open_pool(model, self._device, config, streams * (config.calls_in_flight or MOST_IN_FLIGHT))
         self.gpu_states: GpuStates | None = self._pool
         self._ready: list[CudaExecutor] = []
@@ -120,7 +124,7 @@ class CudaBackend(InThisProcess):
     def _executor(self) -> CudaExecutor:
         from rankd.engine.cuda.cuda_executor import CudaExecutor
 
-        return CudaExecutor(self._model, self._pool, self._device)
+        return CudaExecutor(self._model, self._pool, self._device, self._memory)
 
 
 def open_pool(model: CudaModel, device: Device, config: EngineConfig, executors: int) -> StatePool:

@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from rankd.engine.cuda.locked_pages import locked_pages
 from rankd.errors import EngineFailure
 
 _RECORDING = threading.Lock()
 """While a graph is recorded nobody may wait for the whole GPU, as whoever records or measures next does."""
+EXACT_FROM = 64 << 20
+"""Bytes of pinned memory above which no more is locked than was asked for (`locked_pages.py`)."""
 
 
 class Way(Enum):
-    """Copies to the GPU, launches, copies back."""
+    """Copies to the GPU, launches, copies back. Kernels that read or write the host's memory copy, too."""
 
     IN = "in"
     COMPUTE = "compute"
@@ -47,7 +50,12 @@ class Device(Protocol):
         ...
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """Memory of the host that transfers read and write directly, (num_bytes,) uint8."""
+        """Memory of the host that transfers read and write directly, and kernels at its own addresses: (num_bytes,)
+        uint8 of zeros.
+
+        Raises:
+            RuntimeError: so much of it cannot be had.
+        """
         ...
 
     def free_bytes(self) -> int:
@@ -74,9 +82,9 @@ class Device(Protocol):
         """The caller waits until the event."""
         ...
 
-    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+    def captured(self, work: Callable[[], None], way: Way = Way.COMPUTE) -> Callable[[], None]:
         """Run `work` once and wait for it, then record it; what is returned runs it again on the same memory, as one
-        launch on COMPUTE. What `work` reads has to be there."""
+        launch on a way. What `work` reads has to be there."""
         ...
 
     def running(self) -> AbstractContextManager[None]:
@@ -106,7 +114,10 @@ class CudaStreams:
         return made
 
     def pinned(self, num_bytes: int) -> Tensor:
-        """Pinned memory, zeros."""
+        """Pinned memory, zeros: torch's, which is taken again quickly, or exactly as much."""
+        if num_bytes > EXACT_FROM:
+            torch.cuda.current_stream(self._device).synchronize()  # gives this thread its context
+            return locked_pages(num_bytes)
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def free_bytes(self) -> int:
@@ -134,7 +145,7 @@ class CudaStreams:
         """The calling thread waits, without the interpreter."""
         event.synchronize()
 
-    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+    def captured(self, work: Callable[[], None], way: Way = Way.COMPUTE) -> Callable[[], None]:
         """A CUDA graph. The run before it compiles and tunes kernels, which cannot happen while it is recorded."""
         with _RECORDING:
             with torch.cuda.stream(self._recording):
@@ -144,7 +155,14 @@ class CudaStreams:
             # thread_local: other executors go on launching meanwhile.
             with torch.cuda.graph(graph, self._scratch, self._recording, capture_error_mode="thread_local"):
                 work()
-        replay: Callable[[], None] = graph.replay
+        if way is Way.COMPUTE:  # the current stream of whoever is `running`
+            compute: Callable[[], None] = graph.replay
+            return compute
+
+        def replay() -> None:
+            with torch.cuda.stream(self._streams[way]):
+                graph.replay()
+
         return replay
 
     @contextmanager

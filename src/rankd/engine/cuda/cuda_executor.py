@@ -1,7 +1,8 @@
 """One executor on a GPU: for each bucket of a call its memory and its captured launches, on streams that it may share.
 
 A call is: write into pinned memory, one transfer, one graph, one transfer back, one wait; states that the GPU does not
-have go before it, each with a transfer of its own. Memory is taken and kernels are compiled when a bucket is met for
+have go before it (`arriving_states.py`), and what `encode` makes goes straight into the caller's arrays where the GPU
+can write to them. Memory is taken and kernels are compiled when a bucket is met for
 the first time, which is at warm-up. Executors that share their streams have several calls under way on them.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,15 @@ from rankd.engine.cuda.call_shapes import (
     score_sections,
     write_candidates,
     write_events,
+    write_homes,
     write_table,
     write_whole,
 )
 from rankd.engine.cuda.call_staging import HOST_TYPES, NOBODY, CallStaging, rung
 from rankd.engine.cuda.cuda_device import Device, Way
+from rankd.engine.cuda.kernels.triton_host_states import Homes, deliver_rows
 from rankd.engine.cuda.paged_states import PageType, StateShape
+from rankd.engine.cuda.pinned_memory import PinnedMemory
 from rankd.engine.cuda.ranker_steps import Block, HistorySteps, ScoreSteps
 from rankd.engine.cuda.ranker_weights import RankerWeights
 from rankd.engine.cuda.state_pool import PlacedState, StatePool
@@ -68,8 +73,8 @@ class CudaModel:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A bucket's memory and its launches; `result` is pinned, what `made` is copied to. `sent`, `computed` and
-    `fetched` are when the call has come so far."""
+    """A bucket's memory and its launches; `result` is pinned, what `made` is copied to. `deliver` writes what it can of
+    that into arrays of the host. `sent`, `computed` and `fetched` are when the call has come so far."""
 
     staging: CallStaging
     launch: Callable[[], None]
@@ -78,6 +83,7 @@ class _Prepared:
     sent: Any
     computed: Any
     fetched: Any
+    deliver: Callable[[], None] | None = None
 
     def send(self, device: Device) -> None:
         """What the host has written is on its way."""
@@ -85,25 +91,34 @@ class _Prepared:
         device.record(self.sent, Way.IN)
         device.behind(Way.COMPUTE, self.sent)
 
-    def run(self, device: Device) -> None:
-        """Compute, and wait for the result."""
+    def run(
+        self, device: Device, deliver: bool = False, fetch: bool = True, meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Compute, let the result leave by one way or both, and wait for it; the host does something meanwhile."""
         self.launch()
         device.record(self.computed, Way.COMPUTE)
         device.behind(Way.OUT, self.computed)
-        device.transfer(Way.OUT, self.result, self.made)
+        if deliver and self.deliver is not None:
+            self.deliver()
+        if fetch:
+            device.transfer(Way.OUT, self.result, self.made)
         device.record(self.fetched, Way.OUT)
+        if meanwhile is not None:
+            meanwhile()
         device.wait(self.fetched)
 
 
 class CudaExecutor(InThisProcess):
-    """Runs one call at a time. States stay in `pool`, which executors share."""
+    """Runs one call at a time. States stay in `pool`, which executors share; `memory` knows what of the host's is
+    locked, if anything is."""
 
-    def __init__(self, model: CudaModel, pool: StatePool, device: Device) -> None:
+    def __init__(self, model: CudaModel, pool: StatePool, device: Device, memory: PinnedMemory | None = None) -> None:
         self._model, self._device, self._pool, self._shape = model, device, pool, pool.shape
+        self._memory = memory
         self._scoring: dict[Bucket, _Prepared] = {}
         self._encoding: dict[Bucket, _Prepared] = {}
         self._type: np.dtype[np.generic] = np.dtype(HOST_TYPES[pool.shape.dtype])
-        self._failed = device.event()
+        self._over = device.event()
         self._arriving: Arrivals | None = None
         self._made: list[PlacedState] = []
 
@@ -116,24 +131,29 @@ class CudaExecutor(InThisProcess):
         self, histories: Sequence[Mapping[str, Array]], into: Sequence[Mapping[str, Array] | None]
     ) -> list[Mapping[str, Array]]:
         """The states of several users, each B = 1, in one call."""
-        fresh = self._new_tokens(histories, [None] * len(histories))
-        made, first = [], np.zeros(self._shape.blocks, np.int64)
-        for history, own in zip(histories, into, strict=True):
-            lengths = history["history_length"]
-            if own is None:
-                room = history["history_time"].shape[2]
-                own = empty_state(self._model.specs, room, self._model.state_type)
-            self._copy(fresh, own["keys_values"], first, lengths[0])
-            own["times"][...], own["lengths"][...] = history["history_time"], lengths
-            made.append(own)
-            first += lengths[0]
+        made = [self._empty(history) if own is None else own for history, own in zip(histories, into, strict=True)]
+        lengths = [history["history_length"][0] for history in histories]
+        homes = [self._home(own["keys_values"], whole) for own, whole in zip(made, lengths, strict=True)]
+
+        def finish() -> None:
+            for history, own, whole in zip(histories, made, lengths, strict=True):
+                own["times"][...], own["lengths"][...] = history["history_time"], whole
+                for block, length in enumerate(whole.tolist()):
+                    own["keys_values"][0, block, :, :, length:] = 0
+
+        fresh = self._new_tokens(histories, [None] * len(histories), homes, finish)
+        first = np.zeros(self._shape.blocks, np.int64)
+        for own, home, whole in zip(made, homes, lengths, strict=True):
+            if home is None:
+                self._copy(fresh, own["keys_values"], first, whole)
+            first += whole
         return made
 
     def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
         """What A new events a block add to a state."""
         fresh = self._new_tokens([new], [state])
         times, counts = new["history_time"], new["history_length"]
-        made = empty_state(self._model.specs, times.shape[2], self._model.state_type)
+        made = self._empty(new)
         self._copy(fresh, made["keys_values"], np.zeros(self._shape.blocks, np.int64), counts[0])
         made["times"][...], made["lengths"][...] = times, state.arrays["lengths"] + counts
         return made
@@ -172,9 +192,17 @@ class CudaExecutor(InThisProcess):
         logits: Float32Array = prepared.result[0, : users * count].numpy().reshape(users, count, -1).copy()
         return logits
 
-    def _new_tokens(self, histories: Sequence[Mapping[str, Array]], states: Sequence[UserState | None]) -> Array:
-        """Keys and values (N, L, 2, R, A) of new events, users one after the other; valid until the next call."""
+    def _new_tokens(
+        self,
+        histories: Sequence[Mapping[str, Array]],
+        states: Sequence[UserState | None],
+        homes: Sequence[Array | None] = (None,),
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Array:
+        """Keys and values (N, L, 2, R, A) of new events, users one after the other; valid until the next call. Of users
+        who have a home they are there, and not in what is returned."""
         self._forget()
+        straight = [home is not None for home in homes]
         new = np.concatenate([history["history_length"] for history in histories])
         known = np.array([[0] * self._shape.blocks if s is None else s.arrays["lengths"][0] for s in states], np.int32)
         check_lengths(self._shape, known + new)
@@ -185,9 +213,10 @@ class CudaExecutor(InThisProcess):
             with self._grown(states, known, known + new) as placed:
                 write_table(prepared.staging.host, placed, known)
                 write_events(prepared.staging.host, histories, self._model.block)
+                write_homes(prepared.staging.host, homes)
                 prepared.send(self._device)
                 self._bring(placed, states)
-                prepared.run(self._device)
+                prepared.run(self._device, any(straight), not all(straight), meanwhile)
         if self._model.dtype is torch.bfloat16:
             halves: Array = prepared.result.view(torch.int16).numpy().view(np.uint16)
             return halves
@@ -221,9 +250,10 @@ class CudaExecutor(InThisProcess):
         self._made = placed
 
     def _give_back(self, placed: Sequence[PlacedState]) -> None:
-        """A call has failed: what it launched may write to its pages until it is through."""
-        self._device.record(self._failed, Way.COMPUTE)
-        self._device.wait(self._failed)
+        """A call has failed: what it launched may use its pages, and arrays of the host, until it is through."""
+        for way in Way:
+            self._device.record(self._over, way)
+            self._device.wait(self._over)
         self._pool.release(placed, False)
 
     def _forget(self) -> None:
@@ -234,23 +264,31 @@ class CudaExecutor(InThisProcess):
     def _bring(self, placed: Sequence[PlacedState], states: Sequence[UserState | None]) -> None:
         """Send what is not there, each state once."""
         assert self._arriving is not None  # noqa: S101 - whatever is prepared has it
-        lacking = {one: state for one, state in zip(placed, states, strict=True) if not one.there}
-        for one, state in lacking.items():
-            if state is not None:
-                self._arriving.send(state.arrays, one)
+        lacking = {one: state for one, state in zip(placed, states, strict=True) if not one.there and any(one.lengths)}
+        self._arriving.bring([(state.arrays, one) for one, state in lacking.items() if state is not None])
+
+    def _empty(self, history: Mapping[str, Array]) -> dict[str, Array]:
+        """New arrays for what a history's tokens become."""
+        return empty_state(self._model.specs, history["history_time"].shape[2], self._model.state_type)
+
+    def _home(self, keys_values: Array, lengths: Array) -> Array | None:
+        """An array (1, N, L, 2, T, A), if the GPU can write so many tokens of each block into it."""
+        shape = self._shape
+        fits = keys_values.dtype == self._type and keys_values.shape[4] >= lengths.max(initial=0)
+        fits = fits and keys_values.shape[:4] == (1, shape.blocks, shape.layers, 2)
+        return keys_values if fits and self._memory is not None and self._memory.holds(keys_values) else None
 
     def _copy(self, fresh: Array, keys_values: Array, first: Array, counts: Array) -> None:
-        """A user's rows of `fresh` into a state (1, N, L, 2, T, A), whose rest becomes zeros."""
+        """A user's rows of `fresh` into a state (1, N, L, 2, T, A)."""
         for block, count in enumerate(counts.tolist()):
             start = int(first[block])
             keys_values[0, block, :, :, :count] = fresh[block, :, :, start : start + count]
-            keys_values[0, block, :, :, count:] = 0
 
     def _prepared(
         self, known: dict[Bucket, _Prepared], bucket: Bucket, prepare: Callable[[Bucket], _Prepared]
     ) -> _Prepared:
         if self._arriving is None:
-            self._arriving = Arrivals(self._device, self._pool)
+            self._arriving = Arrivals(self._device, self._pool, self._memory)
         found = known.get(bucket)
         if found is None:
             found = known[bucket] = prepare(bucket)
@@ -268,7 +306,11 @@ class CudaExecutor(InThisProcess):
             device, history_sections(model.schema, self._shape, bucket.rows, bucket.users, model.block)
         )
         steps = HistorySteps(device, model.weights, self._pool, staging.there, model.block)
-        return self._recorded(bucket, staging, steps, steps.fresh)
+        prepared, there = self._recorded(bucket, staging, steps, steps.fresh), staging.there
+        if self._memory is None:
+            return prepared
+        homes = Homes(there["homes"], there["apart"], there["tiles"])
+        return replace(prepared, deliver=device.captured(partial(deliver_rows, steps.fresh, homes), Way.OUT))
 
     def _recorded(self, bucket: Bucket, staging: CallStaging, launch: Callable[[], None], made: Tensor) -> _Prepared:
         device = self._device

@@ -1,11 +1,14 @@
 """All checks and benchmarks of the target `cuda` on the GPU of this machine, in one command; ends with one JSON file.
 
-    python benchmarks/gpu.py [--out gpu.json] [--skip-tests]
+    python benchmarks/gpu.py [--out gpu.json] [--skip-tests] [--rehearse]
 
 From the root of a checkout with the extras `dev` and `cuda`. Parity first: the tests of the kernels run on the GPU, and
 models are built for it, which checks the whole executor against torch. Then the GPU's own limits, whole requests
 beside torch in one run, states in GPU memory beside states that travel, calls in flight, and kernels alone. A part that
 fails is named in the file and the others go on; what has to be compiled is left out when the time is up.
+
+`--rehearse` runs all of it without a GPU, on tiny models, kernels in Triton's interpreter: it shows that the script
+itself works. Its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +24,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from rankd.artifact import Artifact
+from rankd.bench.flops import ModelKind
+from rankd.bench.peak import gpu_peak_gflops
 from rankd.bench.report import commit, machine
+from rankd.bench.synthetic_model import build_model
 from rankd.bench.workload import Workload, load_workload
 from rankd.engine.backend import MOST_IN_FLIGHT, EngineConfig, Precision
 from rankd.engine.cuda import gpu_presence
@@ -39,24 +47,64 @@ from rankd.features.schema import TensorSpec
 from rankd.types import Allocate, Array, UserState
 
 ROOT = Path(__file__).resolve().parents[1]
-USERS = (1, 8, 32)
-WORKLOADS = ("base", "long")
-CALLS = 30
-TEST_SECONDS = 200
-COMPILE_BEFORE = 360.0
-"""Seconds from the start after which nothing more is compiled by torch: the script has ten minutes."""
-RATE_SECONDS = 0.5
-FLIGHT_USERS = 8
+TEST_SECONDS = 180
+COMPILE_BEFORE, BEGIN_BEFORE = 360.0, 500.0
+"""Seconds from the start after which torch compiles nothing more, and no users are begun: there are ten minutes."""
 BOUND = 0.5
 """Of a logit, as `bench.parity.BOUNDS` has it for bf16."""
-OWED = (
-    "HSTU as a model is not measured by this script; TensorRT and ONNX Runtime are contestants of `rankd bench engine` "
-    "where they are installed"
-)
 STARTED = time.perf_counter()
 MARKS = itertools.count(1)
 Parts = dict[str, Any]
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it is computed, by torch's name, and how much: users of a call, calls of each contestant, seconds of a
+    rate, the sides of the matrix whose product is the limit."""
+
+    name: str
+    users: tuple[int, ...]
+    calls: int
+    rate_seconds: float
+    side: int
+    workloads: Callable[[], list[Workload]]
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether no figure means anything."""
+        return self.name == "cpu"
+
+    @property
+    def flight_users(self) -> int:
+        """Of each call, where many calls are under way."""
+        return self.users[1]
+
+
+GPU = Place(
+    "cuda", (1, 8, 32), 30, 0.5, 8192, lambda: [load_workload(name) for name in ("base", "long", "hstu", "hstu-long")]
+)
+
+
+def rehearsal() -> list[Workload]:
+    """A Climber and an HSTU whose calls take seconds in the interpreter."""
+    made = []
+    for name in ("base", "hstu"):
+        whole = load_workload(name)
+        model = msgspec.structs.replace(whole.model, layers=2, width=16, heads=1, hidden=16)
+        buckets = msgspec.structs.replace(whole.buckets, history=(24,), candidates=(8,))
+        history, candidates = (msgspec.structs.replace(law, value=size) for law, size in
+                               ((whole.history, 24 * model.blocks), (whole.candidates, 8)))  # fmt: skip
+        made.append(
+            msgspec.structs.replace(
+                whole, model=model, buckets=buckets, history=history, candidates=candidates, items=50,
+                users=msgspec.structs.replace(whole.users, count=20),
+            )
+        )  # fmt: skip
+    return made
+
+
+PROCESSOR = Place("cpu", (1, 2), 1, 0.01, 64, rehearsal)
 
 
 def main() -> int:
@@ -64,18 +112,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="Where the JSON goes.")
     parser.add_argument("--skip-tests", action="store_true", help="Leave the tests of the kernels out.")
+    parser.add_argument("--rehearse", action="store_true", help="Run it all on tiny models without a GPU.")
     options = parser.parse_args()
-    if reason := gpu_presence.why_not():
+    place = PROCESSOR if options.rehearse else GPU
+    if place.rehearses:
+        os.environ["TRITON_INTERPRET"] = "1"
+        sys.path.insert(0, str(ROOT))  # tests.engine.cuda.interpreted_device
+    elif reason := gpu_presence.why_not():
         print(
             f"Nothing was measured: {reason}. This script needs an NVIDIA GPU; the tests run without one (make test)."
         )
         return 2
-    parts: Parts = {"suite": "gpu", "commit": commit(), "machine": machine() | gpu(), "owed": OWED, "failed": {}}
-    if not options.skip_tests:
+    parts: Parts = {"suite": "gpu", "commit": commit(), "machine": machine() | versions(place), "failed": {}}
+    parts |= {"rehearsal": "these figures mean nothing"} if place.rehearses else {}
+    if not options.skip_tests and not place.rehearses:
         attempt(parts, "kernel_tests", run_tests)
-    attempt(parts, "limits", limits)
-    for name in WORKLOADS:
-        attempt(parts, name, partial(whole_requests, load_workload(name), parts))
+    attempt(parts, "limits", partial(limits, place))
+    for workload in place.workloads():
+        attempt(parts, workload.name, partial(whole_requests, place, workload, parts))
+    for name in ("mixed", "skewed"):
+        attempt(parts, f"schedule {name}", partial(scheduled, place, name))
     options.out.write_text(json.dumps(parts, indent=1) + "\n")
     print(json.dumps(parts))
     return 1 if parts["failed"] else 0
@@ -91,11 +147,13 @@ def attempt(parts: Parts, name: str, part: Callable[[], Any]) -> None:
     print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
-def gpu() -> dict[str, str]:
+def versions(place: Place) -> dict[str, str]:
     """What computes."""
     import torch
     import triton
 
+    if place.rehearses:
+        return {"gpu": "none: a rehearsal", "torch": torch.__version__, "triton": triton.__version__}
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     return {
         "gpu": torch.cuda.get_device_name(),
@@ -122,28 +180,34 @@ def run_tests() -> dict[str, Any]:
     return {"passed": int(re.findall(r"(\d+) passed", done.stdout)[-1])}
 
 
-def limits() -> dict[str, float]:
+def limits(place: Place) -> dict[str, float]:
     """What the GPU can: a bfloat16 matrix product, a copy within its memory, a copy from pinned memory."""
     import torch
 
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target, pinned = torch.empty_like(source), torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    source = torch.empty(place.side**2 * 16, dtype=torch.uint8, device=place.name)
+    target, pinned = torch.empty_like(source), torch.empty(len(source) // 4, dtype=torch.uint8)
+    pinned = pinned if place.rehearses else pinned.pin_memory()
+
+    def gbps(num_bytes: int, call: Call) -> float:
+        return num_bytes / device_ms(place, call) / 1e6
+
     return {
-        "bf16_tflops": 2 * 8192**3 / device_ms(lambda: torch.mm(a, b)) / 1e9,
-        "copy_gbps": 2 * source.nbytes / device_ms(lambda: target.copy_(source)) / 1e6,
-        "h2d_gbps": pinned.nbytes / device_ms(lambda: target[: pinned.nbytes].copy_(pinned, non_blocking=True)) / 1e6,
+        "bf16_tflops": gpu_peak_gflops("bf16", place.name, place.side) / 1e3,
+        "copy_gbps": gbps(2 * source.nbytes, lambda: target.copy_(source)),
+        "h2d_gbps": gbps(pinned.nbytes, lambda: target[: pinned.nbytes].copy_(pinned, non_blocking=True)),
     }
 
 
-def device_ms(call: Callable[[], object], calls: int = CALLS) -> float:
+def device_ms(place: Place, call: Callable[[], object]) -> float:
     """Median milliseconds between events around a call, after three that do not count."""
     import torch
 
+    if place.rehearses:
+        return whole_ms(place, {"": call})[""]
     for _ in range(3):
         call()
     spent: list[float] = []
-    for _ in range(calls):
+    for _ in range(place.calls):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -153,55 +217,74 @@ def device_ms(call: Callable[[], object], calls: int = CALLS) -> float:
     return statistics.median(spent)
 
 
-def whole_ms(calls: dict[str, Callable[[], object]], rounds: int = CALLS) -> dict[str, float]:
+def whole_ms(place: Place, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Median milliseconds of whole calls, what the host does included, the contestants in turn."""
     import torch
 
+    def wait() -> None:
+        if not place.rehearses:
+            torch.cuda.synchronize()
+
     for call in calls.values():
         call()
-        call()
     spent: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(place.calls):
         for name, call in calls.items():
-            torch.cuda.synchronize()
+            wait()
             started = time.perf_counter()
             call()
-            torch.cuda.synchronize()
+            wait()
             spent[name].append((time.perf_counter() - started) * 1e3)
     return {name: statistics.median(times) for name, times in spent.items()}
 
 
-def whole_requests(workload: Workload, parts: Parts) -> dict[str, Any]:
+def whole_requests(place: Place, workload: Workload, parts: Parts) -> dict[str, Any]:
     """A workload's model built for the GPU (which checks it against torch), then requests of 1, 8 and 32 users."""
     with tempfile.TemporaryDirectory(prefix="rankd-gpu-") as folder:
-        artifact = Artifact.open(built(workload, Path(folder)))
-        made: dict[str, Any] = {"parity": artifact.manifest.engines["cuda"].parity, "users": {}}
+        artifact = Artifact.open(built(place, workload, Path(folder)))
+        record = artifact.manifest.engines.get("cuda")
+        made: dict[str, Any] = {"parity": record.parity if record else {}, "users": {}}
         peak = parts.get("limits", {}).get("bf16_tflops")
-        for users in USERS:
-            calls, left_out, parity = contestants(artifact, workload, users)
-            took = whole_ms(calls)
-            useful = workload.flops().useful * users
-            peers = [name for name in took if not name.startswith("rankd") and name != EAGER]
-            made["users"][users] = {
-                "ms": took,
-                "left_out": left_out,
-                "parity": parity,
-                "speedup_cold": took[EAGER] / took["rankd cold"],
-                "speedup_warm": took[EAGER] / took["rankd warm"],
-                "speedup_warm_sent": took[EAGER] / took["rankd warm, states sent"],
-                "gpu_hit_gain": took["rankd warm, states sent"] / took["rankd warm"],
-                "pinned_gain": took["rankd warm, states staged"] / took["rankd warm, states sent"],
-                "pinned_gain_cold": took["rankd cold, staged"] / took["rankd cold"],
-                "over_best_peer_cold": min(took[name] for name in peers) / took["rankd cold"] if peers else None,
-                "peak_share": useful / took["rankd cold"] / 1e9 / peak if peak else None,
-            }
-        attempt(parts, f"{workload.name} in flight", partial(in_flight, artifact, workload))
-        made["attention"] = attention_alone(workload, peak)
+        for users in place.users:
+            if time.perf_counter() - STARTED > BEGIN_BEFORE:
+                made["users"][users] = "no time left"
+                continue
+            attempt(parts, f"{workload.name} of {users}", partial(of_users, place, artifact, workload, users, peak))
+            made["users"][users] = parts.pop(f"{workload.name} of {users}", "failed")
+        if time.perf_counter() - STARTED < BEGIN_BEFORE:
+            attempt(parts, f"{workload.name} in flight", partial(in_flight, place, artifact, workload))
+        made["attention"] = attention_alone(place, workload, peak)
     return made
 
 
-def built(workload: Workload, folder: Path) -> Path:
+def of_users(place: Place, artifact: Artifact, workload: Workload, users: int, peak: float | None) -> dict[str, Any]:
+    """All contestants with so many users in a call."""
+    calls, left_out, parity = contestants(place, artifact, workload, users)
+    took = whole_ms(place, calls)
+    peers = [name for name in took if not name.startswith("rankd") and name != EAGER]
+
+    def over(name: str, other: str = EAGER) -> float | None:
+        return took[other] / took[name] if other in took else None
+
+    return {
+        "ms": took,
+        "left_out": left_out,
+        "parity": parity,
+        "speedup_cold": over("rankd cold"),
+        "speedup_warm": over("rankd warm"),
+        "speedup_warm_sent": over("rankd warm, states sent"),
+        "gpu_hit_gain": over("rankd warm", "rankd warm, states sent"),
+        "pinned_gain": over("rankd warm, states sent", "rankd warm, states staged"),
+        "pinned_gain_cold": over("rankd cold", "rankd cold, staged"),
+        "over_best_peer_cold": over("rankd cold", min(peers, key=took.__getitem__)) if peers else None,
+        "peak_share": workload.flops().useful * users / took["rankd cold"] / 1e9 / peak if peak else None,
+    }
+
+
+def built(place: Place, workload: Workload, folder: Path) -> Path:
     """The version folder of the workload's model. Made in a process whose kernels are not tuned: nothing is timed."""
+    if place.rehearses:
+        return build_model(workload, folder)
     code = (
         "import sys; from pathlib import Path; from rankd.bench.synthetic_model import build_model; "
         "from rankd.bench.workload import load_workload; from rankd.engine.backend import Precision; "
@@ -215,6 +298,37 @@ def built(workload: Workload, folder: Path) -> Path:
     return Path(done.stdout.splitlines()[-1])
 
 
+def backend_of(place: Place, artifact: Artifact, executors: int, calls_in_flight: int) -> Any:
+    """The target, with so many groups of streams and calls under way on each."""
+    from rankd.engine.cuda.cuda_backend import CudaBackend
+
+    config = EngineConfig("cuda", Precision.BF16, executors, calls_in_flight=calls_in_flight)
+    if not place.rehearses:
+        return load_backend(artifact, config)
+    return CudaBackend(
+        gpu_model(place, artifact), device_class(place), msgspec.structs.replace(config, gpu_state_mib=8)
+    )
+
+
+def gpu_model(place: Place, artifact: Artifact) -> Any:
+    """An artifact's weights where calls read them."""
+    from rankd.engine.cuda.cuda_backend import model_of
+
+    sizes = {"tile": 16, "page": 16} if place.rehearses else {}
+    return model_of(artifact, Precision.BF16, lambda tensor: tensor.to(place.name), **sizes)
+
+
+def device_class(place: Place) -> Any:
+    """What a `Device` is here."""
+    if place.rehearses:
+        from tests.engine.cuda.interpreted_device import InterpretedDevice
+
+        return InterpretedDevice
+    from rankd.engine.cuda.cuda_device import CudaStreams
+
+    return CudaStreams
+
+
 EAGER = "eager bf16, dense mask"
 TORCH = {
     EAGER: ("plain", False),
@@ -222,11 +336,12 @@ TORCH = {
     "torch.compile bf16, dense mask": ("plain", True),
     "flex attention bf16, compiled": ("flex", True),
 }
+COMPILED = "max-autotune"
 """How each of torch's contestants attends, and whether it is compiled."""
 
 
 def contestants(
-    artifact: Artifact, workload: Workload, users: int
+    place: Place, artifact: Artifact, workload: Workload, users: int
 ) -> tuple[dict[str, Call], dict[str, str], dict[str, float]]:
     """Calls on the same inputs, the reasons of those that are left out, and by how much logits differ from torch's."""
     import torch
@@ -237,32 +352,39 @@ def contestants(
 
     histories, candidates = inputs_of(artifact, workload, users)
     together = {name: np.concatenate([history[name] for history in histories]) for name in histories[0]}
-    sides = [{n: torch.from_numpy(a).cuda() for n, a in side.items()} for side in (together, candidates)]
+    sides = [{n: torch.from_numpy(a).to(place.name) for n, a in side.items()} for side in (together, candidates)]
     with torch.inference_mode():
-        expected = dense_form(torch_model(artifact)).eval().cuda()(*sides).cpu().numpy()
+        plain = dense_form(torch_model(artifact)).eval().to(place.name)
+        ones = [[{n: t[user : user + 1] for n, t in side.items()} for side in sides] for user in range(users)]
+        expected = np.concatenate([plain(*one).cpu().numpy() for one in ones])  # together they may be too large
+    del plain
 
     def autocast(run: Any) -> Call:
         def call() -> object:
-            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+            with torch.inference_mode(), torch.autocast(place.name, torch.bfloat16):
                 return run(*sides).float().cpu().numpy()
 
         return call
 
-    calls = rankd_calls(artifact, histories, candidates)
+    calls = rankd_calls(backend_of(place, artifact, 1, 1), histories, candidates)
     left_out, parity = dict[str, str](), dict[str, float]()
     for name, (attention, compiled) in TORCH.items():
         if compiled and time.perf_counter() - STARTED > COMPILE_BEFORE:
             left_out[name] = "no time left to compile it"
             continue
         torch._dynamo.reset()
-        model = dense_form(torch_model(artifact), Attention(attention)).eval().cuda()
-        calls[name] = autocast(torch.compile(model) if compiled else model)
+        model = dense_form(torch_model(artifact), Attention(attention)).eval().to(place.name)
+        calls[name] = autocast(torch.compile(model, mode=COMPILED) if compiled and not place.rehearses else model)
     for name in list(calls):
         try:
             parity[name] = differs(expected, calls[name]())
-        except Exception as error:  # noqa: BLE001 - the others are measured without it
+        except Exception as error:
+            if name.startswith("rankd"):
+                raise
             left_out[name] = f"{type(error).__name__}: {error}"[:500]
             del calls[name]
+        if not place.rehearses:
+            torch.cuda.empty_cache()  # what one needed is no memory that others lack
     return calls, left_out, parity
 
 
@@ -278,12 +400,9 @@ def differs(expected: Array, made: Any) -> float:
     return worst
 
 
-def rankd_calls(
-    artifact: Artifact, histories: Sequence[dict[str, Array]], candidates: dict[str, Array]
-) -> dict[str, Call]:
+def rankd_calls(backend: Any, histories: Sequence[dict[str, Array]], candidates: dict[str, Array]) -> dict[str, Call]:
     """Ours: states made anew, found in GPU memory, and sent from the host's. Those of the host lie in locked memory, as
     they do while it serves; "staged": in ordinary memory, so that the host copies them into pinned blocks and out."""
-    backend: Any = load_backend(artifact, EngineConfig("cuda", Precision.BF16, 1, calls_in_flight=1))
     executor: Any = backend.executor()
     kept = marked_states(executor, histories, backend.host_memory)
     sent = [UserState(state.arrays, state.lengths) for state in kept]
@@ -323,30 +442,29 @@ def marked_states(
     return [UserState(*one) for one in zip(made, lengths, marks, strict=True)]
 
 
-def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
-    """Calls of FLIGHT_USERS users a second: k on the same streams, executors with streams of their own, and one without
-    graphs. `h2d_share` is the share of the transfers' time that is hidden behind computing with so many under way."""
+def in_flight(place: Place, artifact: Artifact, workload: Workload) -> dict[str, Any]:
+    """Calls of a few users a second: k on the same streams, executors with streams of their own, one without graphs.
+    `h2d_share` is the share of the transfers' time that is hidden behind computing with so many under way."""
     from rankd.engine.cuda.calls_in_flight import rate
-    from rankd.engine.cuda.cuda_backend import CudaBackend, model_of, open_pool
-    from rankd.engine.cuda.cuda_device import CudaStreams, Way
+    from rankd.engine.cuda.cuda_backend import open_pool
+    from rankd.engine.cuda.cuda_device import Way
     from rankd.engine.cuda.cuda_executor import CudaExecutor
 
-    class Launched(CudaStreams):
+    class Launched(device_class(place)):  # type: ignore[misc]
         """Without graphs."""
 
         def captured(self, work: Callable[[], None], way: Way = Way.COMPUTE) -> Callable[[], None]:
             """Every kernel that computes is launched by itself."""
-            replay = super().captured(work, way)
-            return work if way is Way.COMPUTE else replay
+            replay: Callable[[], None] = super().captured(work, way)
+            return replay if way is not Way.COMPUTE or place.rehearses else work
 
-    model = model_of(artifact, Precision.BF16, lambda tensor: tensor.cuda())
-    histories, candidates = inputs_of(artifact, workload, FLIGHT_USERS)
-    alone = EngineConfig("cuda", Precision.BF16, executors=1, calls_in_flight=MOST_IN_FLIGHT)
-    streams = EngineConfig("cuda", Precision.BF16, executors=MOST_IN_FLIGHT, calls_in_flight=1)
-    backends = [CudaBackend(model, CudaStreams, config) for config in (alone, streams)]
+    users = place.flight_users
+    histories, candidates = inputs_of(artifact, workload, users)
+    backends = [backend_of(place, artifact, 1, MOST_IN_FLIGHT), backend_of(place, artifact, MOST_IN_FLIGHT, 1)]
     shared, apart = ([backend.executor() for _ in range(MOST_IN_FLIGHT)] for backend in backends)
-    launched_on = Launched()
-    launched = CudaExecutor(model, open_pool(model, launched_on, alone, 1), launched_on)
+    launched_on, model = Launched(), gpu_model(place, artifact)
+    pool = open_pool(model, launched_on, EngineConfig("cuda", Precision.BF16, gpu_state_mib=64), users)
+    launched = CudaExecutor(model, pool, launched_on)
 
     def calls(executors: Sequence[CudaExecutor], found: bool, memory: Allocate | None = None) -> list[Call]:
         kept = marked_states(executors[0], histories, memory)
@@ -365,9 +483,9 @@ def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
         ("k executors, states found", apart, True, None),
     ):
         ready[name] = calls(executors, there, memory)
-        rates[name] = {k: rate(ready[name][:k], RATE_SECONDS) for k in range(1, MOST_IN_FLIGHT + 1)}
-    plain = rate(calls([launched], True), RATE_SECONDS)
-    spent = parts_ms(shared[0], FLIGHT_USERS)
+        rates[name] = {k: rate(ready[name][:k], place.rate_seconds) for k in range(1, MOST_IN_FLIGHT + 1)}
+    plain = rate(calls([launched], True), place.rate_seconds)
+    spent = parts_ms(place, shared[0], users)
     found, sent, staged = (rates[f"k in flight, states {how}"] for how in ("found", "sent", "staged"))
 
     def hidden(k_rates: dict[int, float], transfers: float) -> float:
@@ -386,7 +504,7 @@ def in_flight(artifact: Artifact, workload: Workload) -> dict[str, Any]:
     }
 
 
-def parts_ms(executor: Any, users: int) -> dict[str, float]:
+def parts_ms(place: Place, executor: Any, users: int) -> dict[str, float]:
     """What the GPU spends on each part of the call that the executor ran last: copies, and all kernels."""
     from rankd.engine.cuda.kernels.triton_host_states import fetch_pages
 
@@ -395,13 +513,15 @@ def parts_ms(executor: Any, users: int) -> dict[str, float]:
     states = executor._pool.states(last["count"])
 
     def copied(staging: Any) -> float:
-        return device_ms(lambda: staging._block.copy_(staging._pinned, non_blocking=True))
+        return device_ms(place, lambda: staging._block.copy_(staging._pinned, non_blocking=True))
 
     return {
-        "compute": device_ms(prepared.launch),
+        "compute": device_ms(place, prepared.launch),
         "in": copied(prepared.staging),
-        "out": device_ms(lambda: prepared.result.copy_(prepared.made, non_blocking=True)),
-        "states in": device_ms(lambda: fetch_pages(states, last["rows"], last["count"], shape.heads, shape.dtype)),
+        "out": device_ms(place, lambda: prepared.result.copy_(prepared.made, non_blocking=True)),
+        "states in": device_ms(
+            place, lambda: fetch_pages(states, last["rows"], last["count"], shape.heads, shape.dtype)
+        ),
         "states in, staged": users * copied(arriving._turns[0].staging),
     }
 
@@ -430,27 +550,30 @@ def drawn(spec: TensorSpec, random: np.random.Generator, sizes: dict[str, int]) 
     return random.integers(0, 3, shape).astype(spec.dtype)
 
 
-def attention_alone(workload: Workload, peak: float | None) -> dict[str, Any]:
-    """The attention kernels by themselves, 32 users of the workload, by device events, for each storage of pages."""
+def attention_alone(place: Place, workload: Workload, peak: float | None) -> dict[str, Any]:
+    """The attention kernels by themselves, as many users as there are, by device events, for each storage of pages."""
     import torch
 
+    from rankd.engine.cuda.kernels.triton_attention_steps import Weighting
     from rankd.engine.cuda.kernels.triton_candidate_attention import CandidateRows, attend_candidates
     from rankd.engine.cuda.kernels.triton_history_attention import HistoryRows, attend_history
     from rankd.engine.cuda.paged_states import PageType
 
-    sys.path.insert(0, str(ROOT))
-    os.environ["RANKD_TEST_GPU"] = "1"
-    from tests.engine.cuda.plain_attention import Sizes, states_of, tables_of
+    if not place.rehearses:
+        sys.path.insert(0, str(ROOT))
+        os.environ["RANKD_TEST_GPU"] = "1"
+    from tests.engine.cuda.plain_attention import PAGE, Sizes, states_of, tables_of
     from tests.engine.cuda.test_attention_kernels import padded, tiles_over
 
-    users, tokens, count = USERS[-1], workload.block_tokens, workload.buckets.candidates[-1]
+    users, tokens, count = place.users[-1], workload.block_tokens, workload.buckets.candidates[-1]
     model, made = workload.model, {}
+    weighting = Weighting.SOFTMAX if model.kind is ModelKind.CLIMBER else Weighting.POINTWISE
     sizes = Sizes(model.blocks, 1, model.heads, model.width // model.heads, tokens + 1)
-    with torch.device("cuda"):
+    with torch.device(place.name):
         lengths, now = torch.full((users, model.blocks), tokens, dtype=torch.int32), torch.full((users,), 10**7)
         for kind in PageType:
             dtype = torch.float32 if kind is PageType.FP32 else torch.bfloat16
-            states, tables = states_of(sizes, lengths, kind), tables_of(sizes)
+            states, tables = states_of(sizes, lengths, kind), tables_of(sizes, weighting)
             cells: Sequence[tuple[str, int, float]] = (
                 ("history", tokens, users * model.blocks * tokens * (tokens + 1) / 2 * 4 * model.width),
                 ("candidates", count, users * model.blocks * count * (tokens + 1) * 4 * model.width),
@@ -461,14 +584,25 @@ def attention_alone(workload: Workload, peak: float | None) -> dict[str, Any]:
                 tiles = padded([tiles_over([rows] * users)] * model.blocks)
                 if name == "history":
                     times = torch.zeros(model.blocks, users * rows, dtype=torch.int32)
-                    told = HistoryRows(tiles, torch.zeros_like(lengths), times, 64)
-                    spent = device_ms(partial(attend_history, out, qkv, told, states, tables, 0))
+                    told = HistoryRows(tiles, torch.zeros_like(lengths), times, PAGE)
+                    spent = device_ms(place, partial(attend_history, out, qkv, told, states, tables, 0))
                 else:
-                    who = CandidateRows(tiles[0].contiguous(), lengths, now.int(), 64)
-                    spent = device_ms(partial(attend_candidates, out, qkv, who, states, tables, 0))
+                    who = CandidateRows(tiles[0].contiguous(), lengths, now.int(), PAGE)
+                    spent = device_ms(place, partial(attend_candidates, out, qkv, who, states, tables, 0))
                 share = flops / spent / 1e9 / peak if peak else None
                 made[f"{name} {kind.value}"] = {"ms": spent, "peak_share": share}
     return made
+
+
+def scheduled(place: Place, name: str) -> dict[str, float]:
+    """Uneven requests through the schedule in made-up time, with what calls take on this GPU, beside fixed shapes."""
+    from rankd.bench.schedule_suite.simulated_schedule import SimulationOptions, run_simulated
+
+    workload = place.workloads()[0] if place.rehearses else load_workload(name)
+    options = SimulationOptions(
+        seconds=1.0 if place.rehearses else 20.0, target="openvino" if place.rehearses else "cuda"
+    )
+    return dict(run_simulated(workload, options, lambda *_: None).ratios)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -32,6 +35,7 @@ def script() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses ask there
     spec.loader.exec_module(module)
     return module
 
@@ -66,19 +70,15 @@ def test_its_inputs_are_scored(script: Any) -> None:
     assert np.isfinite(logits).all()
 
 
-def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(
-    script: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(script: Any) -> None:
     schema = schema_of(1)
     device = InterpretedDevice()
     memory = PinnedMemory(device)
     _, executor, _ = made(schema, OPTIONS | {"layers": 1}, torch.float32, device, memory=memory)
-    monkeypatch.setattr(script, "load_backend", lambda *_: executor)
-    monkeypatch.setattr(executor, "host_memory", memory.allocate)
-    monkeypatch.setattr(type(executor), "executor", lambda self: self, raising=False)
+    backend = SimpleNamespace(executor=lambda: executor, host_memory=memory.allocate)
     histories = [history_of(schema, 8, [length], length) for length in (8, 5)]
     candidates = {name: np.concatenate([array] * 2) for name, array in candidates_of(schema, 3).items()}
-    calls = script.rankd_calls(None, histories, candidates)
+    calls = script.rankd_calls(backend, histories, candidates)
     cold = calls["rankd cold"]()
     assert device.done.count("out kernel") == 2  # the marked ones, and these
     near(calls["rankd cold, staged"](), cold, 1e-6)
@@ -88,6 +88,26 @@ def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(
         near(calls[name](), cold, 1e-6)
         transfers.append(device.counts["transfers"] - before)
     assert transfers == [2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_it_runs_from_end_to_end_in_the_interpreter(script: Any) -> None:
+    """All that is measured of a workload, as `--rehearse` does it: whoever has a GPU should not meet the first typo."""
+    workload = script.rehearsal()[1]
+    one_layer = msgspec.structs.replace(workload, model=msgspec.structs.replace(workload.model, layers=1))
+    parts: dict[str, Any] = {"failed": {}, "limits": script.limits(script.PROCESSOR)}
+    made = script.whole_requests(script.PROCESSOR, one_layer, parts)
+    assert parts["failed"] == {}
+    assert set(made["users"]) == {1, 2}
+    for figures in made["users"].values():
+        assert max(figures["parity"].values()) < 0.01
+        assert {name for name, value in figures.items() if value is None} == set()
+        fused = ("sdpa bf16, dense mask", "flex attention bf16, compiled")
+        assert list(figures["left_out"]) == list(fused)  # there is no softmax in an HSTU
+    assert parts["hstu in flight"]["dso_gain"] > 0
+    assert set(made["attention"]) == {
+        f"{what} {kind}" for what in ("history", "candidates") for kind in ("fp32", "bf16", "fp8")
+    }
 
 
 def test_a_contestant_with_other_scores_is_left_out(script: Any) -> None:

@@ -38,7 +38,7 @@ def random() -> np.random.Generator:
 
 
 def test_packaged_workloads() -> None:
-    assert workload_names() == ["base", "hstu", "long", "mixed", "skewed", "small", "two-kinds"]
+    assert workload_names() == ["base", "hstu", "hstu-long", "long", "mixed", "skewed", "small", "two-kinds"]
     for name in workload_names():
         assert load_workload(name).name == name
 

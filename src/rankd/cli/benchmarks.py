@@ -25,7 +25,7 @@ def workload_option(default: str) -> Callable[[Command], Command]:
         "name",
         default=default,
         show_default=True,
-        help="base, long, mixed, skewed, small, or a .toml file of your own.",
+        help="base, long, hstu, hstu-long, mixed, skewed, small, or a .toml file of your own.",
     )
 
 
@@ -267,6 +267,7 @@ def features(
     default="",
     help="With --simulate: two targets at once, like openvino:1,onnxruntime:1, beside the best threshold.",
 )
+@click.option("--target", default="openvino", show_default=True, help="With --simulate: whose calls are measured.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each measurement.")
 @click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Searches for the highest rates.")
 @click.option("--bound-ms", type=click.FloatRange(1), default=100.0, show_default=True, help="The p99 to keep.")
@@ -293,6 +294,7 @@ def schedule(
     name: str,
     simulate: bool,
     mix: str,
+    target: str,
     seconds: float,
     runs: int,
     bound_ms: float,
@@ -327,7 +329,7 @@ def schedule(
         check_picture(picture)
     with progress_bar("schedule") as advance:
         if simulate:
-            simulation = SimulationOptions(6 * seconds, bound_ms, arrivals)
+            simulation = SimulationOptions(6 * seconds, bound_ms, arrivals, target)
             if mix or workload.executors:
                 report = run_mixed(workload, tuple(filter(None, mix.split(","))), simulation, advance)
             else:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from rankd.bench.arrivals import POISSON, Arrivals
 from rankd.bench.report import Report, Row, commit, machine, percentile
 from rankd.bench.synthetic_model import build_model
 from rankd.bench.workload import Workload, draw, largest, zipf_ranks
-from rankd.engine.targets import float_precision
+from rankd.engine.backend import EngineConfig
+from rankd.engine.targets import check_target, float_precision
 from rankd.ranker import Ranker
 from rankd.schedule.admission import Limits
 from rankd.schedule.costs import Warmed
@@ -54,11 +55,13 @@ Simulate = Callable[[Sequence[Arrival]], tuple[list[float], float]]
 
 @dataclass(frozen=True, slots=True)
 class SimulationOptions:
-    """`seconds` of arrivals in each simulated run; the p99 that a highest rate has to keep; when requests come."""
+    """`seconds` of arrivals in each simulated run; the p99 that a highest rate has to keep; when requests come; whose
+    calls are measured."""
 
     seconds: float = 60.0
     bound_ms: float = 100.0
     arrivals: Arrivals = POISSON
+    target: str = "openvino"
 
 
 def run_simulated(workload: Workload, options: SimulationOptions, advance: Callable[[int, int, str], None]) -> Report:
@@ -66,10 +69,13 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
 
     Raises:
         MissingExtra: torch is not installed.
+        ConfigError: no such target.
+        BuildError, ArtifactError: the target cannot be had here.
     """
+    check_target(options.target)
     surroundings = machine()
     advance(0, 3, "model and costs")
-    rules, encode_ms, about = _measured(workload)
+    rules, encode_ms, about = _measured(workload, options.target)
     about |= {"arrivals": options.arrivals.name, "bound_ms": options.bound_ms}
     advance(1, 3, "simulation")
     schedules: dict[str, Simulate] = {
@@ -98,6 +104,7 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
     ratios = {
         "throughput_gain_simulated": highest["rankd"] / max(highest[name] for name in peers),
         "throughput_gain_padded_simulated": highest["rankd"] / highest["fcfs padded"],
+        "p99_gain_padded_simulated": _p99_over_padded(schedules, at(0.7 * highest["fcfs padded"])),
         "latency_gain_short_simulated": min(at_70[name]["short_p99_ms"] for name in peers)
         / at_70["rankd"]["short_p99_ms"],
         "padding_waste": at_70["rankd"]["padding"],
@@ -114,6 +121,12 @@ def run_simulated(workload: Workload, options: SimulationOptions, advance: Calla
     return Report("schedule", about, surroundings, commit(), {}, results, ratios)
 
 
+def _p99_over_padded(schedules: Mapping[str, Simulate], arrivals: Sequence[Arrival]) -> float:
+    """By how much fixed shapes have the higher p99, at a rate that they can keep up with."""
+    padded, ours = (percentile(schedules[name](arrivals)[0], 0.99) for name in ("fcfs padded", "rankd"))
+    return padded / ours
+
+
 def fine_buckets(most: int) -> tuple[int, ...]:
     """Four an octave from 16 on, and the most candidates: 16, 20, 24, 28, 32, 40, ..."""
     steps = {SMALLEST * 2**octave * quarter // 4 for octave in range(12) for quarter in range(4, 8)}
@@ -128,12 +141,12 @@ def build_with_buckets(
     return build_model(msgspec.structs.replace(workload, buckets=changed), root, targets, float_precision(*targets))
 
 
-def _measured(workload: Workload) -> tuple[Rules, float, dict[str, Any]]:
+def _measured(workload: Workload, target: str) -> tuple[Rules, float, dict[str, Any]]:
     """Rules with the costs of the workload's model on this machine, and what encoding a full history takes."""
     buckets = fine_buckets(largest(workload.candidates))
     with TemporaryDirectory(prefix="rankd-bench-") as folder:
-        path = build_with_buckets(workload, Path(folder), buckets)
-        with Ranker.load(path) as ranker:
+        path = build_with_buckets(workload, Path(folder), buckets, (target,))
+        with Ranker.load(path, EngineConfig(target)) as ranker:
             warmed = ranker.schedule.rules.costs.warmed
             most_users = {bucket: ranker.schedule.rules.most_users(bucket) for bucket in buckets}
             flops = workload.flops()

@@ -13,18 +13,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from torch import Tensor
 
-from rankd.engine.cuda.kernels.triton_pieces import INTERPRETED, TUNE
+from rankd.engine.cuda.kernels.triton_pieces import INTERPRETED, TUNE, measured
 
 log = logging.getLogger("rankd")
 Way = Callable[[], None]
-WARM_UP_MS, MEASURED_MS = 5, 20
 
 
 class FastestWay:
     """The choice of one kind of work, by shape. `milliseconds` measures one way; it may run it any number of times."""
 
     def __init__(self, name: str, milliseconds: Callable[[Way], float] | None = None) -> None:
-        self._name, self._milliseconds = name, milliseconds or on_this_gpu
+        self._name, self._milliseconds = name, milliseconds or measured
         self._measures = milliseconds is not None or measures()
         self._chosen: dict[Hashable, str] = {}
 
@@ -46,11 +45,3 @@ class FastestWay:
 def measures() -> bool:
     """Whether anything is measured here."""
     return not bool(INTERPRETED) and os.environ.get(TUNE) != "off"
-
-
-def on_this_gpu(way: Way) -> float:
-    """The median of a few calls, by device events."""
-    from triton.testing import do_bench
-
-    spent: float = do_bench(way, warmup=WARM_UP_MS, rep=MEASURED_MS, return_mode="median")
-    return spent

@@ -37,6 +37,7 @@ def tiles_of(rows: int, block: int) -> int:
 TUNE = "RANKD_CUDA_TUNE"
 """An environment variable: "off" takes the first configuration of every kernel, for starts that may not take long."""
 
+WARM_UP_MS, MEASURED_MS = 5, 20
 Suits = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 """Whether block sizes suit a kernel's arguments."""
 
@@ -63,9 +64,15 @@ def tuned(
             key=list(key),
             restore_value=list(restored) or None,
             prune_configs_by={"early_config_prune": suitable},
+            do_bench=measured,
         )(kernel)
 
     return decorate
+
+
+def measured(call: Callable[[], None], quantiles: Sequence[float] = (0.5,)) -> Any:
+    """Milliseconds of a call on the GPU, its quantiles over MEASURED_MS: a start tries hundreds of configurations."""
+    return triton.testing.do_bench(call, warmup=WARM_UP_MS, rep=MEASURED_MS, quantiles=quantiles)
 
 
 def config(warps: int, stages: int, **blocks: int) -> triton.Config:

@@ -107,9 +107,9 @@ class CostModel:
         return self._row.ms * count
 
     def together_ms(self, bucket: int, users: int, calls: int, idle: int, busy: int) -> float:
-        """So many calls like this one, on `idle` executors beside `busy` ones, until all are done."""
+        """So many calls like this one, on `idle` executors beside `busy` ones, until all are done (`Speed.beside`)."""
         at_once = min(calls, idle)
-        return calls / at_once * self.score(bucket, users) * self.speed.contention(busy + at_once)
+        return calls / at_once * self.score(bucket, users) * self.speed.beside(busy, at_once)
 
     def saw_score(
         self, bucket: int, users: int, rows: int, rows_ms: float, score_ms: float, contention: float = 1.0

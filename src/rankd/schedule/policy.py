@@ -178,9 +178,9 @@ def largest_bucket(
         helpers = idle - others
         share = cutter.bucket_for(-(-rows // helpers))
         if share < largest or rows > share:
-            contention, pieces = rules.costs.speed.contention, min(-(-rows // share), helpers)
-            together = cutter.cost_ms(-(-rows // helpers), share) * contention(busy + others + pieces)
-            if together <= WORTH * cutter.cost_ms(rows, largest) * contention(busy + others + 1):
+            beside, pieces = rules.costs.speed.beside, min(-(-rows // share), helpers)
+            together = cutter.cost_ms(-(-rows // helpers), share) * beside(busy + others, pieces)
+            if together <= WORTH * cutter.cost_ms(rows, largest) * beside(busy + others, 1):
                 return min(share, largest)
     if others and idle == 1:
         return _in_time(waiting, first, largest, now, rules, busy)

@@ -5,8 +5,8 @@ than real time (an hour of requests in seconds). What is simulated: admission, o
 deadlines, and executors that share a device. What is not: the network and the interpreter.
 
 Of executors that share a device all calls under way go on equally fast, as fast as `shared_speed.Speed` has it for so
-many: with a curve of 1, 1.5 a call of 6 ms that a second one joins after 2 ms has 4 ms left, and takes 5.3 ms (4 x 1.33)
-for them if the other one does not end before.
+many: with a curve of 1, 1.5 a call of 6 ms that a second one joins after 2 ms has 4 ms left, and takes 4 x 1.33 = 5.3
+for them, if the other one does not end before.
 """
 
 from __future__ import annotations

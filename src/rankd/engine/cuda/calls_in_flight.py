@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 WORTH = 1.05
 """By how much more calls a second have to be for one call more under way."""
-SECONDS = 0.1
+SECONDS = 0.2
 
 
 def choose(rates: Sequence[float]) -> int:

@@ -6,15 +6,15 @@ ask of it. A curve of four executors on one GPU, of which a second one hides the
     n at once        1     2     3     4
     speed            1   1.5   1.6   1.6      what they get done together, in units of one alone
     contention       1  1.33  1.88   2.5      n / speed: how many times as long each of their calls takes as alone
-    worth            yes  yes  yes    no      1.6 / 1.05 = 1.52: two get less done than that, three do not
+    worth            yes  yes  yes    no      1.6 / 1.02 = 1.57: two get less done than that, three do not
 
 A list of 128 takes 6 ms in one call and 3 ms in each of two. On independent executors it is cut: 3 ms. Here the halves
 take 3 x 1.33 = 4 ms side by side, which pays (`policy.WORTH`); where two get 1.2 times as much done they take 5 ms, and
 the list goes whole. Ten seconds of work that wait are over in 10 / 1.6 = 6.3 s, not in 10 / 4.
 
-One more call beside b is begun only while more at once would get done a twentieth more, for else nothing is won by it:
-what is under way takes longer by what this one takes. It waits instead, may be passed by who is in a hurry, and may
-share a call. That costs a short request the rest of a call at most, which is about a quantum.
+One more call beside b is begun only while more at once would get done 2% more, for else nothing is won by it: what is
+under way takes longer by what this one takes. It waits instead, may be passed by who is in a hurry, and may share a
+call. That costs a short request the rest of a call at most, which is about a quantum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 WORTH = 1.02
-"""So many times as much has to be got done by more calls at once; less is noise of the measurement."""
+"""So many times as much has to be got done by more calls at once. Less is noise of the measurement; more is missed near
+the most that the device can do (docs/log.md, 2026-12-01: 1.05 made latencies there several times as long)."""
 
 
 class Speed:

@@ -195,6 +195,13 @@ def test_packing_follows_what_was_measured() -> None:
     assert [packing.fits(20, count) for count in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
 
 
+def test_the_schedule_goes_by_what_executors_get_done_at_once(ranker: Ranker) -> None:
+    (kind,) = ranker._kinds
+    assert ranker.schedule.rules.costs.speed.curve is None  # on the CPU they are independent
+    kind.backend.speed = (1.0, 1.2)
+    assert ranker._rules(kind, ranker._measured(kind)).costs.speed.curve == (1.0, 1.2)
+
+
 def test_few_new_events_are_extended_only_where_that_was_measured_to_pay(ranker: Ranker) -> None:
     items, kind = ranker.catalogue.ids.items[:5], ranker.schema.event_types[0]
     event = Event(items[0], kind, ranker.schema.log_end - 9)

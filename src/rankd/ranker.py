@@ -311,7 +311,8 @@ class Ranker:
         kind.packing = measure(lambda bucket, users: score_ms(first, shapes, bucket, users), shapes.candidate_buckets)
         rooms = shapes.rooms if self.manifest.split else ()
         narrow_ms = {room: encode_ms(first, shapes, room) for room in rooms}
-        return Warmed(kind.packing.call_ms, narrow_ms, encode_ms(first, shapes, shapes.rooms[-1], wide=True))
+        wide_ms = encode_ms(first, shapes, shapes.rooms[-1], wide=True)
+        return Warmed(kind.packing.call_ms, narrow_ms, wide_ms, kind.backend.speed)
 
     def _rules(self, kind: ExecutorKind, warmed: Warmed) -> Rules:
         buckets, backend = self.schema.candidate_buckets, kind.backend

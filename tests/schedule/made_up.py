@@ -28,10 +28,11 @@ def rules_of(
     most_users: Callable[[int], int] = lambda bucket: 4 if bucket == 16 else 1,
     most_rows: int = 1024,
     scale: float = 1.0,
+    speed: tuple[float, ...] | None = None,
 ) -> Rules:
     """Rules over three buckets; users share calls of the smallest one. Calls take `scale` times as long as above."""
     score_ms = {shape: scale * ms for shape, ms in CALL_MS.items()}
-    costs = CostModel(Warmed(score_ms, encode_ms={64: scale * 5.0}))
+    costs = CostModel(Warmed(score_ms, encode_ms={64: scale * 5.0}, speed=speed))
     cutter = Cutter(BUCKETS, costs.score, most_rows)
     return Rules(cutter, costs, most_users, num_executors, largest, stretch, fairness_ms, batch_ms)
 

@@ -139,6 +139,7 @@ class InThisProcess:
 
     host_memory: Allocate | None = None
     gpu_states: GpuStates | None = None
+    speed: tuple[float, ...] | None = None
     encode_wide = False
 
     def keep(self, mark: bytes) -> None:
@@ -189,7 +190,9 @@ class Executor(Protocol):
 
 class Backend(Protocol):
     """An artifact compiled for a target. `host_memory` makes memory that its executors read and write in place; None:
-    they do so with any. `gpu_states` are those that it keeps where it computes, if it does."""
+    they do so with any. `gpu_states` are those that it keeps where it computes, if it does. `speed` is how much 1, 2,
+    ... `num_executors` executors get done that compute at once, in units of one alone, as measured: from 1 on, it falls
+    nowhere, and n get done at most n times as much. None: they are independent, n get done n times as much."""
 
     target: str
     precision: Precision
@@ -198,6 +201,7 @@ class Backend(Protocol):
     num_executors: int
     host_memory: Allocate | None
     gpu_states: GpuStates | None
+    speed: tuple[float, ...] | None
 
     def executor(self) -> Executor:
         """A new executor; at most `num_executors` are in use at once. The first one made is the plan's first, and so on

@@ -61,6 +61,7 @@ class MixedBackend:
         self.plan = ThreadPlan(tuple(cpus), tuple(nodes), kinds[0].plan.reason)
         self.host_memory: Allocate | None = next((kind.host_memory for kind in kinds if kind.host_memory), None)
         self.gpu_states: GpuStates | None = next((kind.gpu_states for kind in kinds if kind.gpu_states), None)
+        self.speed: tuple[float, ...] | None = None  # each kind has its own
         self._made = 0
 
     def executor(self) -> Executor:

@@ -63,12 +63,15 @@ class KindCounts:
 @dataclass(frozen=True, slots=True)
 class KindFigures:
     """A kind of executors: the `name` of its target, how many there are, what they did, and how wrong predictions of
-    its calls are."""
+    its calls are. At most `at_once` of them have calls under way; `speed` is how much these get done, in units of one
+    alone: as many as they are, or less where they share a device."""
 
     name: str
     num_executors: int
     counts: KindCounts
     errors: CostErrors
+    at_once: int
+    speed: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,8 @@ KIND_COUNTERS: tuple[tuple[str, str, Callable[[KindFigures], float]], ...] = (
 )
 KIND_GAUGES: tuple[tuple[str, str, Callable[[KindFigures], float]], ...] = (
     ("rankd_executors", "Executors of a kind.", lambda f: f.num_executors),
+    ("rankd_executors_at_once", "Of those so many have calls under way at most.", lambda f: f.at_once),
+    ("rankd_executor_speed", "What these get done at once, in units of one alone, as measured.", lambda f: f.speed),
     ("rankd_executor_prediction_error", "Mean |actual - predicted| / actual, by kind.", lambda f: f.errors.score),
     ("rankd_executor_slowdown", "What a kind's calls take against their time at warm-up.", lambda f: f.errors.slowdown),
 )

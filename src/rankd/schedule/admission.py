@@ -21,8 +21,8 @@ CLOSE = 0.6
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of what a model lets wait: candidates, and milliseconds of predicted work an executor. `margin` is the one to
-    begin with (`Margin`)."""
+    """Of what a model lets wait: candidates, and predicted work, as the milliseconds that all executors take for it
+    (`Rules.speed`). `margin` is the one to begin with (`Margin`)."""
 
     candidates: int
     work_ms: float
@@ -59,8 +59,8 @@ class Wish:
     deadline: float
 
 
-def check(waitings: Sequence[Waiting], limits: Limits, margin: float, num_executors: int, wish: Wish) -> bool:
-    """Let a request come in, or refuse it.
+def check(waitings: Sequence[Waiting], limits: Limits, margin: float, speed: float, wish: Wish) -> bool:
+    """Let a request come in, or refuse it. `speed` is how much all executors get done, in units of one alone.
 
     Returns:
         Whether it is close: it is predicted to need most of its time.
@@ -79,14 +79,14 @@ def check(waitings: Sequence[Waiting], limits: Limits, margin: float, num_execut
     count = sum(waiting.count for waiting in waitings)
     if not count:
         return wish.alone_ms > CLOSE * left_ms
-    factor = (1 + margin) / num_executors
+    factor = (1 + margin) / speed
     backlog = backlog_of(waitings, wish.place, factor, wish.now)
-    _check_limits(backlog, count, limits, num_executors, wish)
+    _check_limits(backlog, count, limits, speed, wish)
     return _check_deadlines(backlog, count, margin, factor, wish, left_ms)
 
 
-def _check_limits(backlog: Backlog, count: int, limits: Limits, num_executors: int, wish: Wish) -> None:
-    queued_ms, rows = backlog.work_ms / num_executors, backlog.rows
+def _check_limits(backlog: Backlog, count: int, limits: Limits, speed: float, wish: Wish) -> None:
+    queued_ms, rows = backlog.work_ms / speed, backlog.rows
     if queued_ms <= limits.work_ms and rows + wish.rows <= limits.candidates:
         return
     share = min((rows + wish.rows - limits.candidates) / max(rows, 1), 1.0)

@@ -8,6 +8,7 @@ order. A schedule by itself has cores of its own, as many as it has executors, a
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 from rankd.schedule.waiting import NEVER, Waiting
@@ -17,13 +18,14 @@ from rankd.schedule.waiting import NEVER, Waiting
 class Sharer:
     """One schedule: its requests, how many executors it has and how many of them are idle, and whom to tell when one of
     them may have something to do. Where they are of several `kinds`, all are told: what the one leaves to others is for
-    them."""
+    them. `speed` is what all of them get done, in units of one alone; 0: they are independent."""
 
     waiting: Waiting
     num_executors: int
     changed: threading.Condition
     idle: int = 0
     kinds: int = 1
+    speed: float = 0.0
 
     def tell(self) -> None:
         """Under the lock: there may be something to do for an executor that is idle."""
@@ -47,12 +49,23 @@ class Cores:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._sharers: tuple[Sharer, ...] = ()  # replaced as a whole, so that `count` needs no lock
-        self._taken = set[object]()
+        self._taken = dict[object, int]()
+        self._busy = Counter[int]()
 
     @property
     def count(self) -> int:
         """How many calls run at once; with the lock or without."""
         return max((one.num_executors for one in self._sharers), default=1)
+
+    @property
+    def speed(self) -> float:
+        """How much all cores get done, in units of one alone: as much as there are, or less, where what they are is
+        executors that share a device. With the lock or without."""
+        return max((one.speed or float(one.num_executors) for one in self._sharers), default=1.0)
+
+    def busy(self, kind: int = 0) -> int:
+        """How many executors of a kind have a call under way, whosever they are; with the lock or without."""
+        return self._busy[kind]
 
     def join(self, sharer: Sharer) -> None:
         """Under the lock: one more schedule."""
@@ -68,9 +81,9 @@ class Cores:
         return [one.waiting for one in self._sharers]
 
     def waiting_ms(self) -> float:
-        """Predicted work of all schedules that is not done, in milliseconds for each core."""
+        """Predicted work of all schedules that is not done, as the milliseconds that all cores take for it."""
         with self.lock:
-            return sum(one.waiting.total_ms() for one in self._sharers) / self.count
+            return sum(one.waiting.total_ms() for one in self._sharers) / self.speed
 
     def idle_for(self, sharer: Sharer) -> int:
         """Under the lock: how many executors a schedule may reckon with for its next call; 0 if it has to wait, since
@@ -88,15 +101,17 @@ class Cores:
             return 0
         return 1
 
-    def take(self, seat: object, sharer: Sharer) -> None:
-        """Under the lock: a seat of a schedule, which counts as idle until now, has a call to run and a core for it."""
-        self._taken.add(seat)
+    def take(self, seat: object, sharer: Sharer, kind: int = 0) -> None:
+        """Under the lock: a seat of a schedule, which counts as idle until now, has a call to run and a core for it.
+        `kind` is that of its executor."""
+        self._taken[seat] = kind
+        self._busy[kind] += 1
         self._tell(sharer)
 
     def give_back(self, seat: object) -> None:
         """Under the lock: its call is over, or it was given up; if it has a core, others may have it."""
         if seat in self._taken:
-            self._taken.remove(seat)
+            self._busy[self._taken.pop(seat)] -= 1
             self._tell()
 
     def _tell(self, taking: Sharer | None = None) -> None:

@@ -8,6 +8,11 @@ In: times of the warmed shapes (`engine.warming`). Out: predictions for admissio
                            whose history has to be encoded or extended one for each history bucket, and one over all,
                            for requests whose history is in a store, so that its length is not known when they come
     rows(count)            assembling candidates: so much for each
+
+All of that is for a call that is alone on its device. Where executors share one (`shared_speed.py`), it takes longer
+beside others: `speed.contention(n)` times, with n under way. What a call was seen to take is divided by that before it
+is learnt, or predictions would swing with the load: of two at once that get 1.2 times as much done, a call seen to take
+10 ms would have taken 10 / (2 / 1.2) = 6 ms alone, and is booked as that.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rankd.observe.schedule_metrics import CostErrors
+from rankd.schedule.shared_speed import Speed
 
 STEP = 0.1
 """How far one observation moves an estimate."""
@@ -34,11 +40,12 @@ ROW_MS = 0.001
 class Warmed:
     """What was measured at warm-up: `score` by (candidate bucket, users in the call), and `encode` of a history that
     fills a history bucket, by that (empty: there is no state); `wide_encode_ms` of the longest one, on the threads of
-    all executors."""
+    all executors. `speed` is what executors that share a device get done at once (`Backend.speed`)."""
 
     score_ms: Mapping[tuple[int, int], float]
     encode_ms: Mapping[int, float] = field(default_factory=dict)
     wide_encode_ms: float = math.inf
+    speed: tuple[float, ...] | None = None
 
     @property
     def most_encode_ms(self) -> float:
@@ -68,7 +75,7 @@ class CostModel:
     """
 
     def __init__(self, warmed: Warmed) -> None:
-        self.warmed = warmed
+        self.warmed, self.speed = warmed, Speed(warmed.speed)
         self._floor = {shape: max(ms, 1e-3) for shape, ms in warmed.score_ms.items()}
         self._own = dict(self._floor)  # by (bucket, users), without the slowdown
         self._resident = _Estimate(PREPARED_MS)
@@ -99,8 +106,17 @@ class CostModel:
         """Assembling so many candidates."""
         return self._row.ms * count
 
-    def saw_score(self, bucket: int, users: int, rows: int, rows_ms: float, score_ms: float) -> None:
-        """Book a call: `rows` candidates were assembled in rows_ms, and scored in score_ms."""
+    def together_ms(self, bucket: int, users: int, calls: int, idle: int, busy: int) -> float:
+        """So many calls like this one, on `idle` executors beside `busy` ones, until all are done (`Speed.beside`)."""
+        at_once = min(calls, idle)
+        return calls / at_once * self.score(bucket, users) * self.speed.beside(busy, at_once)
+
+    def saw_score(
+        self, bucket: int, users: int, rows: int, rows_ms: float, score_ms: float, contention: float = 1.0
+    ) -> None:
+        """Book a call: `rows` candidates were assembled in rows_ms, and scored in score_ms, `contention` times as long
+        as that takes alone."""
+        score_ms /= contention
         with self._lock:
             predicted = self.score(bucket, users)
             self._errors.score += STEP * (abs(score_ms - predicted) / max(score_ms, 1e-3) - self._errors.score)
@@ -111,8 +127,10 @@ class CostModel:
             if rows:
                 self._row.saw(rows_ms / rows)
 
-    def saw_prepare(self, resident: bool, tokens: int | None, ms: float) -> None:
-        """Book a preparation."""
+    def saw_prepare(self, resident: bool, tokens: int | None, ms: float, contention: float = 1.0) -> None:
+        """Book a preparation, `contention` times as long as alone; a state that is in memory is no work of the
+        device, and was not slowed down by others on it."""
+        ms /= 1.0 if resident else contention
         with self._lock:
             estimate = self._prepared(resident, tokens)
             self._errors.prepare += STEP * (abs(ms - estimate.ms) / max(ms, 1e-3) - self._errors.prepare)

@@ -73,8 +73,8 @@ class LoadMeter:
         self._sums_ms = {version: before.get(version, most) + ms for version, ms in works_ms.items()}
         self._at = max(now, self._at)
 
-    def loads(self, now: float, versions: Sequence[str], cores: int) -> tuple[float, ...]:
-        """For each of the versions, as a share of the cores' time."""
+    def loads(self, now: float, versions: Sequence[str], cores: float) -> tuple[float, ...]:
+        """For each of the versions, as a share of the cores' time; `cores` as many as get so much done."""
         scale = self._kept(now) / (self._seconds * 1e3 * cores)
         most = max(self._sums_ms.values(), default=0.0)
         return tuple(self._sums_ms.get(version, most) * scale for version in versions)

@@ -7,6 +7,9 @@ How fast a mix is depends on who gets what. Admission reckons with executors tha
 as many as it can do: with n executors of a kind that takes w ms for it, N = sum of n executors take
 
     N / sum(n / w)      each, of work:     one that takes 2 ms and one that takes 6 ms: 3 ms each for every request
+
+Executors of a kind that share a device count for as many as get as much done (`Rules.speed`): of four on a GPU that get
+1.6 times as much done as one, n is 1.6.
 """
 
 from __future__ import annotations
@@ -21,10 +24,17 @@ from rankd.schedule.policy import Rules
 @dataclass(frozen=True, slots=True)
 class Standing:
     """A kind at a moment: how many of its executors are idle, and until when the others are predicted to be busy
-    (seconds, in any order; of one that takes longer than was predicted it is over)."""
+    (seconds, in any order; of one that takes longer than was predicted it is over). `elsewhere` are executors of the
+    same kind that other schedules have at work on the same device."""
 
     idle: int
     busy_until: tuple[float, ...] = ()
+    elsewhere: int = 0
+
+    @property
+    def busy(self) -> int:
+        """How many calls of the kind are under way."""
+        return len(self.busy_until) + self.elsewhere
 
 
 class Mix:
@@ -33,6 +43,11 @@ class Mix:
     def __init__(self, kinds: Sequence[Rules]) -> None:
         self.kinds = tuple(kinds)
         self.num_executors = sum(rules.num_executors for rules in self.kinds)
+
+    @property
+    def speed(self) -> float:
+        """As `Rules.speed`, of all kinds together."""
+        return sum(rules.speed for rules in self.kinds)
 
     def estimates(self, rows: int, resident: bool, tokens: int | None) -> tuple[float, float]:
         """As `Rules.estimates`."""
@@ -59,12 +74,12 @@ class Mix:
         return self._work_ms(works_ms), min(alone_ms, self._together_ms(rows, works_ms, min(prepare_ms)))
 
     def _work_ms(self, works_ms: Sequence[float]) -> float:
-        speed = sum(rules.num_executors / max(ms, 1e-6) for rules, ms in zip(self.kinds, works_ms, strict=True))
-        return self.num_executors / speed
+        speed = sum(rules.speed / max(ms, 1e-6) for rules, ms in zip(self.kinds, works_ms, strict=True))
+        return self.speed / speed
 
     def _together_ms(self, rows: int, works_ms: Sequence[float], prepare_ms: float) -> float:
         """How soon it is done if each kind gets as many candidates as it is fast."""
-        speeds = [rules.num_executors / max(ms, 1e-6) for rules, ms in zip(self.kinds, works_ms, strict=True)]
+        speeds = [rules.speed / max(ms, 1e-6) for rules, ms in zip(self.kinds, works_ms, strict=True)]
         shares = [math.ceil(rows * speed / sum(speeds)) for speed in speeds]
         return prepare_ms + max(
             rules.shortest_ms(min(share, rows), 0.0) for rules, share in zip(self.kinds, shares, strict=True)

@@ -100,7 +100,7 @@ class Ledger(Generic[Item]):
         wish = Wish(now, place, asked.rows, work_ms, alone_ms, deadline)
         try:
             waitings, margin = self._waitings(), self.margin.value
-            close = admission.check(waitings, self.limits, margin, rules.num_executors, wish)
+            close = admission.check(waitings, self.limits, margin, rules.speed, wish)
         except DeadlineExceeded:
             rules.doubt()
             raise
@@ -124,15 +124,19 @@ class Ledger(Generic[Item]):
             self.waiting.let_run(job.slot)
             self._set_tail(job)
 
-    def next(self, idle: int, now: float, kind: int = 0, standings: Sequence[Standing] = ()) -> Work[Item] | None:
-        """What one of `idle` executors does now; None: nothing can be run. Where there are several kinds of executors
-        it is one of a `kind`, and `standings` are those of all of them; then None may also be that what waits is left
-        to others, and `again` says when to ask once more."""
+    def next(
+        self, idle: int, now: float, kind: int = 0, standings: Sequence[Standing] = (), busy: int = 0
+    ) -> Work[Item] | None:
+        """What one of `idle` executors does now beside `busy` ones; None: nothing can be run, or nothing is won by one
+        more call at once. Where there are several kinds of executors it is one of a `kind`, and `standings` are those
+        of all of them, which also say who is busy; then None may also be that what waits is left to others, and `again`
+        says when to ask once more."""
         waiting, rules = self.waiting, self._all.kinds[kind]
         if standings:
+            busy = standings[kind].busy
             call, self.again = mixed_policy.decide(waiting, idle, now, kind, self._all.kinds, standings)
         else:
-            call = policy.decide(waiting, idle, now, rules)
+            call = policy.decide(waiting, idle, now, rules, busy)
         if call is None:
             return None
         jobs = [self._jobs[slot] for slot in call.slots]
@@ -140,6 +144,7 @@ class Ledger(Generic[Item]):
         costs = rules.costs
         predicted_ms = sum(costs.prepare(job.asked.resident, job.asked.tokens) for job in unprepared)
         predicted_ms += costs.score(call.bucket, len(jobs)) if call.bucket else 0.0
+        predicted_ms *= costs.speed.contention(busy + 1)
         parts = []
         for job in jobs:
             job.workers += 1

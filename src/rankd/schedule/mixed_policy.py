@@ -8,6 +8,8 @@ function, as `policy.py`, which makes the call.
   everything still leaves to another what that is nearly as good at. Whoever asks makes the same plan.
 - *The call.* An executor takes the first request in the order that the plan has for its kind; if there is none, a part
   of another one, if all of that ends clearly sooner then. So a request that is alone is shared by all kinds.
+- *A shared device.* Executors of a kind that share one are planned with no more calls at once than that is worth, each
+  as much slower as others are at work there then (`shared_speed.py`).
 - *Fairness.* Planned together are those whose places are within `fairness_ms` of the first one's: it is passed by none
   behind them, nor for ever. Whoever is busy longer than was predicted is reckoned to be so for as long again as that
   is late: others take what it does not come to.
@@ -24,6 +26,7 @@ import numpy as np
 
 from rankd.schedule.kinds import Standing
 from rankd.schedule.policy import WORTH, Call, Rules, call_for, largest_bucket
+from rankd.schedule.shared_speed import Speed
 from rankd.schedule.waiting import NEVER, Waiting
 
 DEPTH = 24
@@ -37,9 +40,12 @@ def decide(
 ) -> tuple[Call | None, float]:
     """The next call of one of `idle` executors of a kind, and, if there is none though something can be run, when to
     ask again (seconds)."""
-    if not waiting.runnable:
+    rules, busy = kinds[kind], standings[kind].busy
+    idle = rules.costs.speed.room(idle, busy)
+    if not waiting.runnable or not idle:
         return None, NEVER
-    rules, plan = kinds[kind], _Plan(waiting, kinds, [_line(one, now) for one in standings])
+    lines = [_line(one, now, there.costs.speed) for one, there in zip(standings, kinds, strict=True)]
+    plan = _Plan(waiting, kinds, lines)
     again = min((line[0] for number, line in enumerate(plan.lines) if line and number != kind), default=now)
     slots = _in_order(waiting, rules.fairness_ms / 1e3)
     plan.make(slots)
@@ -50,14 +56,15 @@ def decide(
         if not helpers:
             continue
         others = idle - helpers if idle > 1 else waiting.runnable - 1
-        largest = largest_bucket(waiting, slot, idle, others, now, rules)
+        largest = largest_bucket(waiting, slot, idle, others, now, rules, busy)
         part, other = 0, _other(plan, chosen, kind, now)
         if other is not None:
-            split = _Split(waiting, slot, rules, kinds[other.kind], helpers, now, other.start)
+            slow = rules.costs.speed.contention(busy + helpers), plan.contention(other.kind, other.start)
+            split = _Split(waiting, slot, rules, kinds[other.kind], helpers, now, other.start, slow)
             part = split.bucket(largest, now + WORTH * (chosen.end - now))
         if part or chosen.kind == kind:
             tail = np.where(waiting.turn >= waiting.turn[slot], waiting.tails[kind], 0)
-            return call_for(waiting, slot, part or largest, idle, rules, tail), NEVER
+            return call_for(waiting, slot, part or largest, idle, rules, tail, busy), NEVER
     return None, max(again, now) + SOON_MS / 1e3
 
 
@@ -84,11 +91,22 @@ class _Plan:
         there = [kind for kind, line in enumerate(self.lines) if line]
         takes = {slot: [self._takes_s(slot, self.kinds[kind]) for kind in there] for slot in slots}
         for slot in sorted(slots, key=lambda slot: _indifference(takes[slot])):
-            ends = [self.lines[kind][0] + seconds for kind, seconds in zip(there, takes[slot], strict=True)]
+            ends = [self._end(kind, seconds) for kind, seconds in zip(there, takes[slot], strict=True)]
             end = min(ends)
             kind = there[ends.index(end)]
             start = heapreplace(self.lines[kind], end)
             self.chosen[slot] = _Chosen(kind, start, end)
+
+    def contention(self, kind: int, start: float, more: int = 0) -> float:
+        """How many times as long as alone a call of a kind takes from `start` on, beside those that were planned for
+        then and `more`."""
+        speed = self.kinds[kind].costs.speed
+        return 1.0 if speed.curve is None else speed.contention(more + sum(free > start for free in self.lines[kind]))
+
+    def _end(self, kind: int, seconds: float) -> float:
+        """When a call that takes so long alone is over, on the executor of a kind that is free first."""
+        start = self.lines[kind][0]
+        return start + seconds * self.contention(kind, start, 1)
 
     def _takes_s(self, slot: int, rules: Rules) -> float:
         """What is left of a request, on one executor of a kind."""
@@ -113,7 +131,7 @@ def _other(plan: _Plan, chosen: _Chosen, kind: int, now: float) -> _Chosen | Non
 @dataclass(frozen=True, slots=True)
 class _Split:
     """A request in two parts: a call of each of `helpers` executors that are idle `now`, and the rest, if any, on one
-    of another kind from `free` on (seconds)."""
+    of another kind from `free` on (seconds). `slow`: how many times as long as alone a call takes here, and there."""
 
     waiting: Waiting
     slot: int
@@ -122,6 +140,7 @@ class _Split:
     helpers: int
     now: float
     free: float
+    slow: tuple[float, float]
 
     def bucket(self, largest: int, bound: float) -> int:
         """The bucket, up to `largest`, of the calls here with which all is done soonest; 0: it would be done after
@@ -142,15 +161,18 @@ class _Split:
         return max(self._ends_here(bucket), self._ends_there(rows, bucket))
 
     def _ends_here(self, rows: int) -> float:
-        return self.now + self.here.work_ms(rows, _prepare_ms(self.waiting, self.slot, self.here)) / 1e3
+        work_ms = self.here.work_ms(rows, _prepare_ms(self.waiting, self.slot, self.here))
+        return self.now + self.slow[0] * work_ms / 1e3
 
     def _ends_there(self, rows: int, bucket: int) -> float:
-        return self.free + self.there.work_ms(rows - bucket * self.helpers, 0.0) / 1e3
+        return self.free + self.slow[1] * self.there.work_ms(rows - bucket * self.helpers, 0.0) / 1e3
 
 
-def _line(standing: Standing, now: float) -> list[float]:
-    """A heap of when each executor of a kind is free."""
-    line = [now] * standing.idle + [max(until, 2 * now - until) for until in standing.busy_until]
+def _line(standing: Standing, now: float, speed: Speed) -> list[float]:
+    """A heap of when each executor of a kind is free, of those that may have calls."""
+    line = [now] * speed.room(standing.idle, standing.busy) + [
+        max(until, 2 * now - until) for until in standing.busy_until
+    ]
     heapify(line)
     return line
 

@@ -68,7 +68,8 @@ class Scheduler(Generic[Item, Result, Executor]):
         self._closed = True
         self._lock = self._cores.lock  # guards everything above
         self._changed, self._all_ended = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._sharer = Sharer(self._ledger.waiting, len(self._seats), self._changed, kinds=len(rules.kinds))
+        waiting, count = self._ledger.waiting, len(self._seats)
+        self._sharer = Sharer(waiting, count, self._changed, kinds=len(rules.kinds), speed=rules.speed)
         self._answers: Answers[Item, Result] = Answers(self._lock, self._ledger, served, self._some_ended, clock)
         self._watch = Watch(self._lock, self._look, self._due, f"{name}-watch")
 
@@ -219,7 +220,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._answers.counts.decision_seconds += self._clock() - started
             if work is not None:
                 seat.work, seat.since = work, started
-                self._cores.take(seat, self._sharer)
+                self._cores.take(seat, self._sharer, seat.kind)
                 if self._sharer.idle > 1:
                     self._sharer.tell()  # there may be something for another one too
             if late or work is not None:
@@ -235,8 +236,8 @@ class Scheduler(Generic[Item, Result, Executor]):
         self._ledger.again, kinds = NEVER, len(self._kind_counts)
         idle = self._cores.idle_for(self._sharer)
         if not idle or kinds == 1:
-            return self._ledger.next(idle, now) if idle else None
-        standing = standings(self._seats, kinds)
+            return self._ledger.next(idle, now, busy=self._cores.busy()) if idle else None
+        standing = standings(self._seats, kinds, self._cores)
         return self._ledger.next(min(idle, standing[seat.kind].idle), now, seat.kind, standing)
 
     def _run(self, work: Work[Item], seat: Seat[Item, Executor]) -> None:
@@ -264,9 +265,10 @@ class Scheduler(Generic[Item, Result, Executor]):
                 parts.append(part)
         if not parts:
             return
-        assembled = self._clock()
+        assembled, busy = self._clock(), self._cores.busy(seat.kind)
         logits = self._served.score(parts, work.bucket, seat.executor)
-        scored = self._clock()
+        scored, costs = self._clock(), self.all_rules.kinds[seat.kind].costs
+        contention = costs.speed.between(busy, self._cores.busy(seat.kind))
         with self._lock:
             if seat.given_up():
                 return
@@ -283,10 +285,10 @@ class Scheduler(Generic[Item, Result, Executor]):
         for job in ended:
             self._answers.finish(job)
         milliseconds = (assembled - started) * 1e3, (scored - assembled) * 1e3
-        self.all_rules.kinds[seat.kind].costs.saw_score(work.bucket, len(parts), rows, *milliseconds)
+        costs.saw_score(work.bucket, len(parts), rows, *milliseconds, contention)
 
     def _prepare(self, job: Job[Item], work: Work[Item], seat: Seat[Item, Executor]) -> None:
-        started = self._clock()
+        started, busy = self._clock(), self._cores.busy(seat.kind)
         try:
             when = self._served.prepare(job.item, seat.executor, job.losses > 0, work.wide)
         except EngineFailure:
@@ -306,7 +308,9 @@ class Scheduler(Generic[Item, Result, Executor]):
         if when is None:
             asked, taken_ms = job.asked, (self._clock() - started) * 1e3
             if not work.wide:  # predictions are for a machine with more to do
-                self.all_rules.kinds[seat.kind].costs.saw_prepare(asked.resident, asked.tokens, taken_ms)
+                costs = self.all_rules.kinds[seat.kind].costs
+                contention = costs.speed.between(busy, self._cores.busy(seat.kind))
+                costs.saw_prepare(asked.resident, asked.tokens, taken_ms, contention)
         else:
             self._answers.drop(free)
             self._call_when(when, job)

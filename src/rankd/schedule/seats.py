@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from rankd.observe.schedule_metrics import KindCounts, KindFigures
+from rankd.schedule.core_sharing import Cores
 from rankd.schedule.kinds import Standing
 from rankd.schedule.ledger import Work
 from rankd.schedule.policy import Rules
@@ -54,12 +55,19 @@ def seats_of(executors: Sequence[Executor], kinds: Sequence[Rules]) -> list[Seat
 def kind_figures(kinds: Sequence[Rules], counts: Sequence[KindCounts]) -> tuple[KindFigures, ...]:
     """A snapshot of each kind: what its executors did, and how good predictions are."""
     return tuple(
-        KindFigures(rules.name, rules.num_executors, replace(one), rules.costs.errors())
+        KindFigures(
+            rules.name,
+            rules.num_executors,
+            replace(one),
+            rules.costs.errors(),
+            rules.costs.speed.most(rules.num_executors),
+            rules.speed,
+        )
         for rules, one in zip(kinds, counts, strict=True)
     )
 
 
-def standings(seats: Sequence[Seat[Any, Any]], kinds: int) -> list[Standing]:
+def standings(seats: Sequence[Seat[Any, Any]], kinds: int, cores: Cores) -> list[Standing]:
     """How each of so many kinds stands; executors that are being replaced count for nothing."""
     idle, busy_until = [0] * kinds, list[list[float]]([] for _ in range(kinds))
     for seat in seats:
@@ -69,4 +77,7 @@ def standings(seats: Sequence[Seat[Any, Any]], kinds: int) -> list[Standing]:
             idle[seat.kind] += 1
         else:
             busy_until[seat.kind].append(seat.since + seat.work.predicted_ms / 1e3)
-    return [Standing(one, tuple(until)) for one, until in zip(idle, busy_until, strict=True)]
+    return [
+        Standing(one, tuple(until), cores.busy(kind) - len(until))
+        for kind, (one, until) in enumerate(zip(idle, busy_until, strict=True))
+    ]

@@ -2,7 +2,11 @@
 
 In: arrivals with what they take, and rules of one kind of executors or of several. Out: how each of them ended, faster
 than real time (an hour of requests in seconds). What is simulated: admission, order, cuts, calls for several users,
-deadlines. What is not: the network, the interpreter, and executors that slow each other down.
+deadlines, and executors that share a device. What is not: the network and the interpreter.
+
+Of executors that share a device all calls under way go on equally fast, as fast as `shared_speed.Speed` has it for so
+many: with a curve of 1, 1.5 a call of 6 ms that a second one joins after 2 ms has 4 ms left, and takes 4 x 1.33 = 5.3
+for them, if the other one does not end before.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from rankd.schedule.kinds import Mix, Standing
 from rankd.schedule.ledger import Job, Ledger, Work
 from rankd.schedule.policy import Priority, Rules
 from rankd.schedule.served import Asked
+from rankd.schedule.shared_speed import Speed
 from rankd.schedule.waiting import NEVER
 
 
@@ -62,31 +67,87 @@ class Simulated:
     busy_s: tuple[float, ...]
 
 
+Happens = Callable[[float], None]
+At = Callable[[float, Happens], None]
+"""Has something happen at a moment (seconds)."""
+
+
+class _Device:
+    """What calls at once get done. `done` are the seconds that each of them would have had to itself until `since`, if
+    it had begun with the first one: what is to happen after so much work of its own happens when `done` is there."""
+
+    def __init__(self, speed: Speed, at: At) -> None:
+        self._speed, self._at = speed, at
+        self._rate, self._done, self._since = 1.0, 0.0, 0.0
+        self._ends: list[tuple[float, int, Happens]] = []
+        self._numbers, self._latest = count(), 0
+
+    def busy(self, number: int, now: float) -> None:
+        """So many calls are under way from now on."""
+        if self._speed.curve is not None:
+            self._go_on(now)
+            self._rate = 1.0 / self._speed.contention(number)
+            self._look(now)
+
+    def after(self, seconds: float, now: float, happens: Happens) -> None:
+        """Have something happen when a call has gone on as far as it does in so many seconds alone."""
+        if self._speed.curve is None:
+            self._at(now + seconds, happens)
+            return
+        self._go_on(now)
+        heapq.heappush(self._ends, (self._done + seconds, next(self._numbers), happens))
+        self._look(now)
+
+    def _go_on(self, now: float) -> None:
+        self._done, self._since = self._done + (now - self._since) * self._rate, now
+
+    def _look(self, now: float) -> None:
+        """Come back when the first one is there, if nothing changes before."""
+        self._latest += 1
+        if self._ends:
+            number, end = self._latest, self._ends[0][0]
+            self._at(now + max(end - self._done, 0.0) / self._rate, lambda then: self._come(number, then))
+
+    def _come(self, number: int, now: float) -> None:
+        if number == self._latest:
+            end, _, happens = heapq.heappop(self._ends)
+            self._done, self._since = end, now
+            self._look(now)
+            happens(now)
+
+
 @dataclass(slots=True)
 class _Executors:
-    """Of one kind: how many are idle, the calls of the others, and what they take."""
+    """Of one kind: how many are idle, the calls of the others, what they take, and what they compute on."""
 
     kind: int
     rules: Rules
     call_ms: Callable[[int, int], float]
+    device: _Device
     idle: int
     calls: list[Work[Outcome]] = field(default_factory=list)
     busy_s: float = 0.0
 
 
 class _Simulation:
-    def __init__(self, rules: Rules | Mix, limits: Limits, calls_ms: Sequence[Callable[[int, int], float]]) -> None:
+    def __init__(
+        self,
+        rules: Rules | Mix,
+        limits: Limits,
+        calls_ms: Sequence[Callable[[int, int], float]],
+        speeds: Sequence[Speed],
+    ) -> None:
         self._ledger: Ledger[Outcome] = Ledger(rules, limits)
         self.executors = [
-            _Executors(kind, one, call_ms, one.num_executors)
-            for kind, (one, call_ms) in enumerate(zip(rules.kinds, calls_ms, strict=True))
+            _Executors(kind, one, call_ms, _Device(speed, self.at), one.num_executors)
+            for kind, (one, call_ms, speed) in enumerate(zip(rules.kinds, calls_ms, speeds, strict=True))
         ]
         self._looks_again = NEVER
-        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._events: list[tuple[float, int, Happens]] = []
         self._numbers = count()
         self.rows = self.padded_rows = self.calls = 0
 
-    def at(self, moment: float, happens: Callable[[float], None]) -> None:
+    def at(self, moment: float, happens: Happens) -> None:
         heapq.heappush(self._events, (moment, next(self._numbers), happens))
 
     def run(self) -> float:
@@ -106,12 +167,13 @@ class _Simulation:
         while executors.idle and (work := self._next(executors, now)) is not None:
             executors.idle, given = executors.idle - 1, True
             executors.calls.append(work)
+            executors.device.busy(len(executors.calls), now)
             self._prepare(work, executors, now)
         return given
 
     def _next(self, executors: _Executors, now: float) -> Work[Outcome] | None:
         if len(self.executors) == 1:
-            return self._ledger.next(executors.idle, now)
+            return self._ledger.next(executors.idle, now, busy=len(executors.calls))
         standings = [
             Standing(one.idle, tuple(work.started + work.predicted_ms / 1e3 for work in one.calls))
             for one in self.executors
@@ -146,7 +208,7 @@ class _Simulation:
             self._ledger.prepared(job)
             self._prepare(work, executors, then)
 
-        self.at(now + job.item.arrival.prepare_ms[executors.kind] / 1e3, prepared)
+        executors.device.after(job.item.arrival.prepare_ms[executors.kind] / 1e3, now, prepared)
 
     def _score(self, work: Work[Outcome], executors: _Executors, now: float) -> None:
         rows = sum(part.count for part in work.parts)
@@ -163,10 +225,11 @@ class _Simulation:
                 _ends(job, then, "scored")
             self._ledger.leave(work.jobs)
             executors.calls.remove(work)
+            executors.device.busy(len(executors.calls), then)
             executors.idle += 1
             executors.busy_s += then - work.started
 
-        self.at(now + ms / 1e3, scored)
+        executors.device.after(ms / 1e3, now, scored)
 
 
 def simulate(
@@ -174,9 +237,10 @@ def simulate(
     rules: Rules | Mix,
     limits: Limits,
     calls_ms: Sequence[Callable[[int, int], float]] = (),
+    speeds: Sequence[Speed] = (),
 ) -> Simulated:
-    """Run all arrivals. `calls_ms` are (bucket, users) -> what calls really take, one for each kind of executors, if
-    that is not what their models of costs say.
+    """Run all arrivals. `calls_ms` are (bucket, users) -> what calls really take alone, one for each kind of executors,
+    and `speeds` what these really get done at once, if that is not what their models of costs say.
 
     Raises:
         ValueError: an arrival has more candidates than the largest bucket's cuts are known for.
@@ -184,7 +248,10 @@ def simulate(
     most = min(one.cutter.most_rows for one in rules.kinds)
     if any(arrival.rows > most for arrival in arrivals):
         raise ValueError(f"an arrival has more than {most} candidates")
-    simulation = _Simulation(rules, limits, calls_ms or [one.costs.score for one in rules.kinds])
+    costs = [one.costs for one in rules.kinds]
+    simulation = _Simulation(
+        rules, limits, calls_ms or [one.score for one in costs], speeds or [one.speed for one in costs]
+    )
     outcomes = [Outcome(arrival) for arrival in arrivals]
     for outcome in outcomes:
         simulation.at(outcome.arrival.at, lambda now, outcome=outcome: simulation.arrives(outcome, now))  # type: ignore[misc]

@@ -95,7 +95,7 @@ class ElasticModel:
             if self._rankers:
                 self._look()
             versions, now = self._versions(), self._clock()
-            loads = self._meter.loads(now, versions, self.cores.count)
+            loads = self._meter.loads(now, versions, self.cores.speed)
             return ElasticFigures(
                 current=versions[self._standing.level] if versions else "",
                 usable={**dict.fromkeys(versions, True), **dict.fromkeys(self._troubles, False)},
@@ -113,7 +113,7 @@ class ElasticModel:
 
     def _look(self, refused: bool = False) -> None:
         now = self._clock()
-        loads = self._meter.loads(now, self._versions(), self.cores.count)
+        loads = self._meter.loads(now, self._versions(), self.cores.speed)
         seen = Seen(now, self.cores.waiting_ms(), loads, refused)
         standing = look(self._standing, seen, self.config)
         if standing.level != self._standing.level:

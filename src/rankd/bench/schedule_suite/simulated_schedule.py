@@ -223,7 +223,7 @@ def most_requests(workload: Workload, rules: Rules) -> float:
     """Requests a second that executors of a kind can do, if they find all states."""
     sizes = draw(workload.candidates, np.random.default_rng(workload.seed), 10_000)
     mean_ms = float(np.mean([rules.work_ms(int(rows), 0.0) for rows in sizes.tolist()]))
-    return 1e3 * rules.num_executors / mean_ms
+    return 1e3 * rules.speed / mean_ms
 
 
 def highest_rate(

@@ -1,48 +1,59 @@
-"""How many calls an executor's streams have under way, chosen by what was measured: `CudaBackend` asks at its start.
+"""How many calls an executor's streams have under way, and how much executors get done at once: measured at the start
+of `CudaBackend`.
 
-In: executors that share their streams, and a call. Out: k. While one call is computed the next one is sent and the one
-before comes back; more than pays for that only makes each of them wait longer.
+In: calls a second with 1, 2, ... executors at work. Out: k, and the curve of speed that the schedule goes by
+(`schedule/shared_speed.py`). While one call is computed the next one is sent and the one before comes back; more than
+pays for that only makes each of them wait longer. Two groups of streams, k at most 3:
+
+    at work                    1      2      3      4
+    calls a second, k      100    150    152               k = 2: a third call brings 1%
+    both groups            100    150    160    158
+    speed                  1.0    1.5    1.6    1.6        never less than with fewer: one may be left idle
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from rankd.engine.backend import MOST_IN_FLIGHT
-
-log = logging.getLogger("rankd")
 WORTH = 1.05
 """By how much more calls a second have to be for one call more under way."""
-SECONDS = 0.1
+SECONDS = 0.2
 
 
-def choose(rates: Mapping[int, float]) -> int:
-    """k of calls a second by k: the next one up as long as each step is worth it.
+def choose(rates: Sequence[float]) -> int:
+    """k of calls a second with 1, 2, ... under way: the next one up as long as each step is worth it.
 
-    >>> choose({1: 100.0, 2: 150.0, 3: 152.0}), choose({1: 100.0, 2: 101.0, 3: 180.0})
+    >>> choose([100.0, 150.0, 152.0]), choose([100.0, 101.0, 180.0])
     (2, 1)
     """
     chosen = 1
-    while chosen + 1 in rates and rates[chosen + 1] >= WORTH * rates[chosen]:
+    while chosen < len(rates) and rates[chosen] >= WORTH * rates[chosen - 1]:
         chosen += 1
     return chosen
 
 
-def measured(
-    calls: Sequence[Callable[[], object]],
-    seconds: float = SECONDS,
-    clock: Callable[[], float] = time.perf_counter,
-) -> int:
-    """k of at most as many calls as there are, each of them of an executor of its own, which has run it before."""
-    most = min(len(calls), MOST_IN_FLIGHT)
-    rates = {number: rate(calls[:number], seconds, clock) for number in range(1, most + 1)}
-    chosen = choose(rates)
-    said = ", ".join(f"{number}: {rate:.0f}" for number, rate in rates.items())
-    log.info("%d calls in flight for each executor; calls a second, with the longest list, by k: %s", chosen, said)
-    return chosen
+def speeds(rates: Sequence[float]) -> tuple[float, ...]:
+    """`Backend.speed` of calls a second with 1, 2, ... executors at work. n that were measured to get more than n times
+    as much done, or less than fewer do, are noise.
+
+    >>> speeds([100.0, 210.0, 190.0])
+    (1.0, 2.0, 2.0)
+    """
+    curve: list[float] = []
+    for number, one in enumerate(rates, 1):
+        curve.append(max(min(one / rates[0], float(number)), curve[-1] if curve else 1.0))
+    return tuple(curve)
+
+
+def described(in_flight: int, rates: Sequence[float], curve: Sequence[float]) -> str:
+    """What was measured, for the log."""
+    table = ", ".join(f"{n}: {rate:.0f} ({one:.2f})" for n, (rate, one) in enumerate(zip(rates, curve, strict=True), 1))
+    return (
+        f"{in_flight} calls in flight for each executor's streams; calls a second with the longest list, by executors "
+        f"at work (of one alone): {table}"
+    )
 
 
 def rate(

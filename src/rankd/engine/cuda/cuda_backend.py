@@ -2,15 +2,16 @@
 
 In GPU memory are the weights, the pool of states, and what calls need; the host's states are in page-locked memory,
 which the GPU reads and writes. Streams belong to `EngineConfig.executors`; each has k executors of ours, so that k
-calls are under way on it. Nothing of torch or Triton is imported before an artifact is loaded. Pinning: the calling
-thread launches and waits.
+calls are under way on it. All of them share the GPU: how much they get done at once is measured at the start, and the
+schedule goes by it. Nothing of torch or Triton is imported before an artifact is loaded. Pinning: the calling thread
+launches and waits.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from rankd.engine.backend import (
     plan_threads,
 )
 from rankd.engine.cuda import gpu_presence
+from rankd.engine.cuda.calls_in_flight import choose, described, rate, speeds
 from rankd.engine.cuda.pinned_memory import PinnedMemory
 from rankd.engine.warming import Shapes
 from rankd.errors import ArtifactError, ConfigError, EngineFailure
@@ -53,7 +55,9 @@ MIB = 1 << 20
 class CudaBackend(InThisProcess):
     """Weights on one GPU, the states that stay there, and executors over them.
 
-    `in_flight` is asked for k, with a function that makes executors which share their streams, unless k is configured.
+    `calls_a_second` says what executors get done at once. It is asked of more and more of those that share the first
+    streams, to choose k if that is not configured, and then of those of all streams. None: nothing is measured, k is 1
+    if it is not configured, and executors count as independent.
     """
 
     target = TARGET
@@ -63,7 +67,7 @@ class CudaBackend(InThisProcess):
         model: CudaModel,
         open_device: Callable[[], Device],
         config: EngineConfig,
-        in_flight: Callable[[Callable[[], CudaExecutor]], int] | None = None,
+        calls_a_second: Callable[[Sequence[CudaExecutor]], float] | None = None,
     ) -> None:
         self._model, self._open_device = model, open_device
         self._lock, self._made = threading.Lock(), 0
@@ -76,8 +80,9 @@ class CudaBackend(InThisProcess):
         self._pool = open_pool(model, self._device, config, streams * (config.calls_in_flight or MOST_IN_FLIGHT))
         self.gpu_states: GpuStates | None = self._pool
         self._ready: list[CudaExecutor] = []
-        self.in_flight = config.calls_in_flight or (1 if in_flight is None else in_flight(self._first))
-        self._ready = self._ready[: self.in_flight]
+        self.in_flight = config.calls_in_flight or 1
+        if calls_a_second is not None:
+            self._measure(calls_a_second, config.calls_in_flight, streams)
         self.plan = plan_threads(msgspec.structs.replace(config, executors=streams * self.in_flight, threads=1))
         self.num_executors = self.plan.num_executors
 
@@ -100,7 +105,7 @@ class CudaBackend(InThisProcess):
         check_memory(needed, free, whole)
         device = torch.device("cuda", 0)
         model = model_of(artifact, precision, lambda tensor: tensor.to(device))
-        return cls(model, CudaStreams, config, lambda make: measured_in_flight(artifact.manifest, model, make))
+        return cls(model, CudaStreams, config, partial(calls_a_second, artifact.manifest, model))
 
     def executor(self) -> CudaExecutor:
         """A new executor with memory of its own; `in_flight` of them one after the other share their streams."""
@@ -116,10 +121,26 @@ class CudaBackend(InThisProcess):
         """Bytes of the weights and tables on the GPU."""
         return self._model.weights.num_bytes()
 
-    def _first(self) -> CudaExecutor:
-        """One more for the first streams, which is handed out later."""
-        self._ready.append(self._executor())
-        return self._ready[-1]
+    def _measure(
+        self, calls_a_second: Callable[[Sequence[CudaExecutor]], float], configured: int, streams: int
+    ) -> None:
+        """Choose k, and say what executors get done at once; those that are made for it are handed out later."""
+        rates: list[float] = []
+
+        def one_more() -> None:
+            self._ready.append(self._executor())
+            rates.append(calls_a_second(self._ready))
+
+        while len(rates) < (configured or MOST_IN_FLIGHT):
+            one_more()
+        self.in_flight = configured or choose(rates)
+        del self._ready[self.in_flight :], rates[self.in_flight :]
+        while len(rates) < streams * self.in_flight:
+            if len(rates) % self.in_flight == 0:
+                self._device = self._open_device()
+            one_more()
+        self.speed = speeds(rates)
+        log.info("%s", described(self.in_flight, rates, self.speed))
 
     def _executor(self) -> CudaExecutor:
         from rankd.engine.cuda.cuda_executor import CudaExecutor
@@ -158,11 +179,8 @@ def open_pool(model: CudaModel, device: Device, config: EngineConfig, executors:
     return pool
 
 
-def measured_in_flight(manifest: Manifest, model: CudaModel, make: Callable[[], CudaExecutor]) -> int:
-    """k for the largest list of candidates and a state that is there."""
-    from rankd.engine.cuda.calls_in_flight import measured
-
-    executors = [make() for _ in range(MOST_IN_FLIGHT)]
+def calls_a_second(manifest: Manifest, model: CudaModel, executors: Sequence[CudaExecutor]) -> float:
+    """What executors get done at once: calls for the largest list of candidates and a state that is there."""
     shapes, mark = Shapes(manifest, model.state_type), b"in flight"
     room, candidates = shapes.rooms[-1], shapes.candidates(shapes.candidate_buckets[-1], 1)
     history = shapes.history(room)
@@ -172,7 +190,7 @@ def measured_in_flight(manifest: Manifest, model: CudaModel, make: Callable[[], 
     calls = [partial(one.score, [state], candidates) for one in executors]
     for call in calls:
         call()
-    return measured(calls)
+    return rate(calls)
 
 
 def model_of(artifact: Artifact, precision: Precision, put: Put, **block: int) -> CudaModel:

@@ -33,6 +33,7 @@ class ProcessBackend:
         self._memory = SharedFile()
         self.host_memory: Allocate | None = self._memory.allocate
         self.gpu_states: GpuStates | None = None
+        self.speed: tuple[float, ...] | None = None  # of processes on one GPU it is not measured
         wide = config.wide_threads(self.num_executors)
         own = msgspec.structs.replace(
             config, isolation=Isolation.THREADS, executors=1, pinning=Pinning.OFF, encode_threads=wide,

@@ -22,7 +22,7 @@ from rankd.bench.engine_suite.contestant_messages import (
 from rankd.bench.engine_suite.contestants import load_calls
 from rankd.bench.engine_suite.dense_attention import Attention
 from rankd.bench.engine_suite.dense_model import DenseRanker, dense_form
-from rankd.bench.engine_suite.engine import best_peer, ratios
+from rankd.bench.engine_suite.engine_findings import best_peer, ratios
 from rankd.bench.engine_suite.gpu_contestants import torch_calls
 from rankd.bench.flops import Flops
 from rankd.bench.parity import torch_logits

@@ -28,7 +28,8 @@ from rankd.bench.engine_suite.contestant_messages import (
 )
 from rankd.bench.engine_suite.contestant_process import ContestantProcess, fast_path_library
 from rankd.bench.engine_suite.dense_model import DenseRanker
-from rankd.bench.engine_suite.engine import Trial, best_peer, choose, compete, prepare, ratios, work_flops
+from rankd.bench.engine_suite.engine import choose, compete, prepare
+from rankd.bench.engine_suite.engine_findings import Trial, best_peer, ratios, row_of, work_flops
 from rankd.bench.flops import Flops
 from rankd.bench.peak import gpu_peak_gflops
 from rankd.bench.report import Report, print_report
@@ -161,7 +162,7 @@ def test_several_users_in_a_call(trial: Trial) -> None:
     assert expected[0].shape == (3, 4, 2)
     swapped = Trial(trial.workload, trial.about, trial.artifact, trial.scratch, trial.requests, trial.expected[::-1])
     assert compete(swapped, choose(["ort-fp32"]), 1, 1, nothing, users=3).reasons["ort-fp32"].startswith("its scores")
-    row = suite._row(chosen[0], results, trial, 2e9)
+    row = row_of(chosen[0], results, trial, 2e9)
     assert (row["users"], row["gflop_needed"]) == (3, 6.0)
     assert trial.candidates(5, 3) == 60
 

@@ -186,6 +186,19 @@ def test_nothing_is_taken_once_a_bucket_is_known_and_a_state_that_is_not_there_i
     assert grown == {"taken": 0, "recorded": 0, "transfers": 10, "launched": 6, "waits": 6}
 
 
+def test_a_room_that_was_warmed_takes_histories_of_every_length() -> None:
+    """Warm-up encodes empty histories in rooms of the buckets; kernels are compiled and memory is taken there alone."""
+    schema = schema_of(1)
+    _, executor, device = made(schema, OPTIONS | {"layers": 1}, torch.float32)
+    executor.encode(history_of(schema, 40, [0]))
+    executor.extend(state_of(executor, history_of(schema, 8, [8])), history_of(schema, 8, [0]))
+    before = device.counts["taken"], device.counts["recorded"]
+    for length in (1, 17, 30, 40):
+        executor.encode(history_of(schema, 40, [length]))
+        executor.extend(state_of(executor, history_of(schema, 8, [8])), history_of(schema, 8, [min(length, 8)]))
+    assert (device.counts["taken"], device.counts["recorded"]) == before
+
+
 def test_a_gpu_without_memory_fails_that_call_alone() -> None:
     schema = schema_of(1)
     _, executor, device = made(schema, OPTIONS | {"layers": 1}, torch.float32)

@@ -32,7 +32,7 @@ from rankd.engine.cuda.call_shapes import (
     write_table,
     write_whole,
 )
-from rankd.engine.cuda.call_staging import HOST_TYPES, NOBODY, CallStaging, rung
+from rankd.engine.cuda.call_staging import HOST_TYPES, NOBODY, CallStaging
 from rankd.engine.cuda.cuda_device import Device, Way
 from rankd.engine.cuda.kernels.triton_host_states import Homes, deliver_rows
 from rankd.engine.cuda.paged_states import PageType, StateShape
@@ -207,7 +207,10 @@ class CudaExecutor(InThisProcess):
         known = np.array([[0] * self._shape.blocks if s is None else s.arrays["lengths"][0] for s in states], np.int32)
         check_lengths(self._shape, known + new)
         check_types(self._type, [state for state in states if state is not None])
-        bucket = Bucket(rung(int(new.sum(0).max())), Bucket.of(1, len(histories)).users)
+        rooms = sum(
+            history["history_time"].shape[2] for history in histories
+        )  # as warm-up has them, whatever is in them
+        bucket = Bucket.of(rooms, len(histories))
         with self._device.running():
             prepared = self._prepared(self._encoding, bucket, self._prepare_history)
             with self._grown(states, known, known + new) as placed:

@@ -50,6 +50,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST_SECONDS = 180
 COMPILE_BEFORE, BEGIN_BEFORE = 360.0, 500.0
 """Seconds from the start after which torch compiles nothing more, and no users are begun: there are ten minutes."""
+LONG = 1024
+"""Tokens a block above which the processor takes seconds for a request: then one is held to torch, not eight."""
 BOUND = 0.5
 """Of a logit, as `bench.parity.BOUNDS` has it for bf16."""
 STARTED = time.perf_counter()
@@ -288,9 +290,11 @@ def built(place: Place, workload: Workload, folder: Path) -> Path:
     code = (
         "import sys; from pathlib import Path; from rankd.bench.synthetic_model import build_model; "
         "from rankd.bench.workload import load_workload; from rankd.engine.backend import Precision; "
-        "print(build_model(load_workload(sys.argv[1]), Path(sys.argv[2]), ('cuda',), Precision.BF16))"
+        "given = load_workload(sys.argv[1]), Path(sys.argv[2]), ('cuda',), Precision.BF16, int(sys.argv[3]); "
+        "print(build_model(*given))"
     )
-    command = [sys.executable, "-c", code, workload.name, str(folder)]
+    requests = "1" if workload.block_tokens > LONG else "8"
+    command = [sys.executable, "-c", code, workload.name, str(folder), requests]
     environment = os.environ | {"RANKD_CUDA_TUNE": "off"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)  # noqa: S603 - our own interpreter
     if done.returncode != 0:

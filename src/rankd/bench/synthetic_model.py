@@ -85,8 +85,11 @@ def build_model(
     root: Path,
     targets: tuple[str, ...] = ("openvino",),
     precision: Precision = Precision.FP32,
+    parity_requests: int = PARITY_REQUESTS,
 ) -> Path:
     """Write a model of random weights to `<root>/<workload>/1`, built for the targets; returns that folder.
+
+    `parity_requests`: on how many it is held to torch on the processor; of a long history one takes seconds.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -106,7 +109,8 @@ def build_model(
     for name, parameter in model.named_parameters():
         if name.endswith(("bias.position", "bias.time")):  # zeros when new: parity would not see them
             torch.nn.init.normal_(parameter, std=0.1)
-    contents = Contents(model, kind, schema, catalogue, _parity_requests(schema, catalogue), options)
+    requests = _parity_requests(schema, catalogue, parity_requests)
+    contents = Contents(model, kind, schema, catalogue, requests, options)
     return pack(root, contents, BuildOptions(workload.name, "1", precision, targets, fall_back=True))
 
 
@@ -174,10 +178,10 @@ def catalogue_of(workload: Workload) -> Catalogue:
     return Catalogue(ids, items, people)
 
 
-def _parity_requests(schema: FeatureSchema, catalogue: Catalogue) -> list[Features]:
+def _parity_requests(schema: FeatureSchema, catalogue: Catalogue, count: int) -> list[Features]:
     random = np.random.default_rng(0)
     requests = []
-    for user in range(min(PARITY_REQUESTS, len(catalogue.ids.users))):
+    for user in range(min(count, len(catalogue.ids.users))):
         rows = random.integers(FIRST_ITEM_ROW, schema.num_item_rows, random.integers(1, schema.max_candidates + 1))
         about = UserFeatures(catalogue.users.categories[user], catalogue.users.numeric[user])
         history = catalogue.users.history_of(user)

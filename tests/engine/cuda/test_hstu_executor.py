@@ -24,10 +24,10 @@ OPTIONS: dict[str, Any] = {"width": 24, "heads": 2, "layers": 2, "hidden": 16, "
 DLRM_V3 = OPTIONS | {"form": "dlrm-v3"}
 
 
-def made(
-    schema: FeatureSchema, options: dict[str, Any], dtype: torch.dtype, kind: PageType | None = None
-) -> tuple[Hstu, CudaExecutor]:
-    """An HSTU whose every parameter is random, and an executor over its weights."""
+def model_of_hstu(
+    schema: FeatureSchema, options: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[Hstu, CudaModel]:
+    """An HSTU whose every parameter is random, and its weights as executors have them."""
     torch.manual_seed(0)
     hstu = Hstu(schema, **options).eval()
     with torch.no_grad():
@@ -36,7 +36,15 @@ def made(
                 parameter.add_(0.3 * torch.randn_like(parameter))
     weights = {name: tensor.numpy() for name, tensor in hstu.state_dict().items()}
     loaded = hstu_weights(WeightReader(weights, dtype, lambda tensor: tensor), schema, options)
-    model = CudaModel(loaded, schema, specs_of(schema, loaded.attention_width, loaded.layers.depth), dtype, SMALL)
+    specs = specs_of(schema, loaded.attention_width, loaded.layers.depth)
+    return hstu, CudaModel(loaded, schema, specs, dtype, SMALL)
+
+
+def made(
+    schema: FeatureSchema, options: dict[str, Any], dtype: torch.dtype, kind: PageType | None = None
+) -> tuple[Hstu, CudaExecutor]:
+    """A random HSTU, and an executor over its weights."""
+    hstu, model = model_of_hstu(schema, options, dtype)
     shape, device = model.state_shape(kind), InterpretedDevice()
     return hstu, CudaExecutor(model, StatePool(device, shape, USERS * shape.pages_a_user), device)
 

@@ -34,6 +34,7 @@ from rankd.engine.cuda.call_shapes import (
 )
 from rankd.engine.cuda.call_staging import HOST_TYPES, NOBODY, CallStaging
 from rankd.engine.cuda.cuda_device import Device, Way
+from rankd.engine.cuda.encoded_together import EncodedTogether, sizes_of
 from rankd.engine.cuda.kernels.triton_host_states import Homes, deliver_rows
 from rankd.engine.cuda.paged_states import PageType, StateShape
 from rankd.engine.cuda.pinned_memory import PinnedMemory
@@ -110,11 +111,18 @@ class _Prepared:
 
 class CudaExecutor(InThisProcess):
     """Runs one call at a time. States stay in `pool`, which executors share; `memory` knows what of the host's is
-    locked, if anything is."""
+    locked, if anything is. Histories are encoded `together` with those of other executors."""
 
-    def __init__(self, model: CudaModel, pool: StatePool, device: Device, memory: PinnedMemory | None = None) -> None:
+    def __init__(
+        self,
+        model: CudaModel,
+        pool: StatePool,
+        device: Device,
+        memory: PinnedMemory | None = None,
+        together: EncodedTogether | None = None,
+    ) -> None:
         self._model, self._device, self._pool, self._shape = model, device, pool, pool.shape
-        self._memory = memory
+        self._memory, self._together = memory, together
         self._scoring: dict[Bucket, _Prepared] = {}
         self._encoding: dict[Bucket, _Prepared] = {}
         self._type: np.dtype[np.generic] = np.dtype(HOST_TYPES[pool.shape.dtype])
@@ -124,8 +132,16 @@ class CudaExecutor(InThisProcess):
 
     def encode(self, history: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
         """The state of a history (B = 1), in new arrays or in those of the caller."""
-        made = self.encode_all([history], [into])
-        return made[0]
+        if self._together is None:
+            return self.encode_all([history], [into])[0]
+        self._forget()
+        room = history["history_time"].shape[2]
+        with self._device.running():  # whoever is asked first for a room is at warm-up
+            for users in sizes_of(room):
+                self._prepared(self._encoding, Bucket.of(users * room, users), self._prepare_history)
+        made, placed = self._together.encode(self, history, into)
+        self._made = [placed]
+        return made
 
     def encode_all(
         self, histories: Sequence[Mapping[str, Array]], into: Sequence[Mapping[str, Array] | None]
@@ -156,6 +172,11 @@ class CudaExecutor(InThisProcess):
         made = self._empty(new)
         self._copy(fresh, made["keys_values"], np.zeros(self._shape.blocks, np.int64), counts[0])
         made["times"][...], made["lengths"][...] = times, state.arrays["lengths"] + counts
+        return made
+
+    def made_last(self) -> list[PlacedState]:
+        """Where the states lie that were made last; they are the caller's to keep."""
+        made, self._made = self._made, []
         return made
 
     def keep(self, mark: bytes) -> None:

@@ -29,7 +29,7 @@ from rankd.bench.engine_suite.contestant_messages import (
 from rankd.bench.engine_suite.contestant_process import ContestantProcess, fast_path_library
 from rankd.bench.engine_suite.dense_model import DenseRanker
 from rankd.bench.engine_suite.engine import choose, compete, prepare
-from rankd.bench.engine_suite.engine_findings import Trial, best_peer, ratios, row_of, work_flops
+from rankd.bench.engine_suite.engine_findings import Trial, best_peer, ratios, report_of, row_of, work_flops
 from rankd.bench.flops import Flops
 from rankd.bench.peak import gpu_peak_gflops
 from rankd.bench.report import Report, print_report
@@ -153,8 +153,12 @@ def test_several_users_in_a_call(trial: Trial) -> None:
     """Eight requests are two calls of three users; who computes other scores for one of them would be left out."""
     chosen = choose(RUN)
     results = compete(trial, chosen, 1, 1, nothing, users=3)
-    assert results.reasons == {}
+    assert results.reasons == {"rankd-openvino-fp32-extend": "new events are of one user"}
     assert set(results.parity) == set(RUN) - {"rankd-openvino-fp32-extend"}
+    report = report_of(trial, 1, [results], {}, chosen, {"bf16": {"states_per_gib": 1.0}})
+    assert {row["contestant"] for row in report.results} == set(RUN)
+    assert report.ratios["speedup_cold_3u"] > 0
+    assert (report.workload["ratios_of"], report.workload["users_a_call"]) == ({"1t_3u": "rankd-openvino-fp32"}, [3])
     assert max(results.parity.values()) < 1e-4
     assert (results.suffix, results.setting) == ("_3u", "1t_3u")
     requests, expected = trial.batches(3)

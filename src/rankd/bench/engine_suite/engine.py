@@ -166,7 +166,9 @@ def compete(
         EngineFailure: our own engine failed, or its scores differ from torch's.
     """
     results = Results(threads, users)
-    chosen = [one for one in chosen if users == 1 or one.work is not Work.EXTEND]  # a user's, whoever else is there
+    if users > 1:
+        results.reasons |= {one.name: "new events are of one user" for one in chosen if one.work is Work.EXTEND}
+        chosen = [one for one in chosen if one.work is not Work.EXTEND]
     members: dict[str, list[Contestant]] = {}
     for contestant in chosen:
         members.setdefault(contestant.process, []).append(contestant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,12 +52,18 @@ def test_refuses_kindly_without_a_gpu(
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_a_part_that_fails_is_named_and_the_others_go_on(script: Any) -> None:
+def test_a_part_that_fails_is_named_and_the_others_go_on(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts: dict[str, Any] = {"failed": {}}
-    script.attempt(parts, "first", lambda: 1 // 0)
-    script.attempt(parts, "second", lambda: {"ms": 1.0})
-    assert parts["second"] == {"ms": 1.0}
+    attempt = script.Attempts(parts, tmp_path / "gpu.json")
+    assert attempt("first", lambda: 1 // 0) is None
+    assert attempt("second", lambda: {"ms": 1.0}) == {"ms": 1.0}
+    assert json.loads((tmp_path / "gpu.json").read_text()) == parts  # after each part
     assert parts["failed"]["first"].startswith("ZeroDivisionError")
+    monkeypatch.setattr(script, "BEGIN_BEFORE", -1.0)
+    assert attempt("third", lambda: 1) is None
+    assert parts["failed"]["third"] == "no time left"
 
 
 def test_its_inputs_are_scored(script: Any) -> None:
@@ -91,22 +98,22 @@ def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(script: 
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_it_runs_from_end_to_end_in_the_interpreter(script: Any) -> None:
+def test_it_runs_from_end_to_end_in_the_interpreter(script: Any, tmp_path: Path) -> None:
     """All that is measured of a workload, as `--rehearse` does it: whoever has a GPU should not meet the first typo."""
     workload = script.rehearsal()[1]
     one_layer = msgspec.structs.replace(workload, model=msgspec.structs.replace(workload.model, layers=1))
     parts: dict[str, Any] = {"failed": {}, "limits": script.limits(script.PROCESSOR)}
-    made = script.whole_requests(script.PROCESSOR, one_layer, parts)
+    script.whole_requests(script.PROCESSOR, one_layer, script.Attempts(parts, tmp_path / "gpu.json"))
     assert parts["failed"] == {}
-    assert set(made["users"]) == {1, 2}
-    for figures in made["users"].values():
+    for users in (1, 2):
+        figures = parts[f"hstu of {users}"]
         assert max(figures["parity"].values()) < 0.01
         assert {name for name, value in figures.items() if value is None} == set()
         fused = ("sdpa bf16, dense mask", "flex attention bf16, compiled")
         assert list(figures["left_out"]) == list(fused)  # there is no softmax in an HSTU
     assert parts["hstu in flight"]["dso_gain"] > 0
-    assert set(made["attention"]) == {
-        f"{what} {kind}" for what in ("history", "candidates") for kind in ("fp32", "bf16", "fp8")
+    assert set(parts["hstu attention"]) == {
+        f"{what} {kind}" for what in ("history", "candidates") for kind in ("bf16", "fp8")
     }
 
 

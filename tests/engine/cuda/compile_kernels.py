@@ -41,6 +41,8 @@ INT64 = ("rows", "homes")  # addresses of the host among them
 FLOAT32 = ("scales", "temperature", "positions", "times", "x", "bias", "other", "up_bias", "down_bias", "numbers",
            "added", "users", "norm")  # fmt: skip
 NARROW = ("out", "made", "qkv", "attended", "gates", "pool", "fresh", "arrived", "weight", "up", "down", "tables")
+ODD = ("layer", "layers", "num_tiles", "blocks", "most_pages", "parts")
+"""Integers that are not multiples of 16. Addresses and the others are, which kernels are specialised for."""
 HEADS = {"HEADS": 4, "HEAD": 64, "ROOM": 64}
 HSTU = {"HEADS": 4, "HEAD": 128, "ROOM": 128}
 ATTENTION = {**HEADS, "PAGE": 64, "DISTANCES": 257, "BIASED": True, "block_queries": 64}
@@ -75,7 +77,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
     (triton_feed_forward._feed_forward,
      {"WIDTH": 256, "ROOM": 256, "HIDDEN": 1024, "ACTIVATION": "gelu", "GATED": False}),
     (triton_feed_forward._feed_forward,
-     {"WIDTH": 512, "ROOM": 512, "HIDDEN": 2048, "ACTIVATION": "silu", "GATED": True}),
+     {"WIDTH": 512, "ROOM": 512, "HIDDEN": 2048, "ACTIVATION": "gelu", "GATED": False}),
     (triton_block_fusion._attend, {**HEADS, "BLOCKS": 2}),
     (triton_pooled_gather._pool, {"WIDTH": 256, "ROOM": 256, "COLUMNS": 3, "NUMBERS": 1, "ADDED": True, "USERS": True,
                                   "NORMED": True, "COPIES": 2}),
@@ -94,7 +96,9 @@ def compiled(kernel: Any, constants: dict[str, Any], chosen: triton.Config | Non
     kinds |= {"weight": "*fp32", "out": "*fp32"} if "COPIES" in constants else {}
     kinds |= {"x": "*bf16"} if constants.get("NORMED") is False else {}
     signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
-    source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()})
+    values = {(names.index(name),): value for name, value in constants.items()}
+    whole = [n for n in names if signature[n][0] == "*" or (signature[n] == "i32" and n not in ODD)]
+    source = ASTSource(function, signature, values, {(names.index(n),): [["tt.divisibility", 16]] for n in whole})
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages} if chosen else {"num_warps": 8}
     made = triton.compile(source, target=H200, options=options)
     return {

@@ -167,8 +167,8 @@ def test_a_bucket_that_was_measured_on_nobody_scores_the_same() -> None:
 
 
 def test_a_wide_feed_forward_goes_in_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankd.engine.cuda.climber_layers.WIDEST", 16)
-    assert triton_feed_forward.WIDEST == 512
+    monkeypatch.setattr("rankd.engine.cuda.climber_layers.WIDEST_BYTES", 64)
+    assert triton_feed_forward.WIDEST_BYTES == 1024
     test_computes_what_torch_computes(torch.float32, 1, True, OPTIONS, [2], 3)
 
 

@@ -148,6 +148,7 @@ def test_large_pieces_are_locked_exactly_and_unlocked_before_they_go(monkeypatch
 def test_no_more_is_locked_than_the_machine_can_spare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (available_bytes() or 1 << 20) >= 1 << 20
     monkeypatch.setattr(locked_pages_module, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(locked_pages_module, "GROUP", tmp_path)
     assert available_bytes() is None
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 2048 kB\n")
     assert available_bytes() == 2 << 20
@@ -155,3 +156,9 @@ def test_no_more_is_locked_than_the_machine_can_spare(monkeypatch: pytest.Monkey
         locked_pages(3 << 20, lambda name: Driver())
     monkeypatch.setattr(locked_pages_module, "unlock", lambda address: None)
     assert len(locked_pages(1 << 20, lambda name: Driver())) == 1 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert available_bytes() == 2 << 20
+    for most, left in (("5096", 4096), ("900", 0)):  # of a container
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        assert available_bytes() == left

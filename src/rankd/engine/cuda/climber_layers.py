@@ -16,7 +16,7 @@ from rankd.engine.cuda.cuda_device import Device
 from rankd.engine.cuda.gpu_presence import fusion_heads
 from rankd.engine.cuda.kernels.triton_attention_steps import AttentionTables
 from rankd.engine.cuda.kernels.triton_block_fusion import attend_blocks
-from rankd.engine.cuda.kernels.triton_feed_forward import WIDEST, FeedForward, feed_forward
+from rankd.engine.cuda.kernels.triton_feed_forward import WIDEST_BYTES, FeedForward, feed_forward
 from rankd.engine.cuda.kernels.triton_pieces import LOG2_E
 from rankd.engine.cuda.kernels.triton_projection import Linear, project
 from rankd.engine.cuda.ranker_weights import Joining, LayerRooms, RankerWeights, WeightReader
@@ -135,7 +135,7 @@ def _layer(reader: WeightReader, depth: int) -> LayerWeights:
     return LayerWeights(
         reader.stacked([reader.with_norm(f"{name}norm", f"{name}qkv") for name in names], True),
         out,
-        whole if down.weight.shape[1] <= WIDEST else (up, down),
+        whole if down.weight.shape[1] * down.weight.itemsize <= WIDEST_BYTES else (up, down),
     )
 
 

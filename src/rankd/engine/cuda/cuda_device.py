@@ -104,7 +104,8 @@ class CudaStreams:
     def __init__(self, index: int = 0) -> None:
         self._device = torch.device("cuda", index)
         self._streams: dict[Way, Any] = {way: torch.cuda.Stream(self._device) for way in Way}
-        self._recording: Any = torch.cuda.Stream(self._device)  # a shared one would record what others launch
+        # One that others launch on would record that: torch hands its 32 streams of a priority out again and again.
+        self._recording: Any = torch.cuda.Stream(self._device, priority=-1)
         self._scratch = torch.cuda.graph_pool_handle()  # graphs of one stream run one after the other and keep nothing
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -146,20 +147,23 @@ class CudaStreams:
         event.synchronize()
 
     def captured(self, work: Callable[[], None], way: Way = Way.COMPUTE) -> Callable[[], None]:
-        """A CUDA graph. The run before it compiles and tunes kernels, which cannot happen while it is recorded."""
+        """A CUDA graph. The run before it compiles and tunes kernels, which cannot happen while it is recorded.
+
+        A graph has addresses and keeps no memory: what is returned has `work`, and with it the tensors. The library's
+        workspace is of a stream, and goes when any graph of it does; so each graph gets one of `_scratch`.
+        """
         with _RECORDING:
             with torch.cuda.stream(self._recording):
                 work()
             self._recording.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()
             graph = torch.cuda.CUDAGraph()
             # thread_local: other executors go on launching meanwhile.
             with torch.cuda.graph(graph, self._scratch, self._recording, capture_error_mode="thread_local"):
                 work()
-        if way is Way.COMPUTE:  # the current stream of whoever is `running`
-            compute: Callable[[], None] = graph.replay
-            return compute
+            torch._C._cuda_clearCublasWorkspaces()  # nobody else gets this graph's
 
-        def replay() -> None:
+        def replay(keep: object = work) -> None:
             with torch.cuda.stream(self._streams[way]):
                 graph.replay()
 

@@ -20,6 +20,8 @@ from rankd.engine.cuda.gpu_presence import DRIVER
 
 PORTABLE, MAPPED = 1, 2  # CU_MEMHOSTREGISTER_PORTABLE and _DEVICEMAP: kernels read it at the addresses of the host
 MEMORY = Path("/proc/meminfo")
+GROUP = Path("/sys/fs/cgroup")
+"""Of this container: its own files lie there."""
 
 
 def locked_pages(num_bytes: int, open_driver: Callable[[str], Any] = ctypes.CDLL) -> Tensor:
@@ -48,9 +50,22 @@ def unlock(address: int) -> None:
 
 
 def available_bytes() -> int | None:
-    """What the system could give without ending anybody; None if it does not say."""
+    """What the system could give without ending anybody, the container's limit counted; None if it does not say."""
+    found = [left for left in (_of_the_machine(), _of_the_container()) if left is not None]
+    return min(found, default=None)
+
+
+def _of_the_machine() -> int | None:
     try:
         lines = MEMORY.read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _of_the_container() -> int | None:
+    try:
+        most, used = ((GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return None
+    return max(int(most) - int(used), 0) if most != "max" else None

@@ -8,12 +8,11 @@ its own: for small launches the first wins, for large ones it depends on the GPU
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from torch import Tensor
 
-from rankd.engine.cuda.kernels.triton_pieces import INTERPRETED, TUNE, measured
+from rankd.engine.cuda.kernels.triton_pieces import measured, measures
 
 log = logging.getLogger("rankd")
 Way = Callable[[], None]
@@ -40,8 +39,3 @@ class FastestWay:
             self._chosen[shape] = min(took, key=took.__getitem__)
             log.debug("%s of %s: %s", self._name, shape, ", ".join(f"{n} {ms:.3f} ms" for n, ms in took.items()))
         ways[self._chosen[shape]]()
-
-
-def measures() -> bool:
-    """Whether anything is measured here."""
-    return not bool(INTERPRETED) and os.environ.get(TUNE) != "off"

@@ -38,7 +38,7 @@ class CandidateRows:
     block: int
 
 
-@tuned(CONFIGS, key=("HEAD", "PAGE", "block_queries", "FP8"), suits=in_a_page)
+@tuned(CONFIGS, key=("HEAD", "PAGE", "block_queries", "FP8", "POINTWISE", "BIASED"), suits=in_a_page)
 @triton.jit
 def _attend(
     out, qkv, tiles, lengths, now, pool, scales,

@@ -3,7 +3,7 @@
     out = x + down( activation(up(norm(x))) )                       plain
     out = x + down( activation(up(norm(x))) x gate(norm(x)) )       gated
 
-A program keeps its rows whole, so that the width is bounded by what a processor's registers hold (`WIDEST`).
+A program keeps its rows whole, so that the width is bounded by what a processor holds (`WIDEST_BYTES`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from rankd.engine.cuda.kernels.fastest_way import FastestWay, Way
 from rankd.engine.cuda.kernels.triton_pieces import activated, config, narrowed, product, room_of, tiles_of, tuned
 from rankd.engine.cuda.kernels.triton_projection import EPSILON, Linear, project
 
-WIDEST = 512
+WIDEST_BYTES = 1024
+"""Of a row of weights: 512 numbers in bfloat16, 256 in float32, with which all block sizes fit an H200."""
 FEED_FORWARDS = FastestWay("feed-forward")
 CONFIGS = (
     config(8, 2, block_rows=32, block_hidden=64),
@@ -92,7 +93,7 @@ def _feed_forward(
 
 
 def feed_forward(x: Tensor, layer: FeedForward, counts: Tensor) -> None:
-    """Replace x (G, R, D) float32, of group g the first counts[g] rows; D up to WIDEST.
+    """Replace x (G, R, D) float32, of group g the first counts[g] rows; D up to WIDEST_BYTES.
 
     In one kernel or, where there is no gate, in two projections, whichever is faster.
     """

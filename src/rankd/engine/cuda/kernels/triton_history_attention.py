@@ -41,7 +41,7 @@ class HistoryRows:
     block: int
 
 
-@tuned(CONFIGS, key=("HEAD", "PAGE", "block_queries", "FP8"), suits=in_a_page)
+@tuned(CONFIGS, key=("HEAD", "PAGE", "block_queries", "FP8", "POINTWISE", "BIASED"), suits=in_a_page)
 @triton.jit
 def _attend(
     out, qkv, tiles, known, row_times, pool, scales,

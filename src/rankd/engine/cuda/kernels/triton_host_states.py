@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankd.engine.cuda.kernels.triton_pieces import INTERPRETED, room_of
-from rankd.engine.cuda.kernels.triton_state_rows import _put
+from rankd.engine.cuda.kernels.triton_state_rows import put_rows
 from rankd.engine.cuda.paged_states import PagedStates
 
 ROW = 5
@@ -48,7 +48,7 @@ def _fetch(
         inside = real[:, None] & (columns < HEAD)[None, :]
         numbers = tl.load(source + lane[:, None] * (HEADS * HEAD) + columns[None, :], mask=inside, other=0.0)
         stored, column = (page * parts + part) * PAGE + lane, (head * HEAD + columns)[None, :]
-        _put(pool, scales, stored, column, numbers.to(tl.float32), real, inside, head, HEADS, HEAD, FP8)
+        put_rows(pool, scales, stored, column, numbers.to(tl.float32), real, inside, head, HEADS, HEAD, FP8)
 
 
 @triton.jit

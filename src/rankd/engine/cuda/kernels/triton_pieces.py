@@ -42,6 +42,11 @@ Suits = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 """Whether block sizes suit a kernel's arguments."""
 
 
+def measures() -> bool:
+    """Whether block sizes and ways are chosen by measuring; else the first ones are taken."""
+    return not bool(INTERPRETED) and os.environ.get(TUNE) != "off"
+
+
 def tuned(
     configs: Sequence[triton.Config],
     key: Sequence[str],
@@ -53,7 +58,7 @@ def tuned(
     `restored` names arguments that the kernel changes in place: they are put back between measurements. Only
     configurations that `suits` lets through are tried; the first one has to suit whatever the arguments are.
     """
-    chosen = list(configs[:1]) if INTERPRETED or os.environ.get(TUNE) == "off" else list(configs)
+    chosen = list(configs) if measures() else list(configs[:1])
 
     def suitable(configs: Sequence[triton.Config], given: Mapping[str, Any], **more: Any) -> list[triton.Config]:
         return [one for one in configs if suits(one.kwargs, {**given, **more})]

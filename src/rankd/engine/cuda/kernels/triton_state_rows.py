@@ -47,15 +47,15 @@ def _store(
         column = (head * HEAD + columns)[None, :]
         tl.store(fresh + leaving[:, None] * (HEADS * HEAD) + column, narrowed(numbers, fresh.dtype.element_ty), inside)
         stored = ((page * layers + layer) * 2 + which) * PAGE + place % PAGE
-        _put(pool, scales, stored, column, numbers, real, inside, head, HEADS, HEAD, FP8)
+        put_rows(pool, scales, stored, column, numbers, real, inside, head, HEADS, HEAD, FP8)
 
 
 @triton.jit
-def _put(
+def put_rows(
     pool, scales, stored, column, numbers, real, inside, head, HEADS: tl.constexpr, HEAD: tl.constexpr,
     FP8: tl.constexpr,
 ):  # fmt: skip
-    """Numbers (rows, room) of one head into rows of pages."""
+    """Write numbers (rows, room) of one head into rows of pages."""
     if FP8:
         largest = tl.max(tl.abs(numbers), 1)
         scale = tl.where(largest > 0, largest / 448.0, 1.0)
@@ -82,7 +82,7 @@ def _place(
     came = (number.to(tl.int64) * parts + part) * PAGE + lane
     numbers = tl.load(arrived + came[:, None] * (HEADS * HEAD) + column, mask=inside, other=0.0).to(tl.float32)
     stored = (page * parts + part) * PAGE + lane
-    _put(pool, scales, stored, column, numbers, real, inside, head, HEADS, HEAD, FP8)
+    put_rows(pool, scales, stored, column, numbers, real, inside, head, HEADS, HEAD, FP8)
 
 
 @dataclass(frozen=True, slots=True)

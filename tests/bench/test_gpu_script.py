@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,18 +26,27 @@ from tests.engine.cuda.interpreted_device import InterpretedDevice
 from tests.engine.cuda.test_cuda_executor import OPTIONS, made, near
 from tests.engine.test_native_climber import candidates_of, history_of, schema_of
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def _beside_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+@pytest.fixture
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses ask there
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def asked() -> Any:
+    return importlib.import_module("gpu_requests")
+
+
+@pytest.fixture
+def place() -> Any:
+    return importlib.import_module("gpu_place")
 
 
 def test_refuses_kindly_without_a_gpu(
@@ -66,10 +74,10 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
     assert parts["failed"]["third"] == "no time left"
 
 
-def test_its_inputs_are_scored(script: Any) -> None:
+def test_its_inputs_are_scored(place: Any) -> None:
     artifact = Artifact.open(MODELS / "demo" / "1")
     executor = ReferenceBackend.load(artifact, EngineConfig(), Precision.FP32, StateType.FP32).executor()
-    histories, candidates = script.inputs_of(artifact, load_workload("small"), 2)
+    histories, candidates = place.inputs_of(artifact, load_workload("small"), 2)
     lengths = [tuple(history["history_length"][0].tolist()) for history in histories]
     states = [UserState(executor.encode(one), length) for one, length in zip(histories, lengths, strict=True)]
     logits = executor.score(states, candidates)
@@ -77,7 +85,7 @@ def test_its_inputs_are_scored(script: Any) -> None:
     assert np.isfinite(logits).all()
 
 
-def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(script: Any) -> None:
+def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(asked: Any) -> None:
     schema = schema_of(1)
     device = InterpretedDevice()
     memory = PinnedMemory(device)
@@ -85,7 +93,7 @@ def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(script: 
     backend = SimpleNamespace(executor=lambda: executor, host_memory=memory.allocate)
     histories = [history_of(schema, 8, [length], length) for length in (8, 5)]
     candidates = {name: np.concatenate([array] * 2) for name, array in candidates_of(schema, 3).items()}
-    calls = script.rankd_calls(backend, histories, candidates)
+    calls = asked.rankd_calls(backend, histories, candidates)
     cold = calls["rankd cold"]()
     assert device.done.count("out kernel") == 2  # the marked ones, and these
     near(calls["rankd cold, staged"](), cold, 1e-6)
@@ -98,27 +106,28 @@ def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(script: 
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_it_runs_from_end_to_end_in_the_interpreter(script: Any, tmp_path: Path) -> None:
+def test_it_runs_from_end_to_end_in_the_interpreter(script: Any, place: Any, tmp_path: Path) -> None:
     """All that is measured of a workload, as `--rehearse` does it: whoever has a GPU should not meet the first typo."""
-    workload = script.rehearsal()[1]
+    workload = place.rehearsal()[1]
     one_layer = msgspec.structs.replace(workload, model=msgspec.structs.replace(workload.model, layers=1))
-    parts: dict[str, Any] = {"failed": {}, "limits": script.limits(script.PROCESSOR)}
-    script.whole_requests(script.PROCESSOR, one_layer, script.Attempts(parts, tmp_path / "gpu.json"))
+    parts: dict[str, Any] = {"failed": {}, "limits": script.limits(place.PROCESSOR)}
+    script.whole_requests(place.PROCESSOR, one_layer, script.Attempts(parts, tmp_path / "gpu.json"), tmp_path)
     assert parts["failed"] == {}
+    compiled = script.beside_compiled(place.PROCESSOR, one_layer, tmp_path)
+    assert set(compiled["ms"]) > {"rankd cold", "torch.compile bf16, dense mask"}
     for users in (1, 2):
         figures = parts[f"hstu of {users}"]
         assert max(figures["parity"].values()) < 0.01
-        assert {name for name, value in figures.items() if value is None} == set()
-        fused = ("sdpa bf16, dense mask", "flex attention bf16, compiled")
-        assert list(figures["left_out"]) == list(fused)  # there is no softmax in an HSTU
+        assert {name for name, value in figures.items() if value is None} == {"over_best_peer_cold"}
+        assert list(figures["left_out"]) == ["sdpa bf16, dense mask"]  # there is no softmax in an HSTU
     assert parts["hstu in flight"]["dso_gain"] > 0
     assert set(parts["hstu attention"]) == {
         f"{what} {kind}" for what in ("history", "candidates") for kind in ("bf16", "fp8")
     }
 
 
-def test_a_contestant_with_other_scores_is_left_out(script: Any) -> None:
-    assert script.differs(np.zeros(2), np.array([0.1, -0.2])) == pytest.approx(0.2)
+def test_a_contestant_with_other_scores_is_left_out(asked: Any) -> None:
+    assert asked.differs(np.zeros(2), np.array([0.1, -0.2])) == pytest.approx(0.2)
     for wrong in (1.0, np.nan):
         with pytest.raises(EngineFailure, match="its scores differ from torch by"):
-            script.differs(np.zeros(2), np.array([0.0, wrong]))
+            asked.differs(np.zeros(2), np.array([0.0, wrong]))

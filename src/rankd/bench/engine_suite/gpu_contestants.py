@@ -24,6 +24,8 @@ ATTENTION = {
     Family.FLEX: (Attention.FLEX, True),
 }
 """How each of torch's families attends, and whether it is compiled."""
+COMPILED = "max-autotune"
+"""Of torch.compile: kernels chosen by measuring, launches in graphs."""
 PROVIDERS = {Family.ORT: "CUDAExecutionProvider", Family.TENSORRT: "TensorrtExecutionProvider"}
 
 
@@ -47,7 +49,7 @@ def torch_calls(load: Load, requests: Sequence[Features], device: str) -> dict[W
 
     attention, compiled = ATTENTION[load.family]
     model = dense_form(torch_model(Artifact.open(Path(load.artifact))), attention).eval().to(device)
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model, mode=COMPILED) if compiled else model
     inputs = [torch_inputs(features) for features in requests]
     narrow = load.precision is Precision.BF16
 

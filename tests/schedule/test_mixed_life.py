@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from rankd.errors import EngineFailure
 from rankd.schedule.admission import Limits
 from rankd.schedule.kinds import Mix, Standing
 from rankd.schedule.ledger import Job, Ledger, Work
@@ -212,6 +213,22 @@ def test_an_executor_that_fails_is_replaced_by_one_of_its_kind(rows: int, lost: 
         assert right(other, schedule.submit(other, asked(other, resident=True)))
     assert work.gone == [lost]
     assert schedule.figures().counts.lost_executors == 1
+
+
+@pytest.mark.parametrize(("rows", "failing"), [(10, 0), (1000, 1)])
+def test_what_one_kind_cannot_do_the_other_does(rows: int, failing: int) -> None:
+    """As a GPU that has no memory left for a call: every executor of the kind fails it."""
+    with started(two_kinds(1, 1)) as (schedule, work):
+
+        def fail() -> None:
+            if work.calls[-1][0] in (failing, *range(100 * failing + 100, 100 * failing + 200)):
+                raise EngineFailure("no memory left")
+
+        eventually(lambda: schedule._sharer.idle == 2, "both are idle")
+        item = Item(7, rows, on_score=fail)
+        assert right(item, schedule.submit(item, asked(item, resident=True)))
+        assert schedule.figures().counts.lost_executors == 1
+    assert item.dropped == 1
 
 
 def test_one_that_hangs_is_not_waited_for() -> None:

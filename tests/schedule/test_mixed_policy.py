@@ -140,6 +140,19 @@ def test_a_call_that_takes_longer_than_was_predicted_is_not_waited_for_without_e
     assert next_call(waiting, WIDE, busy(-4.0)) == Call((0,), 32)
 
 
+def test_what_a_kind_has_failed_goes_to_another_as_long_as_there_is_one() -> None:
+    short, long = waiting_for(KINDS, 10), waiting_for(KINDS, 1000)
+    short.failed_on[0], long.failed_on[0] = QUICK + 1, WIDE + 1
+    assert next_call(short, QUICK, Standing(1)) is None
+    assert next_call(short, QUICK, busy(1000.0)) is None
+    assert next_call(short, WIDE, Standing(1)) == Call((0,), 32)
+    assert next_call(long, WIDE, Standing(1)) is None  # not even a part of it
+    assert next_call(long, QUICK, Standing(1)) == Call((0,), 64)
+    assert next_call(short, QUICK, Standing(0)) == Call((0,), 16)  # there is nobody else
+    short.remove(0)
+    assert short.failed_on[0] == 0
+
+
 def test_a_kind_without_executors_gets_nothing() -> None:
     assert next_call(waiting_for(KINDS, 10), WIDE, Standing(0)) == Call((0,), 32)
     assert next_call(waiting_for(KINDS, 1000), QUICK, Standing(0)) == Call((0,), 64)

@@ -54,7 +54,8 @@ class Job(Generic[Item]):
 @dataclass(slots=True, eq=False)
 class Work(Generic[Item]):
     """A call that an executor was given: `jobs`, and for each the part that is scored (none: prepare alone), padded to
-    `bucket`. `unprepared` are those to prepare first, `wide`: on the threads of all executors."""
+    `bucket`. `unprepared` are those to prepare first, `wide`: on the threads of all executors. It is one of a
+    `kind` that has it."""
 
     jobs: list[Job[Item]]
     parts: list[Part[Item]]
@@ -63,6 +64,7 @@ class Work(Generic[Item]):
     started: float
     predicted_ms: float
     wide: bool = False
+    kind: int = 0
     settled: bool = False
     """Its parts are scored, or were handed out once more."""
 
@@ -152,7 +154,7 @@ class Ledger(Generic[Item]):
                 parts.append(self._next_part(job, call.bucket))
         for job in unprepared:  # nobody else can do anything for it until it is
             waiting.hold(job.slot)
-        return Work(jobs, parts, call.bucket, unprepared, now, predicted_ms, call.wide)
+        return Work(jobs, parts, call.bucket, unprepared, now, predicted_ms, call.wide, kind)
 
     def prepared(self, job: Job[Item]) -> None:
         """The state of a request is there: the rest of its candidates may be handed out."""
@@ -190,8 +192,9 @@ class Ledger(Generic[Item]):
         return ended
 
     def lost(self, work: Work[Item]) -> list[Job[Item]]:
-        """An executor was lost over a call: what it had is handed out once more. Those that this was once too often for
-        have ended; they are returned. Nothing happens if that was said before, or the call is done."""
+        """An executor was lost over a call: what it had is handed out once more, to one of another kind if there is
+        any. Those that this was once too often for have ended; they are returned. Nothing happens if that was said
+        before, or the call is done."""
         if work.settled:
             return []
         ended, work.settled = [], True
@@ -205,6 +208,7 @@ class Ledger(Generic[Item]):
                 continue
             if work.parts:
                 self._give_back(job, work.parts[number])
+            self.waiting.failed_on[job.slot] = work.kind + 1
             self.comes(job)
         return ended
 

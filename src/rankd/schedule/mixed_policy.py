@@ -10,6 +10,8 @@ function, as `policy.py`, which makes the call.
   of another one, if all of that ends clearly sooner then. So a request that is alone is shared by all kinds.
 - *A shared device.* Executors of a kind that share one are planned with no more calls at once than that is worth, each
   as much slower as others are at work there then (`shared_speed.py`).
+- *After a failure.* What an executor was lost over goes to one of another kind, as long as there is any: a GPU that has
+  no memory left for a call fails it again.
 - *Fairness.* Planned together are those whose places are within `fairness_ms` of the first one's: it is passed by none
   behind them, nor for ever. Whoever is busy longer than was predicted is reckoned to be so for as long again as that
   is late: others take what it does not come to.
@@ -31,6 +33,8 @@ from rankd.schedule.waiting import NEVER, Waiting
 
 DEPTH = 24
 """Requests that are planned at once: executors are busy with them for longer than a plan holds."""
+ELSEWHERE_S = 3600.0
+"""What a request is reckoned to take on a kind that has failed it."""
 SOON_MS = 0.5
 """Who left everything to others does not ask again before that, unless something happens."""
 
@@ -53,12 +57,12 @@ def decide(
     for slot in slots:
         chosen = plan.chosen[slot]
         helpers = spare + (chosen.kind == kind)
-        if not helpers:
+        if not helpers or (chosen.kind != kind and plan.failed(slot, kind)):
             continue
         others = idle - helpers if idle > 1 else waiting.runnable - 1
         largest = largest_bucket(waiting, slot, idle, others, now, rules, busy)
         part, other = 0, _other(plan, chosen, kind, now)
-        if other is not None:
+        if other is not None and not plan.failed(slot, other.kind):
             slow = rules.costs.speed.contention(busy + helpers), plan.contention(other.kind, other.start)
             split = _Split(waiting, slot, rules, kinds[other.kind], helpers, now, other.start, slow)
             part = split.bucket(largest, now + WORTH * (chosen.end - now))
@@ -89,7 +93,7 @@ class _Plan:
     def make(self, slots: Sequence[int]) -> None:
         """Plan requests, given in their order."""
         there = [kind for kind, line in enumerate(self.lines) if line]
-        takes = {slot: [self._takes_s(slot, self.kinds[kind]) for kind in there] for slot in slots}
+        takes = {slot: [self._takes_s(slot, kind) for kind in there] for slot in slots}
         for slot in sorted(slots, key=lambda slot: _indifference(takes[slot])):
             ends = [self._end(kind, seconds) for kind, seconds in zip(there, takes[slot], strict=True)]
             end = min(ends)
@@ -108,8 +112,16 @@ class _Plan:
         start = self.lines[kind][0]
         return start + seconds * self.contention(kind, start, 1)
 
-    def _takes_s(self, slot: int, rules: Rules) -> float:
+    def failed(self, slot: int, kind: int) -> bool:
+        """Whether a request goes to others than this kind, since one of that was lost over it."""
+        there = (line for number, line in enumerate(self.lines) if number != kind)
+        return bool(self.waiting.failed_on[slot] == kind + 1) and any(there)
+
+    def _takes_s(self, slot: int, kind: int) -> float:
         """What is left of a request, on one executor of a kind."""
+        if self.failed(slot, kind):
+            return ELSEWHERE_S
+        rules = self.kinds[kind]
         return rules.work_ms(int(self.waiting.rows[slot]), _prepare_ms(self.waiting, slot, rules)) / 1e3
 
 

@@ -44,6 +44,7 @@ class Waiting:
               `tails` has the column of each kind of executors, which cut lists each in its way; `tail` is the first's
     prepared  the state is there
     resident  (before it is prepared) it is in memory, so that preparing it is quick
+    failed_on the kind of executors of which one was lost over it, counted from 1; 0: none was
 
     `order` and `places` are the slots that are taken, and their places, in the order of these: kept so, since sorting
     a thousand of them for each newcomer is a quarter of all that the schedule does for it.
@@ -64,6 +65,7 @@ class Waiting:
         self.tails = [np.zeros(capacity, np.int64) for _ in range(kinds)]
         self.prepared = np.zeros(capacity, bool)
         self.resident = np.zeros(capacity, bool)
+        self.failed_on = np.zeros(capacity, np.int64)
         self._order = np.zeros(capacity, np.int64)
         self._places = np.full(capacity, NEVER)
         self._found = np.zeros(capacity, np.int64)
@@ -105,7 +107,7 @@ class Waiting:
         self.hold(slot)
         self.place[slot] = self.deadline[slot] = self.latest[slot] = NEVER
         self.left_ms[slot] = 0.0
-        self.rows[slot] = 0
+        self.rows[slot] = self.failed_on[slot] = 0
         self.no_tail(slot)
         self.prepared[slot] = self.resident[slot] = False
         self._free.append(slot)
@@ -159,7 +161,7 @@ class Waiting:
     def _grow(self) -> None:
         for name in ("turn", "place", "deadline", "latest", "_places"):
             setattr(self, name, _longer(getattr(self, name), NEVER))
-        for name in ("left_ms", "rows", "prepared", "resident", "_order", "_found"):
+        for name in ("left_ms", "rows", "prepared", "resident", "failed_on", "_order", "_found"):
             setattr(self, name, _longer(getattr(self, name), 0))
         self.tails = [_longer(tail, 0) for tail in self.tails]
 

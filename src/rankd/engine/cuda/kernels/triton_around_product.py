@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankd.engine.cuda.kernels.triton_pieces import activated, config, narrowed, room_of, sigmoid, tiles_of, tuned
+from rankd.engine.cuda.kernels.triton_pieces import after_product, config, narrowed, room_of, tiles_of, tuned
 
 NORMALISE = (config(4, 1, block_rows=4), *(config(w, 1, block_rows=rows) for rows, w in ((1, 4), (8, 8))))
 FINISH = (
@@ -51,11 +51,8 @@ def _finish(
     inside = (row < tl.load(counts + group))[:, None] & wanted[None, :]
     total = tl.load(made + (group * capacity + row)[:, None] * OUTPUTS + column[None, :], mask=inside, other=0.0)
     total = total.to(tl.float32) + tl.load(bias + group * bias_group + column, mask=wanted, other=0.0)[None, :]
-    total = tl.where((column >= ACTIVATED_FROM)[None, :], activated(total, ACTIVATION), total)
-    if RESIDUAL or GATED:
-        theirs = other + group * other_group + row[:, None] * other_row + column[None, :]
-        numbers = tl.load(theirs, mask=inside, other=0.0).to(tl.float32)
-        total = numbers + total if RESIDUAL else numbers * sigmoid(total)
+    theirs = other + group * other_group + row[:, None] * other_row + column[None, :]
+    total = after_product(total, theirs, column, inside, ACTIVATION, ACTIVATED_FROM, RESIDUAL, GATED)
     target = out + group * out_group + row[:, None] * out_row + column[None, :]
     tl.store(target, narrowed(total, out.dtype.element_ty), mask=inside)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankd.engine.cuda.kernels.triton_pieces import config, narrowed, product, tiles_of, tuned
+from rankd.engine.cuda.kernels.triton_pieces import config, mean_and_spread, narrowed, product, tiles_of, tuned
 
 CONFIGS = (
     config(4, 3, block_rows=32, block_outputs=64, block_inputs=64),
@@ -56,17 +56,7 @@ def _finish(
     wanted = column < OUTPUTS
     lane = tl.arange(0, block_inputs)
     rows = attended + group * attended_group + row[:, None] * WIDTH
-    mean = tl.zeros((block_rows,), tl.float32)
-    for start in range(0, WIDTH, block_inputs):
-        inside = real[:, None] & (start + lane < WIDTH)[None, :]
-        mean += tl.sum(tl.load(rows + (start + lane)[None, :], mask=inside, other=0.0).to(tl.float32), 1)
-    mean = mean / WIDTH
-    squares = tl.zeros((block_rows,), tl.float32)
-    for start in range(0, WIDTH, block_inputs):
-        inside = real[:, None] & (start + lane < WIDTH)[None, :]
-        part = tl.load(rows + (start + lane)[None, :], mask=inside, other=0.0).to(tl.float32) - mean[:, None]
-        squares += tl.sum(tl.where(inside, part * part, 0.0), 1)
-    spread = 1.0 / tl.sqrt(squares / WIDTH + epsilon)
+    mean, spread = mean_and_spread(rows, real, lane, epsilon, WIDTH, block_rows, block_inputs)
     theirs = gates + group * gates_group + row[:, None] * gates_row
     weights = weight + group * weight_group + column[None, :] * (PARTS * WIDTH)
     about = norm + group * (2 * WIDTH)

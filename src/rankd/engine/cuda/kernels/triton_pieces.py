@@ -131,3 +131,35 @@ def narrowed(x, kind: tl.constexpr):
             normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
             x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)  # below 2^-6 in steps of 2^-9
     return x.to(kind)
+
+
+@triton.jit
+def mean_and_spread(
+    rows, real, lane, epsilon, WIDTH: tl.constexpr, block_rows: tl.constexpr, block_inputs: tl.constexpr
+):
+    """What a layer norm takes from each row and multiplies by, (rows,) each: the mean, then 1 / sqrt(variance +
+    epsilon) of what is left. `rows` are the addresses (rows, 1) of their first numbers."""
+    mean = tl.zeros((block_rows,), tl.float32)
+    for start in range(0, WIDTH, block_inputs):
+        inside = real[:, None] & (start + lane < WIDTH)[None, :]
+        mean += tl.sum(tl.load(rows + (start + lane)[None, :], mask=inside, other=0.0).to(tl.float32), 1)
+    mean = mean / WIDTH
+    squares = tl.zeros((block_rows,), tl.float32)
+    for start in range(0, WIDTH, block_inputs):
+        inside = real[:, None] & (start + lane < WIDTH)[None, :]
+        part = tl.load(rows + (start + lane)[None, :], mask=inside, other=0.0).to(tl.float32) - mean[:, None]
+        squares += tl.sum(tl.where(inside, part * part, 0.0), 1)
+    return mean, 1.0 / tl.sqrt(squares / WIDTH + epsilon)
+
+
+@triton.jit
+def after_product(
+    total, theirs, column, inside, ACTIVATION: tl.constexpr, ACTIVATED_FROM: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """What follows a product and its bias: an activation of some columns, then a residual or gate, read at `theirs`."""
+    total = tl.where((column >= ACTIVATED_FROM)[None, :], activated(total, ACTIVATION), total)
+    if RESIDUAL or GATED:
+        numbers = tl.load(theirs, mask=inside, other=0.0).to(tl.float32)
+        total = numbers + total if RESIDUAL else numbers * sigmoid(total)
+    return total

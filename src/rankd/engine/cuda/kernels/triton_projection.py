@@ -20,7 +20,15 @@ from torch import Tensor
 
 from rankd.engine.cuda.kernels.fastest_way import FastestWay
 from rankd.engine.cuda.kernels.triton_around_product import finish_product, rows_for_product
-from rankd.engine.cuda.kernels.triton_pieces import activated, config, narrowed, product, sigmoid, tiles_of, tuned
+from rankd.engine.cuda.kernels.triton_pieces import (
+    after_product,
+    config,
+    mean_and_spread,
+    narrowed,
+    product,
+    tiles_of,
+    tuned,
+)
 
 EPSILON = 1e-5  # of nn.LayerNorm
 CONFIGS = (
@@ -76,16 +84,7 @@ def _project(
     mean = tl.zeros((block_rows,), tl.float32)
     spread = tl.full((block_rows,), 1.0, tl.float32)
     if NORMED:
-        for start in range(0, INPUTS, block_inputs):
-            inside = real[:, None] & (start + lane < INPUTS)[None, :]
-            mean += tl.sum(tl.load(rows + (start + lane)[None, :], mask=inside, other=0.0).to(tl.float32), 1)
-        mean = mean / INPUTS
-        squares = tl.zeros((block_rows,), tl.float32)
-        for start in range(0, INPUTS, block_inputs):
-            inside = real[:, None] & (start + lane < INPUTS)[None, :]
-            part = tl.load(rows + (start + lane)[None, :], mask=inside, other=0.0).to(tl.float32) - mean[:, None]
-            squares += tl.sum(tl.where(inside, part * part, 0.0), 1)
-        spread = 1.0 / tl.sqrt(squares / INPUTS + epsilon)
+        mean, spread = mean_and_spread(rows, real, lane, epsilon, INPUTS, block_rows, block_inputs)
     total = tl.zeros((block_rows, block_outputs), tl.float32)
     for start in range(0, INPUTS, block_inputs):
         there = start + lane < INPUTS
@@ -96,12 +95,9 @@ def _project(
                           mask=wanted[None, :] & there[:, None], other=0.0)  # fmt: skip
         total = product(narrowed(part.to(tl.float32), against.dtype), against, total)
     total += tl.load(bias + group * bias_group + column, mask=wanted, other=0.0)[None, :]
-    total = tl.where((column >= ACTIVATED_FROM)[None, :], activated(total, ACTIVATION), total)
     inside = real[:, None] & wanted[None, :]
-    if RESIDUAL or GATED:
-        theirs = other + group * other_group + row[:, None] * other_row + column[None, :]
-        numbers = tl.load(theirs, mask=inside, other=0.0).to(tl.float32)
-        total = numbers + total if RESIDUAL else numbers * sigmoid(total)
+    theirs = other + group * other_group + row[:, None] * other_row + column[None, :]
+    total = after_product(total, theirs, column, inside, ACTIVATION, ACTIVATED_FROM, RESIDUAL, GATED)
     target = out + group * out_group + row[:, None] * out_row + column[None, :]
     tl.store(target, narrowed(total, out.dtype.element_ty), mask=inside)
 

@@ -89,6 +89,19 @@ def state_of(executor: CudaExecutor, history: dict[str, Array]) -> UserState:
     return UserState(executor.encode(history), tuple(history["history_length"][0].tolist()))
 
 
+def check_as_torch(
+    model: Any, executor: CudaExecutor, schema: FeatureSchema, lengths: list[int], count: int, bound: float
+) -> None:
+    """States and scores are those of the torch model, and there is nothing behind a state's tokens."""
+    history, candidates = history_of(schema, 20, lengths), candidates_of(schema, count)
+    state, expected = state_of(executor, history), model.encode(tensors(history))
+    for block, length in enumerate(lengths):
+        ours = state.arrays["keys_values"][0, block, :, :, :length]
+        near(ours, expected["keys_values"][0, block, :, :, :length].numpy(), bound)
+        assert not state.arrays["keys_values"][0, block, :, :, length:].any()
+    near(executor.score([state], candidates), model.score(expected, tensors(candidates)).numpy(), bound)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -103,14 +116,7 @@ def test_computes_what_torch_computes(
 ) -> None:
     schema = schema_of(blocks, features)
     climber, executor, _ = made(schema, options, dtype)
-    history, candidates = history_of(schema, 20, lengths), candidates_of(schema, count)
-    state, expected = state_of(executor, history), climber.encode(tensors(history))
-    for block, length in enumerate(lengths):
-        ours = state.arrays["keys_values"][0, block, :, :, :length]
-        near(ours, expected["keys_values"][0, block, :, :, :length].numpy(), BOUNDS[dtype])
-        assert not state.arrays["keys_values"][0, block, :, :, length:].any()
-    logits = executor.score([state], candidates)
-    near(logits, climber.score(expected, tensors(candidates)).numpy(), BOUNDS[dtype])
+    check_as_torch(climber, executor, schema, lengths, count, BOUNDS[dtype])
 
 
 @torch.inference_mode()

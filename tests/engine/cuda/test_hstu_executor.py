@@ -17,7 +17,7 @@ from rankd.features.schema import FeatureSchema
 from rankd.models.hstu import Hstu
 from rankd.types import UserState
 from tests.engine.cuda.interpreted_device import InterpretedDevice
-from tests.engine.cuda.test_cuda_executor import BOUNDS, SMALL, USERS, near, specs_of, state_of
+from tests.engine.cuda.test_cuda_executor import BOUNDS, SMALL, USERS, check_as_torch, near, specs_of, state_of
 from tests.engine.test_native_climber import candidates_of, history_of, schema_of, tensors
 
 OPTIONS: dict[str, Any] = {"width": 24, "heads": 2, "layers": 2, "hidden": 16, "form": "paper"}
@@ -64,12 +64,7 @@ def test_computes_what_torch_computes(
 ) -> None:
     schema = schema_of(blocks, features)
     hstu, executor = made(schema, options, dtype)
-    history, candidates = history_of(schema, 20, lengths), candidates_of(schema, count)
-    state, expected = state_of(executor, history), hstu.encode(tensors(history))
-    for block, length in enumerate(lengths):
-        ours = state.arrays["keys_values"][0, block, :, :, :length]
-        near(ours, expected["keys_values"][0, block, :, :, :length].numpy(), BOUNDS[dtype])
-    near(executor.score([state], candidates), hstu.score(expected, tensors(candidates)).numpy(), BOUNDS[dtype])
+    check_as_torch(hstu, executor, schema, lengths, count, BOUNDS[dtype])
 
 
 @torch.inference_mode()

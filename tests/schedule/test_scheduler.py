@@ -53,6 +53,7 @@ class Work:
     def __init__(self) -> None:
         self.calls: list[tuple[int, list[tuple[int, int, int]]]] = []
         self.gone: list[int] = []
+        self.on_let_go: Hook = lambda: None
 
     def prepare(self, item: Item, executor: int, alone: bool, wide: bool) -> When | None:
         item.prepared += 1
@@ -82,6 +83,7 @@ class Work:
 
     def let_go(self, executor: int) -> None:
         self.gone.append(executor)
+        self.on_let_go()
 
     def drop(self, item: Item) -> None:
         item.dropped += 1
@@ -411,6 +413,22 @@ def test_closing_does_not_wait_for_what_never_comes() -> None:
             first.result(PATIENCE)
         closing.join(PATIENCE)
         assert not closing.is_alive()
+
+
+def test_closing_waits_for_what_a_failed_executor_hands_back() -> None:
+    failing = Item(0, 5)
+
+    def fail() -> None:
+        raise EngineFailure("always")
+
+    failing.on_score = fail
+    with started(executors=1) as (schedule, work):
+        work.on_let_go = lambda: time.sleep(0.3)  # it lasts, and what the request held is given back after it
+        future = schedule.submit(failing, asked(failing))
+        with pytest.raises(EngineFailure):
+            future.result(PATIENCE)
+    assert failing.dropped == 1
+    assert schedule.figures().counts.failed == 1
 
 
 @contextmanager

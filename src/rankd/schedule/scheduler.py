@@ -90,7 +90,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._closed = True
             self._all_ended.wait_for(lambda: self._ledger.empty)
             self._changed.notify_all()
-        while left := [seat.thread for seat in self._seats if not seat.lost and seat.thread and seat.thread.is_alive()]:
+        while left := [seat.thread for seat in self._seats if seat.thread and seat.comes_back()]:
             left[0].join(JOIN_SECONDS)  # not for ever: it may be found to hang
         with self._lock:
             self._cores.leave(self._sharer)
@@ -194,6 +194,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             except Exception as error:  # noqa: BLE001 - the edge of the thread: the executor is in doubt
                 failed = self._fault(work, seat, error)
             self._leave(work, seat)
+        seat.failing = False
         return failed
 
     def _next(self, seat: Seat[Item, Executor]) -> Work[Item] | None:
@@ -328,7 +329,7 @@ class Scheduler(Generic[Item, Result, Executor]):
         with self._lock:
             if seat.given_up():
                 return False
-            seat.lost = True
+            seat.lost = seat.failing = True
             self._cores.give_back(seat)
         log.error("executor %d of '%s' failed and is replaced", seat.number, self._name, exc_info=error)
         self._lose(work, error)

@@ -22,8 +22,9 @@ PREDICTED_TIMES = 20.0
 
 @dataclass(slots=True, eq=False)
 class Seat(Generic[Item, Executor]):
-    """`work` since `since` (seconds). A `lost` one has been given up: its thread ends when it comes back, if ever.
-    `kind` is the place of its executor's kind among the rules."""
+    """`work` since `since` (seconds). A `lost` one has been given up: its thread ends when it comes back, if ever. That
+    of a `failing` one has come back, and hands over what it had. `kind` is the place of its executor's kind among the
+    rules."""
 
     number: int
     executor: Executor
@@ -32,6 +33,11 @@ class Seat(Generic[Item, Executor]):
     work: Work[Item] | None = None
     since: float = NEVER
     lost: bool = False
+    failing: bool = False
+
+    def comes_back(self) -> bool:
+        """Whether its thread still has something to hand over, and will unless it is found to hang."""
+        return (not self.lost or self.failing) and self.thread is not None and self.thread.is_alive()
 
     def given_up(self) -> bool:
         """Whether another seat has taken its place; it may at any moment."""

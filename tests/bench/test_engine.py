@@ -15,9 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rankd.bench.engine_suite.engine as suite
+from rankd.artifact import Artifact
+from rankd.bench.engine_suite import own_contestant
 from rankd.bench.engine_suite.contestant_messages import (
     CONTESTANTS,
     Family,
+    Load,
     Packed,
     Work,
     pack,
@@ -36,11 +39,13 @@ from rankd.bench.report import Report, print_report
 from rankd.bench.synthetic_model import build_model, schema_of
 from rankd.bench.workload import Workload, read_workload
 from rankd.cli.benchmarks import bench
-from rankd.engine.backend import Precision
+from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.cuda.cuda_backend import CudaBackend, model_of
 from rankd.errors import ConfigError, EngineFailure
 from rankd.features.schema import candidate_specs, history_specs
 from rankd.models.climber import Climber
 from rankd.types import Array, Features
+from tests.engine.cuda.interpreted_device import InterpretedDevice
 
 TINY = """
 name = "tiny"
@@ -153,8 +158,8 @@ def test_several_users_in_a_call(trial: Trial) -> None:
     """Eight requests are two calls of three users; who computes other scores for one of them would be left out."""
     chosen = choose(RUN)
     results = compete(trial, chosen, 1, 1, nothing, users=3)
-    assert results.reasons == {"rankd-openvino-fp32-extend": "new events are of one user"}
-    assert set(results.parity) == set(RUN) - {"rankd-openvino-fp32-extend"}
+    assert results.reasons == {}
+    assert set(results.parity) == set(RUN)
     report = report_of(trial, 1, [results], {}, chosen, {"bf16": {"states_per_gib": 1.0}})
     assert {row["contestant"] for row in report.results} == set(RUN)
     assert report.ratios["speedup_cold_3u"] > 0
@@ -169,6 +174,20 @@ def test_several_users_in_a_call(trial: Trial) -> None:
     row = row_of(chosen[0], results, trial, 2e9)
     assert (row["users"], row["gflop_needed"]) == (3, 6.0)
     assert trial.candidates(5, 3) == 60
+
+
+def test_users_are_computed_in_one_call_where_an_executor_can(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(Artifact.open(trial.artifact), Precision.FP32, lambda tensor: tensor, tile=16, page=16)
+    backend = CudaBackend(model, InterpretedDevice, EngineConfig(gpu_state_mib=1))
+    monkeypatch.setattr(own_contestant, "load_backend", lambda artifact, config: backend)
+    requests, expected = trial.batches(3)
+    load = Load(Family.RANKD, Precision.FP32, "cuda", 1, str(trial.artifact), str(trial.scratch), requests[:1])
+    made = own_contestant.rankd_calls(load, [unpack_features(one) for one in requests[:1]])
+    alone = backend.executor()
+    for name in ("encode", "extend"):
+        monkeypatch.setattr(type(alone), name, lambda *_: pytest.fail("users are computed one by one"))
+    for work in (Work.COLD, Work.WARM, Work.EXTEND):
+        assert np.abs(made[work].logits(0) - expected[0]).max() < 1e-4
 
 
 def test_requests_of_different_sizes_make_no_batch(trial: Trial) -> None:

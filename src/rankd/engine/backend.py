@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
 
 import msgspec
 from msgspec import Meta
@@ -185,6 +185,25 @@ class Executor(Protocol):
     def close(self) -> None:
         """It is not used any more, from whichever thread that is said. A call that is under way, since it hangs, ends
         with EngineFailure if it can be ended."""
+        ...
+
+
+@runtime_checkable
+class JointExecutor(Executor, Protocol):
+    """One that computes new events of several users (each B = 1) in one call, too."""
+
+    def encode_all(
+        self, histories: Sequence[Mapping[str, Array]], into: Sequence[Mapping[str, Array] | None]
+    ) -> list[Mapping[str, Array]]:
+        """`encode` of each."""
+        ...
+
+    def extend_all(self, states: Sequence[UserState], news: Sequence[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
+        """`extend` of each."""
+        ...
+
+    def keep_all(self, marks: Sequence[bytes]) -> None:
+        """`keep` of each."""
         ...
 
 

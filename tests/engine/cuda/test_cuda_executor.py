@@ -139,6 +139,9 @@ def test_extends_as_torch_does_and_scores_on_it_as_on_the_whole() -> None:
         "times": whole["history_time"],
         "lengths": added["lengths"],
     }
+    (together, other) = executor.extend_all([state, state_of(executor, whole)], [rest, first])
+    near(together["keys_values"], added["keys_values"], 1e-6)
+    assert (together["lengths"].tolist(), other["lengths"].tolist()) == ([[20]], [[35]])
     candidates = candidates_of(schema, 5)
     expected_logits = climber.score(climber.encode(tensors(whole)), tensors(candidates)).numpy()
     near(executor.score([UserState(joined, (20,))], candidates), expected_logits, 1e-5)

@@ -8,7 +8,6 @@ Next: `contestant_process.py` is the other end of the pipes.
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import shutil
 import sys
@@ -18,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from rankd.artifact import Artifact, Manifest
+from rankd.artifact import Artifact
 from rankd.bench.engine_suite.contestant_calls import Calls, arrays_of, export_dense, ort_calls_on, same_shapes
 from rankd.bench.engine_suite.contestant_messages import (
-    APPENDED,
     GPU,
     LENGTH_BYTES,
     Command,
@@ -41,12 +38,10 @@ from rankd.bench.engine_suite.contestant_messages import (
     unpack_features,
     write_frame,
 )
-from rankd.engine.backend import EngineConfig, Executor, Precision
-from rankd.engine.state_arrays import APPEND_BUCKETS, token_axis, write_additions
-from rankd.engine.targets import load_backend
+from rankd.bench.engine_suite.own_contestant import rankd_calls
+from rankd.engine.backend import Precision
 from rankd.errors import EngineFailure
-from rankd.features.assembly import appended_tokens
-from rankd.types import Array, Features, Float32Array, UserState
+from rankd.types import Features, Float32Array
 
 
 def load_calls(load: Load) -> dict[Work, Calls]:
@@ -148,101 +143,6 @@ def openvino_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls
         return logits
 
     return {Work.COLD: Calls(call, call)}
-
-
-def rankd_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
-    """Our engine: all of a request, the scoring over states that are kept, the encoding alone, the extending."""
-    config = EngineConfig(load.target, load.precision, executors=1, threads=load.threads)
-    artifact = Artifact.open(Path(load.artifact))
-    executor = load_backend(artifact, config).executor()
-    histories = [alone(one.history) for one in requests]
-    lengths = [[tuple(one["history_length"][0].tolist()) for one in users] for users in histories]
-
-    def encode(i: int) -> list[UserState]:
-        """Each under a mark of its own, so that the engine may keep it where it computes."""
-        marks = [next(numbers).to_bytes(8, "little") for _ in histories[i]]
-        states = encoded(executor, histories[i], marks)
-        return [UserState(*one) for one in zip(states, lengths[i], marks, strict=True)]
-
-    def score(i: int, states: Sequence[UserState]) -> Float32Array:
-        return executor.score(states, requests[i].candidates)[:, : requests[i].num_candidates]
-
-    def cold(i: int) -> Float32Array:
-        return score(i, encode(i))
-
-    def warm(i: int) -> Float32Array:
-        return score(i, kept[i])
-
-    numbers = itertools.count()
-    kept = [[copy_of(state) for state in encode(i)] for i in range(len(requests))]
-    return {
-        Work.COLD: Calls(cold, cold),
-        Work.WARM: Calls(warm, warm),
-        Work.ENCODE: Calls(encode, cold),
-    } | ({} if len(histories[0]) > 1 else {Work.EXTEND: extend_calls(executor, artifact.manifest, requests)})
-
-
-def alone(history: Mapping[str, Array]) -> list[dict[str, Array]]:
-    """The histories of several users, each B = 1."""
-    users = len(history["history_length"])
-    return [{name: array[user : user + 1] for name, array in history.items()} for user in range(users)]
-
-
-def encoded(
-    executor: Any, histories: Sequence[Mapping[str, Array]], marks: Sequence[bytes]
-) -> Sequence[Mapping[str, Array]]:
-    """States of several users: in one call where the executor can, else one after the other."""
-    if len(histories) > 1 and hasattr(executor, "encode_all"):
-        together: Sequence[Mapping[str, Array]] = executor.encode_all(histories, [None] * len(histories))
-        executor.keep_all(marks)
-        return together
-    states = []
-    for history, mark in zip(histories, marks, strict=True):
-        states.append(executor.encode(history))
-        executor.keep(mark)
-    return states
-
-
-def extend_calls(executor: Executor, manifest: Manifest, requests: Sequence[Features]) -> Calls:
-    """The newest APPENDED events of each history, spread over its blocks, go to the state of the events before."""
-    histories = [one.history for one in requests]
-    lengths = [one["history_length"][0] for one in histories]
-    counts = [np.minimum(one, [len(part) for part in np.array_split(np.arange(APPENDED), len(one))]) for one in lengths]
-    befores = [one - count for one, count in zip(lengths, counts, strict=True)]
-    states, news, wholes = [], [], []
-    for history, before in zip(histories, befores, strict=True):
-        states.append(copy_of(UserState(executor.encode(shortened(history, before)), tuple(before.tolist()))))
-        news.append(appended_tokens(history, states[-1].lengths, APPEND_BUCKETS))
-        # `write_additions` replaces what does not grow: each call starts from what the state before has
-        wholes.append({s.name: states[-1].arrays[s.name].copy() for s in manifest.state if token_axis(s) is None})
-
-    def call(i: int) -> None:
-        for name, whole in wholes[i].items():
-            states[i].arrays[name][...] = whole
-        added = executor.extend(states[i], news[i])
-        write_additions(manifest.state, states[i].arrays, states[i].lengths, added, counts[i].tolist())
-
-    def logits(i: int) -> Float32Array:
-        call(i)
-        longer = UserState(states[i].arrays, tuple(lengths[i].tolist()))
-        return executor.score([longer], requests[i].candidates)[:, : requests[i].num_candidates]
-
-    return Calls(call, logits)
-
-
-def shortened(history: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
-    """The first `lengths[n]` tokens of each block; nothing is left of the rest, so no score can come from it."""
-    arrays = {name: np.array(array) for name, array in history.items()}
-    arrays["history_length"][0] = lengths
-    for name, array in arrays.items():
-        for block, length in enumerate(lengths.tolist() if name != "history_length" else ()):
-            array[0, block, length:] = 0
-    return arrays
-
-
-def copy_of(state: UserState) -> UserState:
-    """A state to keep: what an executor hands out is its own until its next call."""
-    return UserState({name: np.array(array) for name, array in state.arrays.items()}, state.lengths, state.mark)
 
 
 MAKERS: Mapping[Family, Callable[[Load, Sequence[Features]], dict[Work, Calls]]] = {

@@ -22,7 +22,6 @@ from rankd.bench.engine_suite.contestant_messages import (
     GPU,
     Contestant,
     Family,
-    Work,
     pack_features,
     unpack_features,
 )
@@ -166,9 +165,6 @@ def compete(
         EngineFailure: our own engine failed, or its scores differ from torch's.
     """
     results = Results(threads, users)
-    if users > 1:
-        results.reasons |= {one.name: "new events are of one user" for one in chosen if one.work is Work.EXTEND}
-        chosen = [one for one in chosen if one.work is not Work.EXTEND]
     members: dict[str, list[Contestant]] = {}
     for contestant in chosen:
         members.setdefault(contestant.process, []).append(contestant)

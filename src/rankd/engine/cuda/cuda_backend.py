@@ -30,7 +30,7 @@ from rankd.engine.backend import (
 )
 from rankd.engine.cuda import gpu_presence
 from rankd.engine.cuda.calls_in_flight import choose, described, rate, speeds
-from rankd.engine.cuda.encoded_together import EncodedTogether
+from rankd.engine.cuda.events_together import EventsTogether
 from rankd.engine.cuda.pinned_memory import PinnedMemory
 from rankd.engine.warming import Shapes
 from rankd.errors import ArtifactError, ConfigError, EngineFailure
@@ -80,7 +80,7 @@ class CudaBackend(InThisProcess):
         self.host_memory: Allocate | None = self._memory.allocate
         self._pool = open_pool(model, self._device, config, streams * (config.calls_in_flight or MOST_IN_FLIGHT))
         self.gpu_states: GpuStates | None = self._pool
-        self._together = EncodedTogether(streams, self._pool.most_users)
+        self._together = EventsTogether(streams, self._pool.most_users)
         self._ready: list[CudaExecutor] = []
         self.in_flight = config.calls_in_flight or 1
         if calls_a_second is not None:

@@ -34,7 +34,7 @@ from rankd.engine.cuda.call_shapes import (
 )
 from rankd.engine.cuda.call_staging import HOST_TYPES, NOBODY, CallStaging
 from rankd.engine.cuda.cuda_device import Device, Way
-from rankd.engine.cuda.encoded_together import EncodedTogether, sizes_of
+from rankd.engine.cuda.events_together import EventsTogether, NewEvents, sizes_of
 from rankd.engine.cuda.kernels.triton_host_states import Homes, deliver_rows
 from rankd.engine.cuda.paged_states import PageType, StateShape
 from rankd.engine.cuda.pinned_memory import PinnedMemory
@@ -111,7 +111,7 @@ class _Prepared:
 
 class CudaExecutor(InThisProcess):
     """Runs one call at a time. States stay in `pool`, which executors share; `memory` knows what of the host's is
-    locked, if anything is. Histories are encoded `together` with those of other executors."""
+    locked, if anything is. New events are computed `together` with those of other executors."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class CudaExecutor(InThisProcess):
         pool: StatePool,
         device: Device,
         memory: PinnedMemory | None = None,
-        together: EncodedTogether | None = None,
+        together: EventsTogether | None = None,
     ) -> None:
         self._model, self._device, self._pool, self._shape = model, device, pool, pool.shape
         self._memory, self._together = memory, together
@@ -132,16 +132,11 @@ class CudaExecutor(InThisProcess):
 
     def encode(self, history: Mapping[str, Array], into: Mapping[str, Array] | None = None) -> Mapping[str, Array]:
         """The state of a history (B = 1), in new arrays or in those of the caller."""
-        if self._together is None:
-            return self.encode_all([history], [into])[0]
-        self._forget()
-        room = history["history_time"].shape[2]
-        with self._device.running():  # whoever is asked first for a room is at warm-up
-            for users in sizes_of(room):
-                self._prepared(self._encoding, Bucket.of(users * room, users), self._prepare_history)
-        made, placed = self._together.encode(self, history, into)
-        self._made = [placed]
-        return made
+        return self._compute(NewEvents(history, into))
+
+    def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What A new events a block add to a state."""
+        return self._compute(NewEvents(new, known=state))
 
     def encode_all(
         self, histories: Sequence[Mapping[str, Array]], into: Sequence[Mapping[str, Array] | None]
@@ -158,21 +153,25 @@ class CudaExecutor(InThisProcess):
                     own["keys_values"][0, block, :, :, length:] = 0
 
         fresh = self._new_tokens(histories, [None] * len(histories), homes, finish)
-        first = np.zeros(self._shape.blocks, np.int64)
-        for own, home, whole in zip(made, homes, lengths, strict=True):
-            if home is None:
-                self._copy(fresh, own["keys_values"], first, whole)
-            first += whole
+        self._hand_out(fresh, made, lengths, homes)
         return made
 
-    def extend(self, state: UserState, new: Mapping[str, Array]) -> Mapping[str, Array]:
-        """What A new events a block add to a state."""
-        fresh = self._new_tokens([new], [state])
-        times, counts = new["history_time"], new["history_length"]
-        made = self._empty(new)
-        self._copy(fresh, made["keys_values"], np.zeros(self._shape.blocks, np.int64), counts[0])
-        made["times"][...], made["lengths"][...] = times, state.arrays["lengths"] + counts
+    def extend_all(self, states: Sequence[UserState], news: Sequence[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
+        """What new events add to the states of several users, each B = 1, in one call."""
+        homes = [None] * len(states)
+        fresh = self._new_tokens(news, states, homes)
+        made: list[Mapping[str, Array]] = [self._empty(new) for new in news]
+        counts = [new["history_length"][0] for new in news]
+        self._hand_out(fresh, made, counts, homes)
+        for state, new, own in zip(states, news, made, strict=True):
+            own["times"][...] = new["history_time"]
+            own["lengths"][...] = state.arrays["lengths"] + new["history_length"]
         return made
+
+    def compute_all(self, users: Sequence[NewEvents]) -> list[Mapping[str, Array]]:
+        """One of these two, which is the same for all of them."""
+        events, states = [one.events for one in users], [one.known for one in users if one.known is not None]
+        return self.extend_all(states, events) if states else self.encode_all(events, [one.into for one in users])
 
     def made_last(self) -> list[PlacedState]:
         """Where the states lie that were made last; they are the caller's to keep."""
@@ -213,11 +212,23 @@ class CudaExecutor(InThisProcess):
         logits: Float32Array = prepared.result[0, : users * count].numpy().reshape(users, count, -1).copy()
         return logits
 
+    def _compute(self, user: NewEvents) -> Mapping[str, Array]:
+        """What comes of a user's new events, with others or alone."""
+        if self._together is None:
+            return self.compute_all([user])[0]
+        self._forget()
+        with self._device.running():  # whoever is asked first for a room is at warm-up
+            for users in sizes_of(user.room):
+                self._prepared(self._encoding, Bucket.of(users * user.room, users), self._prepare_history)
+        made, placed = self._together.compute(self, user)
+        self._made = [placed]
+        return made
+
     def _new_tokens(
         self,
         histories: Sequence[Mapping[str, Array]],
         states: Sequence[UserState | None],
-        homes: Sequence[Array | None] = (None,),
+        homes: Sequence[Array | None],
         meanwhile: Callable[[], None] | None = None,
     ) -> Array:
         """Keys and values (N, L, 2, R, A) of new events, users one after the other; valid until the next call. Of users
@@ -302,11 +313,16 @@ class CudaExecutor(InThisProcess):
         fits = fits and keys_values.shape[:4] == (1, shape.blocks, shape.layers, 2)
         return keys_values if fits and self._memory is not None and self._memory.holds(keys_values) else None
 
-    def _copy(self, fresh: Array, keys_values: Array, first: Array, counts: Array) -> None:
-        """A user's rows of `fresh` into a state (1, N, L, 2, T, A)."""
-        for block, count in enumerate(counts.tolist()):
-            start = int(first[block])
-            keys_values[0, block, :, :, :count] = fresh[block, :, :, start : start + count]
+    def _hand_out(
+        self, fresh: Array, made: Sequence[Mapping[str, Array]], counts: Sequence[Array], homes: Sequence[Array | None]
+    ) -> None:
+        """Copy each user's rows of `fresh` into what was made for him, unless they are there."""
+        first = np.zeros(self._shape.blocks, np.int64)
+        for own, home, each in zip(made, homes, counts, strict=True):
+            for block, count in enumerate(each.tolist()) if home is None else ():
+                start = int(first[block])
+                own["keys_values"][0, block, :, :, :count] = fresh[block, :, :, start : start + count]
+            first += each
 
     def _prepared(
         self, known: dict[Bucket, _Prepared], bucket: Bucket, prepare: Callable[[Bucket], _Prepared]

@@ -1,4 +1,5 @@
-"""Who is encoded with whom: who comes while others encode, calls that fail, rooms that differ, one that hangs."""
+"""Whose events are computed with whose: who comes while calls are under way, those that fail, rooms that differ, one
+that hangs."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ import pytest
 import torch
 
 from rankd.engine.backend import EngineConfig
-from rankd.engine.cuda import encoded_together
+from rankd.engine.cuda import events_together
 from rankd.engine.cuda.cuda_backend import CudaBackend
-from rankd.engine.cuda.encoded_together import EncodedTogether, sizes_of
+from rankd.engine.cuda.events_together import EventsTogether, NewEvents, sizes_of
 from rankd.engine.cuda.state_pool import PlacedState
 from rankd.errors import EngineFailure
 from rankd.types import Array, UserState
@@ -43,14 +44,14 @@ class Executors:
         calls, go_on, failing = self.calls, self.go_on, self._failing
 
         class One:
-            def encode_all(self, histories: Histories, into: Sequence[Any]) -> list[Mapping[str, Array]]:
-                names = tuple(int(one["name"][0]) for one in histories)
+            def compute_all(self, users: Sequence[NewEvents]) -> list[Mapping[str, Array]]:
+                names = tuple(int(one.events["name"][0]) for one in users)
                 calls.append(names)
                 assert go_on.wait(20)
                 if names in failing:
                     raise EngineFailure(f"{names} cannot be encoded")
                 self.made = [PlacedState((name,), ([name],)) for name in names]
-                return [{"name": one["name"]} for one in histories]
+                return [{"name": one.events["name"]} for one in users]
 
             def made_last(self) -> list[PlacedState]:
                 return self.made
@@ -66,18 +67,22 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def asking(together: EncodedTogether, executors: Executors) -> Iterator[Callable[..., Future[Any]]]:
+def asking(together: EventsTogether, executors: Executors) -> Iterator[Callable[..., Future[Any]]]:
     """`ask(name, room)` is on its way, in a thread of its own, and waits if it has to, before it returns."""
     with ThreadPoolExecutor(8) as threads:
 
-        def ask(name: int, room: int = 256) -> Future[Any]:
-            waiting, calls = len(together._waiting), len(executors.calls)
-            asked = threads.submit(together.encode, executors.one(), history(name, room), None)
-            until(lambda: len(together._waiting) > waiting or len(executors.calls) > calls)
+        def ask(name: int, room: int = 256, known: UserState | None = None) -> Future[Any]:
+            waiting, calls = len(waiting_in(together)), len(executors.calls)
+            asked = threads.submit(together.compute, executors.one(), NewEvents(history(name, room), known=known))
+            until(lambda: len(waiting_in(together)) > waiting or len(executors.calls) > calls)
             return asked
 
         yield ask
         executors.go_on.set()
+
+
+def waiting_in(together: EventsTogether) -> list[Any]:
+    return [*together._histories.waiting, *together._extensions.waiting]
 
 
 def check(asked: Future[Any], name: int) -> None:
@@ -91,7 +96,7 @@ def test_how_many_go_together_depends_on_the_room() -> None:
 
 
 def test_who_waits_goes_together_with_others_of_the_room() -> None:
-    together, executors = EncodedTogether(1, 8), Executors()
+    together, executors = EventsTogether(1, 8), Executors()
     with asking(together, executors) as ask:
         rooms = (256, 256, 512, 256, 256, 256, 256)
         asked = [ask(name, room) for name, room in enumerate(rooms)]
@@ -105,7 +110,7 @@ def test_who_waits_goes_together_with_others_of_the_room() -> None:
 
 
 def test_as_many_encode_at_once_as_may_and_no_more_users_go_together_than_there_are_pages() -> None:
-    together, executors = EncodedTogether(2, 2), Executors()
+    together, executors = EventsTogether(2, 2), Executors()
     with asking(together, executors) as ask:
         asked = [ask(name) for name in range(6)]
         assert sorted(executors.calls) == [(0,), (1,)]
@@ -115,9 +120,21 @@ def test_as_many_encode_at_once_as_may_and_no_more_users_go_together_than_there_
     assert max(map(len, executors.calls)) == 2
 
 
+def test_extensions_have_a_line_of_their_own() -> None:
+    """They begin beside a history that is being encoded, and go together; never with one."""
+    together, executors, known = EventsTogether(1, 8), Executors(), UserState({}, ())
+    with asking(together, executors) as ask:
+        asked = [ask(0, 8), *(ask(name, 8, known) for name in range(1, 4)), ask(4, 8)]
+        assert executors.calls == [(0,), (1,)]
+        executors.go_on.set()
+        for name, one in enumerate(asked):
+            check(one, name)
+    assert sorted(tuple(sorted(call)) for call in executors.calls) == [(0,), (1,), (2, 3), (4,)]
+
+
 def test_what_fails_together_is_tried_alone() -> None:
     failing = [*((a, b) for a in range(1, 3) for b in range(1, 3) if a != b), (2,)]
-    together, executors = EncodedTogether(1, 8), Executors(failing)
+    together, executors = EventsTogether(1, 8), Executors(failing)
     with asking(together, executors) as ask:
         asked = [ask(name) for name in range(3)]
         executors.go_on.set()
@@ -126,61 +143,96 @@ def test_what_fails_together_is_tried_alone() -> None:
         with pytest.raises(EngineFailure, match=r"\(2,\) cannot be encoded"):
             asked[2].result(20)
     assert {(1,), (2,)} < set(executors.calls)
-    assert together._running == 0
-    assert together._waiting == []
+    assert together._histories.running == 0
+    assert waiting_in(together) == []
 
 
 def test_nobody_waits_for_ever_for_a_call_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    together, executors = EncodedTogether(1, 8), Executors()
+    together, executors = EventsTogether(1, 8), Executors()
     with asking(together, executors) as ask:
         hanging = ask(0)
-        monkeypatch.setattr(encoded_together, "WAIT_SECONDS", 0.05)
-        with pytest.raises(EngineFailure, match=r"1 calls have been encoding .* does the GPU hang"):
-            together.encode(executors.one(), history(1), None)
-        assert together._waiting == []
+        monkeypatch.setattr(events_together, "WAIT_SECONDS", 0.05)
+        with pytest.raises(EngineFailure, match=r"1 calls have been computing .* does the GPU hang"):
+            together.compute(executors.one(), NewEvents(history(1)))
+        assert waiting_in(together) == []
         executors.go_on.set()  # it comes back after all
         check(hanging, 0)
         check(ask(2), 2)
 
 
-def test_histories_that_were_encoded_together_are_whose_they_are() -> None:
-    """Through real executors: the scores of each user, and what stays in the pool under each mark."""
+def test_who_was_computed_together_got_what_is_theirs() -> None:
+    """Through real executors, histories and then what comes after them: the scores of each user, and what stays in the
+    pool under each mark."""
     schema = schema_of(1)
     _, model = model_over(schema, OPTIONS | {"layers": 1}, torch.float32)
     device = InterpretedDevice()
     backend = CudaBackend(model, lambda: device, EngineConfig("cuda", executors=1, gpu_state_mib=1, calls_in_flight=3))
     executors = [backend.executor() for _ in range(3)]
-    histories = [history_of(schema, 18, [length], length) for length in (18, 3, 11)]
+    wholes = [history_of(schema, 18, [length], length) for length in (18, 5, 11)]
+    known = [16, 3, 10]
+    histories = [part_of(whole, 0, length, 18) for whole, length in zip(wholes, known, strict=True)]
+    news = [part_of(whole, length, 8, 8) for whole, length in zip(wholes, known, strict=True)]
     candidates = candidates_of(schema, 5)
     for executor in executors:
-        executor.encode(history_of(schema, 18, [0]))
+        nobody = UserState(executor.encode(history_of(schema, 18, [0])), (0,))
+        executor.extend(nobody, history_of(schema, 8, [0]))
     recorded = device.counts["recorded"]
     single = CudaBackend(model, InterpretedDevice, EngineConfig("cuda", executors=1, gpu_state_mib=1)).executor()
     expected = [
-        single.score([UserState(single.encode(one), tuple(one["history_length"][0].tolist()))], candidates)
-        for one in histories
+        [
+            single.score([UserState(single.encode(one), tuple(one["history_length"][0].tolist()))], candidates)
+            for one in each
+        ]
+        for each in (histories, wholes)
     ]
-    sizes: list[int] = []
+    sizes: list[tuple[bool, int]] = []
     for executor in executors:
-        inner = executor.encode_all
+        inner = executor.compute_all
 
-        def noted(some: Histories, into: Sequence[Any], inner: Any = inner) -> Any:
-            sizes.append(len(some))
-            until(lambda: len(sizes) > 1 or len(backend._together._waiting) == 2)  # the first one lets others come
-            return inner(some, into)
+        def noted(users: Sequence[NewEvents], inner: Any = inner) -> Any:
+            extends = users[0].known is not None
+            sizes.append((extends, len(users)))
+            until(lambda: sum(one == extends for one, _ in sizes) > 1 or len(waiting_in(backend._together)) == 2)
+            return inner(users)  # the first one has let others come
 
-        executor.encode_all = noted  # type: ignore[method-assign, assignment]
+        executor.compute_all = noted  # type: ignore[method-assign]
+
+    def lent(arrays: Mapping[str, Array], length: int, mark: bytes) -> UserState:
+        """What is in the pool is read there, and nothing of the rest."""
+        garbage = {name: array if name == "lengths" else array * 0 for name, array in arrays.items()}
+        return UserState(garbage, (length,), mark)
+
+    first = threading.Barrier(3)
 
     def asked(number: int) -> None:
         executor, mark = executors[number], b"user %d" % number
         arrays = executor.encode(histories[number])
         executor.keep(mark)
-        garbage = {name: array if name == "lengths" else array * 0 for name, array in arrays.items()}
-        state = UserState(garbage, tuple(histories[number]["history_length"][0].tolist()), mark)
-        near(executor.score([state], candidates), expected[number], 1e-6)  # of what is in the pool
+        state = lent(arrays, known[number], mark)
+        near(executor.score([state], candidates), expected[0][number], 1e-6)
+        first.wait(20)
+        added = executor.extend(state, news[number])
+        executor.keep(mark + b", later")
+        whole = known[number] + int(news[number]["history_length"][0, 0])
+        assert added["lengths"].tolist() == [[whole]]
+        later = lent({**arrays, "lengths": added["lengths"]}, whole, mark + b", later")
+        near(executor.score([later], candidates), expected[1][number], 1e-6)
 
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(asked, range(3)))
-    assert sorted(sizes) == [1, 2]
+    assert sorted(sizes) == [(False, 1), (False, 2), (True, 1), (True, 2)]
     scored = len({id(one._scoring) for one in executors})
     assert device.counts["recorded"] - recorded <= scored  # the buckets of calls for several were there already
+
+
+def part_of(history: Mapping[str, Array], first: int, most: int, room: int) -> dict[str, Array]:
+    """Events from the first one on, `most` of them if there are so many, in a room."""
+    count = min(most, int(history["history_length"][0, 0]) - first)
+    made = {}
+    for name, array in history.items():
+        if name == "history_length":
+            made[name] = np.full_like(array, count)
+            continue
+        made[name] = np.zeros((*array.shape[:2], room, *array.shape[3:]), array.dtype)
+        made[name][:, :, :count] = array[:, :, first : first + count]
+    return made

@@ -4,9 +4,10 @@
 
 From the root of a checkout with the extras `dev` and `cuda`. The GPU's own limits first. Then for each workload: its
 model is built, which holds the whole executor to torch; whole requests beside torch in one run (`gpu_requests.py`);
-calls in flight, states that travel, and attention alone (`gpu_parts.py`). Then schedules, the tests of the kernels on
-the GPU, and last what torch has to compile. What a part gives is in the file when it ends; one that fails is named
-there and the others go on; what is not begun when the time is up is left out.
+calls in flight, states that travel, and attention alone (`gpu_parts.py`). Then whether it ranks as well
+(`gpu_ranks.py`), schedules, the tests of the kernels on the GPU, and last what torch has to compile. What a part gives
+is in the file when it ends; one that fails is named there and the others go on; what is not begun when the time is up
+is left out.
 
 `--rehearse` runs all of it without a GPU, on tiny models, kernels in Triton's interpreter: it shows that the script
 itself works. Its figures mean nothing.
@@ -69,6 +70,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rankd-gpu-") as folder:
         for workload in place.workloads():
             whole_requests(place, workload, attempt, Path(folder))
+        attempt("ranks", partial(ranks_as_well, place))
         for name in ("mixed", "skewed"):
             attempt(f"schedule {name}", partial(scheduled, place, name))
         if not options.skip_tests and not place.rehearses:
@@ -184,25 +186,39 @@ def built(place: Place, workload: Workload, folder: Path) -> dict[str, float]:
         "build_model(load_workload(sys.argv[1]), Path(sys.argv[2]), ('cuda',), Precision.BF16, int(sys.argv[3]))"
     )
     requests = "1" if workload.block_tokens > LONG else "8"
-    command = [sys.executable, "-c", code, workload.name, str(folder), requests]
-    environment = os.environ | {"RANKD_CUDA_TUNE": "off"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)  # noqa: S603 - our own interpreter
-    if done.returncode != 0:
-        raise AssertionError(done.stderr[-3000:])
+    untuned(["-c", code, workload.name, str(folder), requests])
     return dict(Artifact.open(folder / workload.name / "1").manifest.engines["cuda"].parity)
 
 
+def ranks_as_well(place: Place) -> Any:
+    """NDCG@10 of the packaged model on the GPU beside float32 on the processor (`gpu_ranks.py`).
+
+    Raises:
+        AssertionError: it differs by more than is allowed.
+    """
+    options = ["--events", "1", "--rehearse"] if place.rehearses else []
+    return json.loads(untuned([str(ROOT / "benchmarks" / "gpu_ranks.py"), *options]).splitlines()[-1])
+
+
 def scheduled(place: Place, name: str) -> Any:
-    """Uneven requests through the schedule in made-up time, with what calls take on this GPU, beside fixed shapes. In a
-    process of its own whose kernels are not tuned: dozens of buckets would take minutes each."""
+    """Uneven requests through the schedule in made-up time, with what calls take on this GPU, beside fixed shapes."""
     target, workload = ("openvino", "small") if place.rehearses else ("cuda", name)
-    command = [sys.executable, "-m", "rankd", "bench", "schedule", "--simulate", "--json", "--seconds", "3"]
-    command += ["--workload", workload, "--target", target]
+    command = ["-m", "rankd", "bench", "schedule", "--simulate", "--json", "--seconds", "3"]
+    return json.loads(untuned([*command, "--workload", workload, "--target", target]).splitlines()[-1])["ratios"]
+
+
+def untuned(arguments: list[str]) -> str:
+    """What a process of our interpreter prints whose kernels are not tuned: dozens of buckets would take minutes each.
+
+    Raises:
+        AssertionError: it failed; the end of what it said.
+    """
     environment = os.environ | {"RANKD_CUDA_TUNE": "off"}
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)  # noqa: S603 - our own interpreter
     if done.returncode != 0:
-        raise AssertionError(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])["ratios"]
+        raise AssertionError(done.stdout[-1000:] + done.stderr[-3000:])
+    return done.stdout
 
 
 if __name__ == "__main__":

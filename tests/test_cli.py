@@ -57,6 +57,7 @@ def test_rank_with_a_model_on_disk(demo_models: Path, demo_ranker: Ranker, tmp_p
         ),
         (("train", "--data", "x.parquet", "--describe", "demo", "--recipe", "demo", "--out", "r"), "no such file"),
         (("eval", "nowhere"), "not a training run"),
+        (("eval", "nowhere", "--target", "native"), "are of the engine that runs an --artifact"),
         (("build", "nowhere"), "not a training run"),
     ],
 )
@@ -98,6 +99,8 @@ def test_train_eval_build_and_rank_in_one_go(tmp_path: Path) -> None:
     again = json.loads(rankd("eval", run, "--artifact", built["artifact"], "--json").stdout)
     for metric, interval in evaluated["table"]["ranker"].items():
         assert again["table"]["ranker"][metric]["value"] == pytest.approx(interval["value"], abs=2e-3)
+    elsewhere = rankd("eval", run, "--artifact", built["artifact"], "--target", "native")
+    assert "was built for openvino, not for native" in elsewhere.stderr
     with Ranker.load(models + "/demo", EngineConfig(executors=1)) as ranker:
         assert ranker.manifest.metrics["gauc"] == pytest.approx(evaluated["table"]["ranker"]["gauc"]["value"])
         assert ranker.manifest.run_sha256 == weights_sha256(tmp_path / "run")

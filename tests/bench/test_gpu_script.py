@@ -105,6 +105,36 @@ def test_our_calls_give_the_same_scores_with_states_made_found_and_sent(asked: A
     assert transfers == [2, 3, 4]
 
 
+def test_it_notices_who_ranks_worse(
+    place: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The processor in place of the GPU ranks as well as itself; with scores that are turned round it does not."""
+    ranking = importlib.import_module("gpu_ranks")
+    monkeypatch.setattr(gpu_presence, "why_not", lambda: "")
+    monkeypatch.setattr("sys.argv", ["gpu_ranks.py", "--events", "40"])
+    events = ranking.demo_events(40)
+    monkeypatch.setattr(ranking, "demo_events", lambda count: events)
+    backend = ReferenceBackend.load(
+        Artifact.open(MODELS / "demo" / "1"), EngineConfig(), Precision.FP32, StateType.FP32
+    )
+
+    class TurnedRound:
+        """Its executors answer with the worst first."""
+
+        def executor(self) -> Any:
+            inner = backend.executor()
+            return SimpleNamespace(encode=inner.encode, score=lambda *call: -inner.score(*call))
+
+    for on_gpu, code in ((backend, 0), (TurnedRound(), 1)):
+        loaded = {"cuda": on_gpu, "openvino": backend}
+        monkeypatch.setattr(ranking, "load_backend", lambda _, config, loaded=loaded: loaded[config.target])
+        assert ranking.main() == code
+        found = json.loads(capsys.readouterr().out)
+        assert found["events"] == 40
+        assert set(found["gpu"]) == {"bf16", "fp8"}
+        assert (found["gpu"]["bf16"]["largest_score_difference"] > 0) == bool(code)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_it_runs_from_end_to_end_in_the_interpreter(script: Any, place: Any, tmp_path: Path) -> None:
     """All that is measured of a workload, as `--rehearse` does it: whoever has a GPU should not meet the first typo."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rankd.errors import MissingExtra
+from rankd.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from rankd.train.evaluation import EvaluationReport
@@ -77,6 +77,7 @@ def train(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Where the log is now, if it was moved.")
 @click.option("--artifact", type=click.Path(path_type=Path), help="Score with this built artifact instead of torch.")
+@click.option("--target", default="auto", help="Of the artifact's engine: openvino, native, cuda, ...")
 @click.option(
     "--precision", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", help="Of the artifact's engine."
 )
@@ -84,20 +85,30 @@ def train(
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the sampling and of the intervals.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on one line.")
 def evaluate(
-    run: Path, data: Path | None, artifact: Path | None, precision: str, sampled: int, seed: int, as_json: bool
+    run: Path,
+    data: Path | None,
+    artifact: Path | None,
+    target: str,
+    precision: str,
+    sampled: int,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Evaluate a trained ranker against baselines on held-out time.
 
     Each basket of the test time is one event: its true items against SAMPLED others, drawn uniformly from the items
     known when the test began. Intervals are 95%, from resampling users.
     """
+    if artifact is None and (target, precision) != ("auto", "auto"):
+        raise ConfigError("--target and --precision are of the engine that runs an --artifact; torch has neither")
     need_torch("rankd eval")
     from rankd.cli.progress import progress_bar
-    from rankd.engine.backend import Precision
+    from rankd.engine.backend import EngineConfig, Precision
     from rankd.train.run import evaluate_run
 
+    engine = EngineConfig(target, Precision(precision), executors=1)
     with progress_bar("evaluating") as advance:
-        report, document = evaluate_run(run, data, artifact, Precision(precision), sampled, seed, advance)
+        report, document = evaluate_run(run, data, artifact, engine, sampled, seed, advance)
     if as_json:
         click.echo(json.dumps(document))
     else:

@@ -125,7 +125,8 @@ def _decision(
     shutil.copytree(plain.path, place)
     write_int8(place / GRAPHS, plan)
     narrow = Artifact(place, _served_in(plain.manifest, Precision.INT8))
-    decision = gate.judge(executor_scorer(narrow, Precision.INT8, gate.dataset), progress)
+    executor = load_backend(narrow, EngineConfig(precision=Precision.INT8, executors=1)).executor()
+    decision = gate.judge(executor_scorer(narrow, executor, gate.dataset), progress)
     ms = {one: _ms(artifact, request) for one, artifact in _both(plain, narrow)} if decision.passed else {}
     return decision, ms
 

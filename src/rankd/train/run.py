@@ -20,7 +20,7 @@ from torch import nn
 from rankd.artifact import Artifact
 from rankd.config import read_struct
 from rankd.embeddings.model_tables import open_model_tables
-from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.backend import EngineConfig, Executor
 from rankd.engine.targets import load_backend
 from rankd.errors import ConfigError, DataError, nearest
 from rankd.features.embedded import EmbeddedInputs
@@ -134,18 +134,18 @@ def evaluate_run(
     folder: Path,
     data: Path | None,
     artifact: Path | None,
-    precision: Precision,
+    engine: EngineConfig,
     sampled: int,
     seed: int,
     progress: Progress,
 ) -> tuple[EvaluationReport, dict[str, Any]]:
-    """Evaluate a run's model, or an artifact built from it, against the baselines on the log's test time.
+    """Evaluate a run's model, or an artifact built from it on an engine, against the baselines on the log's test time.
 
     The evaluation of the torch model is kept in the run folder, from where `build` takes its metrics.
     """
     _, dataset, model = open_run(folder, data)
     events, counts = make_test_events(dataset, dataset.validate_until, dataset.schema.log_end + 1, sampled, seed)
-    scorer = torch_scorer(model, dataset) if artifact is None else engine_scorer(artifact, precision, dataset)
+    scorer = torch_scorer(model, dataset) if artifact is None else engine_scorer(artifact, engine, dataset)
     contestants = {"ranker": score_events(events, scorer, dataset.schema, True, progress)}
     for name, baseline in baselines(dataset, dataset.validate_until).items():
         contestants[name] = score_events(events, baseline, dataset.schema, logits=False)
@@ -156,21 +156,21 @@ def evaluate_run(
     return report, document
 
 
-def engine_scorer(artifact: Path, precision: Precision, dataset: Dataset) -> Scorer:
-    """An artifact's compiled graphs as a contestant, on the dataset's features of each event's own time.
+def engine_scorer(artifact: Path, engine: EngineConfig, dataset: Dataset) -> Scorer:
+    """An artifact on an engine as a contestant, on the dataset's features of each event's own time.
 
     Raises:
         ConfigError: the artifact was built for another schema.
+        ArtifactError, EngineFailure: it does not run on this engine.
     """
     opened = Artifact.open(artifact)
     if msgspec.structs.replace(opened.schema, embedded=()) != dataset.schema:
         raise ConfigError(f"{artifact} was built from another log or recipe than this run")
-    return executor_scorer(opened, precision, dataset)
+    return executor_scorer(opened, load_backend(opened, engine).executor(), dataset)
 
 
-def executor_scorer(opened: Artifact, precision: Precision, dataset: Dataset) -> Scorer:
-    """As `engine_scorer`, of an artifact that is open, whose schema is the dataset's."""
-    executor = load_backend(opened, EngineConfig(precision=precision, executors=1)).executor()
+def executor_scorer(opened: Artifact, executor: Executor, dataset: Dataset) -> Scorer:
+    """As `engine_scorer`, of an executor of an artifact that is open, whose schema is the dataset's."""
     widest, widths = dataset.schema.max_candidates, opened.schema.embedded_widths
     embedded = EmbeddedInputs(opened.schema, open_model_tables(opened.path, widths)) if widths else None
 

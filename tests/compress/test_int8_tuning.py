@@ -151,7 +151,7 @@ def test_a_trial_tunes_to_int8_from_the_weights_of_the_one_in_floats(
     numbers = {"requests": 24, "min_requests": 16, "max_error": 10.0}
     plan = SearchPlan(
         steps=(StepSpace("prune", settings={"structures": ["ffn"], "requests": 8, "flops": 0.8}),),
-        vary={"quantize": (False, {**numbers, "finetune": {"epochs": 2, "learning_rate": 1e-3}})},
+        vary={"quantize": (False, {**numbers, "finetune": {"epochs": 2, "learning_rate": 5e-3}})},
         halvings=0,
         finetune=FineTuning(epochs=1),
         request=ReferenceRequest(candidates=8, target="reference"),
@@ -177,7 +177,7 @@ def test_a_trial_tunes_to_int8_from_the_weights_of_the_one_in_floats(
     assert floats.made is not None
     assert narrow.made is not None, narrow.failure
     assert (
-        narrow.label == "prune + int8 requests 24 min_requests 16 max_error 10.0 finetune epochs 2 learning_rate 0.001"
+        narrow.label == "prune + int8 requests 24 min_requests 16 max_error 10.0 finetune epochs 2 learning_rate 0.005"
     )
     assert narrow.made.gate != floats.made.gate  # other weights, in floats too
     places = [tmp_path / "search" / "trials" / one.trial_id for one in (floats, narrow)]

@@ -13,7 +13,7 @@ from rankd.train.samples import prepare
 from rankd.train.trainer import Trainer
 from tests.train.small_log import RECIPE, small_frame
 
-WIDE = ModelChoice("climber", {"width": 32, "heads": 2, "layers": 2, "hidden": 16})
+WIDE = ModelChoice("climber", {"width": 32, "heads": 2, "layers": 1, "hidden": 16})
 """A model whose layers are large enough for int8."""
 
 

@@ -19,7 +19,7 @@ from rankd.build.export import export
 from rankd.build.pack import BuildOptions, build_artifact, parity_requests
 from rankd.compress.compression_recipe import Quantize
 from rankd.compress.int8_search import search_int8
-from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.backend import EngineConfig, Executor, Precision
 from rankd.engine.state_arrays import SideBySide
 from rankd.engine.targets import PRECISIONS, TARGETS, runs_here, why_not
 from rankd.errors import ArtifactError
@@ -91,6 +91,12 @@ def pair(artifact: str, int8_artifact: str, way: tuple[str, Precision]) -> Itera
         yield kept, fresh, BOUNDS[way[1]]
 
 
+@pytest.fixture(scope="module")
+def executor(pair: tuple[Ranker, Ranker, float]) -> Executor:
+    """Of the one that keeps no states, beside those that serve: OpenVINO compiles for each anew."""
+    return pair[1].backend.executor()
+
+
 EVENTS = st.lists(st.tuples(st.sampled_from(ITEMS), st.sampled_from(DATASET.schema.event_types)), max_size=20)
 CANDIDATES = st.lists(st.sampled_from(ITEMS), min_size=2, max_size=64).map(tuple)
 
@@ -121,10 +127,10 @@ def test_kept_and_extended_states_score_as_fresh_ones(
 @settings(max_examples=15, deadline=None)
 @given(users=st.lists(st.sampled_from((*USERS, "somebody new")), min_size=2, max_size=5), data=st.data())
 def test_users_in_one_call_score_as_one_by_one(
-    pair: tuple[Ranker, Ranker, float], users: list[str], data: st.DataObject
+    pair: tuple[Ranker, Ranker, float], executor: Executor, users: list[str], data: st.DataObject
 ) -> None:
     ranker, bound = pair[1], pair[2]
-    executor, schema = ranker.backend.executor(), ranker.schema
+    schema = ranker.schema
     rows = [ranker.catalogue.rows_of(data.draw(CANDIDATES)[:8]) for _ in users]
     states, calls = [], []
     for user, some in zip(users, rows, strict=True):

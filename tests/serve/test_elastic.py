@@ -35,10 +35,10 @@ from rankd.serve.lifecycle import Server
 from rankd.serve.repository import ModelRepository, ModelState
 from rankd.serve.settings import ServeConfig
 from rankd.train.description import LogDescription
-from rankd.train.recipe import ModelChoice
 from rankd.train.run import begin_run, open_run, packaged_or_file, weights_sha256
 from rankd.train.samples import prepare
 from rankd.train.trainer import Trainer
+from tests.compress.trained_run import WIDE
 from tests.features.stores.redis_server import eventually
 from tests.serve.conftest import ONE_EXECUTOR, write_manifest
 from tests.train.small_log import RECIPE, small_frame
@@ -59,8 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, small, root = folder / "run", folder / "small", folder / "models"
     small_frame().write_parquet(folder / "log.parquet")
     training = msgspec.structs.replace(RECIPE.training, epochs=1, learning_rate=5e-3)
-    choice = ModelChoice("climber", {"width": 32, "heads": 2, "layers": 2, "hidden": 16})
-    recipe = msgspec.structs.replace(RECIPE, model=choice, training=training)
+    recipe = msgspec.structs.replace(RECIPE, model=WIDE, training=training)
     description = packaged_or_file(LogDescription, "logs", "demo")
     _, log = begin_run(run, folder / "log.parquet", description, recipe)
     Trainer(prepare(log, recipe.shapes), recipe, run).start()

@@ -21,6 +21,8 @@ DATASET = small_dataset()
 USERS, ITEMS = DATASET.log.user_ids, DATASET.log.item_ids
 REQUESTS = [RankRequest(user, (*ITEMS[:9], "unheard of", ITEMS[3])) for user in (*USERS[:5], "nobody")]
 ENGINE = EngineConfig(executors=1)
+OPTIONS = {"climber": {"layers": 1}, "hstu": {"layers": 1}}
+"""Of a kind: what is in their layers is tested elsewhere, and takes time to export."""
 
 
 def build(
@@ -33,7 +35,7 @@ def build(
     """Write a version of random weights, always the same ones; returns its folder. Without `storage` its tables are in
     the graph; without `targets` it is for OpenVINO."""
     model = made(kind, dataset)
-    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice(kind, {}))
+    recipe = msgspec.structs.replace(RECIPE, model=ModelChoice(kind, OPTIONS.get(kind, {})))
     options = BuildOptions("films", "1", targets=targets, tables=storage)
     return build_artifact(root, model, dataset, recipe, options)
 
@@ -41,7 +43,7 @@ def build(
 def made(kind: str, dataset: Dataset = DATASET) -> nn.Module:
     """A model of random weights; row 0 of its tables is nobody's, as training leaves it."""
     torch.manual_seed(1)
-    model = create_model(kind, dataset.schema, {})
+    model = create_model(kind, dataset.schema, OPTIONS.get(kind, {}))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     assert isinstance(model, EmbeddedModel)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ from rankd.bench.arrivals import POISSON
 from rankd.bench.compress_suite.causes import Figures, gates_of, ratios_of, rows_of
 from rankd.bench.compress_suite.elastic_load import elastic_rows
 from rankd.bench.compress_suite.gate_refusals import gate_refusals
-from rankd.bench.compress_suite.stages import INT8, MASKED, MODEL, PRUNED, Compressed, Stage, build_stages
+from rankd.bench.compress_suite.stages import MASKED, MODEL, PRUNED, Compressed, Stage, build_stages
 from rankd.bench.load import Connection
 from rankd.bench.parity import against_torch, check_same, features_of, scores_in_process
 from rankd.bench.report import Neighbours, Report, Row, commit, machine
@@ -108,10 +108,10 @@ class _Suite:
                     self.calls_ms[stage.name].append((time.perf_counter() - started) * 1e3)
                     contestant.decode(answer, self._requests[0])
 
-    def under_load(self, stage: Stage) -> None:
-        """The highest rate of a stage."""
+    def under_load(self, stage: Stage, running: ServerProcess) -> None:
+        """The highest rate of a stage; with its `running` server, unless that is set for single requests."""
         contestant = stage.contestant(single=False)
-        with contestant.launch(0) as server:
+        with contestant.launch(0) if stage.set_for_load else nullcontext(running) as server:
             loaded = LoadedServer(contestant, server, self._requests, POISSON, seed=1)
             capacity = loaded.warm(LISTED if stage.warm else CHECKED * 4)
             promise = Promise(self._options.bound_ms, self._options.seconds)
@@ -151,14 +151,14 @@ def run_compress(run: Path, compressed: Path, data: Path | None, options: Compre
             for number in range(options.runs):
                 tell(f"single requests, round {number + 1}")
                 suite.alone(servers, number)
-        for stage in stages:
-            tell(f"{stage.name}, under load")
-            suite.under_load(stage)
+            for stage in stages:
+                tell(f"{stage.name}, under load")
+                suite.under_load(stage, servers[stage.name])
         figures = Figures(suite.calls_ms, suite.rates, suite.tried, gates_of(small.made))
         tell("elastic")
         promise = Promise(options.bound_ms, options.seconds)
-        whole = next(stage.version for stage in stages if stage.name == MASKED)
-        elastic = elastic_rows(folder / "elastic", whole, original, small, figures.cold == INT8, requests, promise)
+        versions = {stage.name: stage.version for stage in stages}
+        elastic = elastic_rows(folder / "elastic", versions[MASKED], versions[figures.cold], requests, promise)
         surroundings["others_cpu_share"] = neighbours.share()
         refused = gate_refusals(original, data, folder, tell)
     about = _about(original, small, stages, options) | {"tokens_a_block": tokens}

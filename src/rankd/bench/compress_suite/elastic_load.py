@@ -1,6 +1,6 @@
 """The full model under more than it can do, alone and with the compressed one as its variant ([elastic]).
 
-In: a built version of a run, the run's compression, requests. Out: a row for each, of what was answered in time. Users'
+In: built versions of a run and of its compression, requests. Out: a row for each, of what was answered in time. Users'
 states are kept in both, and are there when the measurement begins; requests have deadlines.
 """
 
@@ -10,16 +10,17 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
+from rankd.artifact import Artifact, Manifest, write_artifact
 from rankd.bench.arrivals import POISSON
-from rankd.bench.compress_suite.stages import MODEL, VERSION, Compressed, build_version, openvino
+from rankd.bench.compress_suite.stages import MODEL, VERSION, openvino
 from rankd.bench.report import Row
 from rankd.bench.schedule_suite.live_contestants import Contestant, served
 from rankd.bench.schedule_suite.live_load import LoadedServer, Promise
 from rankd.bench.served_model import ServedModel
 from rankd.bench.server_process import ServerProcess
-from rankd.compress.smaller_model import Original
 from rankd.engine.backend import Precision
-from rankd.engine.targets import float_precision
 from rankd.types import RankRequest
 
 VARIANT = f"{VERSION}-compressed"
@@ -31,27 +32,30 @@ TIMES = 4
 """As many seconds as a rate that is tried, so that changing to the variant and what waited until then is a part."""
 
 
-def elastic_rows(
-    folder: Path,
-    full: Path,
-    original: Original,
-    compressed: Compressed,
-    in_int8: bool,
-    requests: Sequence[RankRequest],
-    promise: Promise,
-) -> list[Row]:
-    """The `full` version alone, then with its variant in a `folder`; `in_int8` says in what the variant computes.
+def elastic_rows(folder: Path, full: Path, small: Path, requests: Sequence[RankRequest], promise: Promise) -> list[Row]:
+    """The `full` version alone, then, in a `folder`, with the `small` one as its variant.
 
     Raises:
         EngineFailure, Unavailable: a server answers nothing, or does not start.
     """
-    precision = Precision.INT8 if in_int8 else float_precision("openvino")
     shutil.copytree(full, folder / MODEL / VERSION)
-    build_version(folder, original, compressed.subject, precision, compressed, VARIANT)
+    _called(VARIANT, Artifact.open(small), folder)
     variant = {f"RANKD_ELASTIC__{MODEL.upper()}__VARIANTS": VARIANT}
     alone, rate = _overload(served(ALONE, full.parent.parent, ENGINE), requests, promise)
     elastic, _ = _overload(served(ELASTIC, folder, ENGINE | variant), requests, promise, rate)
     return [alone, elastic]
+
+
+def _called(name: str, artifact: Artifact, root: Path) -> None:
+    """The same version under another name, in a model repository."""
+
+    def fill(work: Path) -> Manifest:
+        for file in artifact.manifest.files:
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(artifact.path / file, work / file)
+        return msgspec.structs.replace(artifact.manifest, version=name)
+
+    write_artifact(root, MODEL, name, fill)
 
 
 def _overload(

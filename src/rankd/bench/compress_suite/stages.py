@@ -63,6 +63,11 @@ class Stage:
         """What it computes in."""
         return self.variables["RANKD_ENGINE__PRECISION"]
 
+    @property
+    def set_for_load(self) -> bool:
+        """Whether its server is another one under load."""
+        return self.alone != self.loaded
+
     def contestant(self, single: bool) -> Contestant:
         """Its server, set for single requests or for load."""
         variables = {**self.variables, **(self.alone if single else self.loaded)}
@@ -119,13 +124,12 @@ def build_version(
     subject: Subject,
     precision: Precision,
     compressed: Compressed | None = None,
-    version: str = VERSION,
 ) -> Path:
     """A version of a subject, with the record of its compression if it is compressed, else the checksum of its run."""
     recipe = msgspec.structs.replace(original.run.recipe, model=subject.choice)
     made, int8 = (None, None) if compressed is None else (compressed.made, compressed.int8)
     plan = int8 if precision is Precision.INT8 else None
-    options = BuildOptions(MODEL, version, precision, ("openvino",), int8=plan)
+    options = BuildOptions(MODEL, VERSION, precision, ("openvino",), int8=plan)
     sha256 = weights_sha256(original.folder) if compressed is None else ""
     return build_artifact(root, subject.model, original.dataset, recipe, options, compression=made, run_sha256=sha256)
 

@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts import attention_alone, in_flight
-from gpu_place import GPU, PROCESSOR, ROOT, Call, Place, device_ms
+from gpu_place import ROOT, Call, Place, device_ms, place_for
 from gpu_requests import COMPILED_TORCH, TORCH, of_users
 from rankd.artifact import Artifact
 from rankd.bench.peak import gpu_peak_gflops
 from rankd.bench.report import commit, machine
 from rankd.bench.synthetic_model import build_model
 from rankd.bench.workload import Workload
-from rankd.engine.cuda import gpu_presence
 
 TEST_SECONDS = 180
 BEGIN_BEFORE = 500.0
@@ -54,14 +53,9 @@ def main() -> int:
     parser.add_argument("--skip-tests", action="store_true", help="Leave the tests of the kernels out.")
     parser.add_argument("--rehearse", action="store_true", help="Run it all on tiny models without a GPU.")
     options = parser.parse_args()
-    place = PROCESSOR if options.rehearse else GPU
-    if place.rehearses:
-        os.environ["TRITON_INTERPRET"] = "1"
-        sys.path.insert(0, str(ROOT))  # tests.engine.cuda.interpreted_device
-    elif reason := gpu_presence.why_not():
-        print(
-            f"Nothing was measured: {reason}. This script needs an NVIDIA GPU; the tests run without one (make test)."
-        )
+    place = place_for(options.rehearse)
+    if isinstance(place, str):
+        print(f"Nothing was measured: {place}. This script needs an NVIDIA GPU; the tests run without one (make test).")
         return 2
     parts: Parts = {"suite": "gpu", "commit": commit(), "machine": machine() | versions(place), "failed": {}}
     parts |= {"rehearsal": "these figures mean nothing"} if place.rehearses else {}
@@ -194,7 +188,7 @@ def ranks_as_well(place: Place) -> Any:
     """NDCG@10 of the packaged model on the GPU beside float32 on the processor (`gpu_ranks.py`).
 
     Raises:
-        AssertionError: it differs by more than is allowed.
+        AssertionError: it loses more than is allowed.
     """
     options = ["--events", "1", "--rehearse"] if place.rehearses else []
     return json.loads(untuned([str(ROOT / "benchmarks" / "gpu_ranks.py"), *options]).splitlines()[-1])

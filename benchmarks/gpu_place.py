@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import numpy as np
 
 from rankd.artifact import Artifact
 from rankd.bench.workload import Workload, load_workload
-from rankd.engine.backend import EngineConfig, Precision
+from rankd.engine.backend import EngineConfig, GpuStorage, Precision
+from rankd.engine.cuda import gpu_presence
 from rankd.engine.targets import load_backend
 from rankd.features.schema import TensorSpec
 from rankd.types import Array
@@ -118,23 +121,41 @@ def whole_ms(place: Place, calls: dict[str, Callable[[], object]]) -> dict[str, 
     return {name: statistics.median(times) for name, times in spent.items()}
 
 
-def backend_of(place: Place, artifact: Artifact, executors: int, calls_in_flight: int) -> Any:
-    """The target, with so many groups of streams and calls under way on each."""
+def place_for(rehearse: bool) -> Place | str:
+    """Where a script measures, made ready for it; or why it cannot."""
+    if not rehearse:
+        return gpu_presence.why_not() or GPU
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(ROOT))  # tests.engine.cuda.interpreted_device
+    return PROCESSOR
+
+
+def backend_of(
+    place: Place,
+    artifact: Artifact,
+    executors: int,
+    calls_in_flight: int,
+    storage: GpuStorage = GpuStorage.AUTO,
+    rehearsed: int = 16,
+) -> Any:
+    """The target, with so many groups of streams and calls under way on each, and its pages of a type. A rehearsal has
+    tiles and pages of `rehearsed` rows."""
     from rankd.engine.cuda.cuda_backend import CudaBackend
 
-    config = EngineConfig("cuda", Precision.BF16, executors, gpu_state_mib=16384, calls_in_flight=calls_in_flight)
+    config = EngineConfig(
+        "cuda", Precision.BF16, executors, gpu_state_mib=16384, gpu_storage=storage, calls_in_flight=calls_in_flight
+    )
     if not place.rehearses:
         return load_backend(artifact, config)
-    return CudaBackend(
-        gpu_model(place, artifact), device_class(place), msgspec.structs.replace(config, gpu_state_mib=8)
-    )
+    config = msgspec.structs.replace(config, gpu_state_mib=8)
+    return CudaBackend(gpu_model(place, artifact, rehearsed), device_class(place), config)
 
 
-def gpu_model(place: Place, artifact: Artifact) -> Any:
+def gpu_model(place: Place, artifact: Artifact, rehearsed: int = 16) -> Any:
     """An artifact's weights where calls read them."""
     from rankd.engine.cuda.cuda_backend import model_of
 
-    sizes = {"tile": 16, "page": 16} if place.rehearses else {}
+    sizes = {"tile": rehearsed, "page": rehearsed} if place.rehearses else {}
     return model_of(artifact, Precision.BF16, lambda tensor: tensor.to(place.name), **sizes)
 
 

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu_place import GPU, PROCESSOR, Place, device_class
+from gpu_place import Place, backend_of, place_for
 from rankd.artifact import Artifact
 from rankd.bench.parity import BOUNDS
 from rankd.demo import MODELS
 from rankd.engine.backend import EngineConfig, GpuStorage, Precision
-from rankd.engine.cuda import gpu_presence
 from rankd.engine.targets import load_backend
 
 METRIC, BOUND = "ndcg@10", 1e-3
@@ -36,12 +34,9 @@ def main() -> int:
     parser.add_argument("--events", type=int, default=2000, help="Of the test time, spread over it.")
     parser.add_argument("--rehearse", action="store_true", help="In the interpreter, without a GPU.")
     options = parser.parse_args()
-    place = PROCESSOR if options.rehearse else GPU
-    if place.rehearses:
-        os.environ["TRITON_INTERPRET"] = "1"
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests.engine.cuda.interpreted_device
-    elif reason := gpu_presence.why_not():
-        print(f"Nothing was measured: {reason}")
+    place = place_for(options.rehearse)
+    if isinstance(place, str):
+        print(f"Nothing was measured: {place}")
         return 2
     found = ranks(place, options.events)
     print(json.dumps(found))
@@ -53,7 +48,6 @@ def ranks(place: Place, count: int) -> dict[str, Any]:
     over users, and the largest difference of a score."""
     import numpy as np
 
-    from rankd.engine.cuda.cuda_backend import CudaBackend, model_of
     from rankd.train.evaluation import score_events
     from rankd.train.ranking_metrics import difference, evaluate
     from rankd.train.run import executor_scorer
@@ -68,13 +62,7 @@ def ranks(place: Place, count: int) -> dict[str, Any]:
     expected = evaluate(plain)[METRIC].value
     made: dict[str, Any] = {"events": len(events), METRIC: expected, "gpu": {}}
     for storage in (GpuStorage.AUTO, GpuStorage.FP8):
-        config = EngineConfig("cuda", Precision.BF16, executors=1, gpu_state_mib=64, gpu_storage=storage)
-        backend = (
-            CudaBackend(model_of(artifact, Precision.BF16, lambda tensor: tensor), device_class(place), config)
-            if place.rehearses
-            else load_backend(artifact, config)
-        )
-        ours = scored(backend)
+        ours = scored(backend_of(place, artifact, 1, 1, storage, rehearsed=64))
         apart = difference(ours, plain)[METRIC]
         worst = max(np.abs(a - b).max() for a, b in zip(ours.scores, plain.scores, strict=True))
         made["gpu"]["bf16" if storage is GpuStorage.AUTO else "fp8"] = {

@@ -127,7 +127,8 @@ def test_it_notices_who_ranks_worse(
 
     for on_gpu, code in ((backend, 0), (TurnedRound(), 1)):
         loaded = {"cuda": on_gpu, "openvino": backend}
-        monkeypatch.setattr(ranking, "load_backend", lambda _, config, loaded=loaded: loaded[config.target])
+        for module in (ranking, place):
+            monkeypatch.setattr(module, "load_backend", lambda _, config, loaded=loaded: loaded[config.target])
         assert ranking.main() == code
         found = json.loads(capsys.readouterr().out)
         assert found["events"] == 40

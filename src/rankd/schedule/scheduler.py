@@ -90,7 +90,7 @@ class Scheduler(Generic[Item, Result, Executor]):
             self._closed = True
             self._all_ended.wait_for(lambda: self._ledger.empty)
             self._changed.notify_all()
-        while left := [seat.thread for seat in self._seats if seat.thread and seat.comes_back()]:
+        while left := [thread for seat in self._seats if (thread := seat.coming_back())]:
             left[0].join(JOIN_SECONDS)  # not for ever: it may be found to hang
         with self._lock:
             self._cores.leave(self._sharer)

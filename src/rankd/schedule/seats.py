@@ -35,9 +35,10 @@ class Seat(Generic[Item, Executor]):
     lost: bool = False
     failing: bool = False
 
-    def comes_back(self) -> bool:
-        """Whether its thread still has something to hand over, and will unless it is found to hang."""
-        return (not self.lost or self.failing) and self.thread is not None and self.thread.is_alive()
+    def coming_back(self) -> threading.Thread | None:
+        """Its thread, if that still has something to hand over, and will unless it is found to hang."""
+        waited_for = not self.lost or self.failing
+        return self.thread if waited_for and self.thread is not None and self.thread.is_alive() else None
 
     def given_up(self) -> bool:
         """Whether another seat has taken its place; it may at any moment."""

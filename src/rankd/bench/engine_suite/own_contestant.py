@@ -7,7 +7,7 @@ In: a Load and its requests. Out: `Calls` by Work. `contestants.py` times them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,12 @@ def rankd_calls(load: Load, requests: Sequence[Features]) -> dict[Work, Calls]:
     executor = load_backend(artifact, config).executor()
     histories = [alone(one.history) for one in requests]
     lengths = [[tuple(one["history_length"][0].tolist()) for one in users] for users in histories]
+    joint = joint_of(executor, histories)
 
     def encode(i: int) -> list[UserState]:
         """Each under a mark of its own, so that the engine may keep it where it computes."""
         marks = [next(numbers).to_bytes(8, "little") for _ in histories[i]]
-        states = encoded(executor, histories[i], marks)
+        states = encoded(executor, joint, histories[i], marks)
         return [UserState(*one) for one in zip(states, lengths[i], marks, strict=True)]
 
     def score(i: int, states: Sequence[UserState]) -> Float32Array:
@@ -62,19 +63,34 @@ def alone(history: Mapping[str, Array]) -> list[dict[str, Array]]:
     return [{name: array[user : user + 1] for name, array in history.items()} for user in range(users)]
 
 
+def joint_of(executor: Executor, histories: Sequence[Sequence[Mapping[str, Array]]]) -> JointExecutor | None:
+    """The executor, where requests have several users and it computes those in one call. Not asked in what is timed:
+    the check takes longer than it looks."""
+    return executor if len(histories[0]) > 1 and isinstance(executor, JointExecutor) else None
+
+
 def encoded(
-    executor: Executor, histories: Sequence[Mapping[str, Array]], marks: Sequence[bytes]
+    executor: Executor, joint: JointExecutor | None, histories: Sequence[Mapping[str, Array]], marks: Sequence[bytes]
 ) -> Sequence[Mapping[str, Array]]:
     """States of several users: in one call where the executor can, else one after the other."""
-    if len(histories) > 1 and isinstance(executor, JointExecutor):
-        together = executor.encode_all(histories, [None] * len(histories))
-        executor.keep_all(marks)
+    if joint is not None:
+        together = joint.encode_all(histories, [None] * len(histories))
+        joint.keep_all(marks)
         return together
     states = []
     for history, mark in zip(histories, marks, strict=True):
         states.append(executor.encode(history))
         executor.keep(mark)
     return states
+
+
+def extended(
+    executor: Executor, joint: JointExecutor | None, users: Sequence[Growing]
+) -> Iterable[Mapping[str, Array]]:
+    """What states grow by: in one call where the executor can, else each valid until the next one is asked for."""
+    if joint is not None:
+        return joint.extend_all([user.state for user in users], [user.new for user in users])
+    return (executor.extend(user.state, user.new) for user in users)
 
 
 def extend_calls(
@@ -86,18 +102,13 @@ def extend_calls(
     """The newest APPENDED events of each history, spread over its blocks, go to the state of the events before.
     `histories` of each request's users."""
     growing = [[Growing.of(executor, manifest, one) for one in users] for users in histories]
+    joint = joint_of(executor, histories)
 
     def call(i: int) -> None:
         for user in growing[i]:
             user.start_anew()
-        if len(growing[i]) > 1 and isinstance(executor, JointExecutor):
-            added = executor.extend_all([user.state for user in growing[i]], [user.new for user in growing[i]])
-            for user, one in zip(growing[i], added, strict=True):
-                write_additions(manifest.state, user.state.arrays, user.state.lengths, one, user.counts)
-            return
-        for user in growing[i]:
-            one = executor.extend(user.state, user.new)
-            write_additions(manifest.state, user.state.arrays, user.state.lengths, one, user.counts)
+        for user, added in zip(growing[i], extended(executor, joint, growing[i]), strict=True):
+            write_additions(manifest.state, user.state.arrays, user.state.lengths, added, user.counts)
 
     def logits(i: int) -> Float32Array:
         call(i)

@@ -319,9 +319,9 @@ class CudaExecutor(InThisProcess):
         """Copy each user's rows of `fresh` into what was made for him, unless they are there."""
         first = np.zeros(self._shape.blocks, np.int64)
         for own, home, each in zip(made, homes, counts, strict=True):
-            for block, count in enumerate(each.tolist()) if home is None else ():
-                start = int(first[block])
-                own["keys_values"][0, block, :, :, :count] = fresh[block, :, :, start : start + count]
+            if home is None:
+                for block, (start, count) in enumerate(zip(first.tolist(), each.tolist(), strict=True)):
+                    own["keys_values"][0, block, :, :, :count] = fresh[block, :, :, start : start + count]
             first += each
 
     def _prepared(

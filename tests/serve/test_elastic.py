@@ -16,7 +16,6 @@ from typing import Any
 
 import grpc
 import httpx
-import msgspec
 import numpy as np
 import pytest
 import tomli_w
@@ -34,14 +33,10 @@ from rankd.serve.elastic_model import ElasticModel
 from rankd.serve.lifecycle import Server
 from rankd.serve.repository import ModelRepository, ModelState
 from rankd.serve.settings import ServeConfig
-from rankd.train.description import LogDescription
-from rankd.train.run import begin_run, open_run, packaged_or_file, weights_sha256
-from rankd.train.samples import prepare
-from rankd.train.trainer import Trainer
-from tests.compress.trained_run import WIDE
+from rankd.train.run import open_run, weights_sha256
+from tests.compress.trained_run import WIDE, train_small
 from tests.features.stores.redis_server import eventually
 from tests.serve.conftest import ONE_EXECUTOR, write_manifest
-from tests.train.small_log import RECIPE, small_frame
 
 PATIENCE_S = 20.0
 PRUNED = ElasticConfig(("1-pruned",))
@@ -56,13 +51,7 @@ def config_of(elastic: ElasticConfig = PRUNED, **more: Any) -> ServeConfig:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """'films': version 1, and what was made of its run by pruning; beside it, in `int8`, the same quantized."""
     folder = tmp_path_factory.mktemp("elastic")
-    run, small, root = folder / "run", folder / "small", folder / "models"
-    small_frame().write_parquet(folder / "log.parquet")
-    training = msgspec.structs.replace(RECIPE.training, epochs=1, learning_rate=5e-3)
-    recipe = msgspec.structs.replace(RECIPE, model=WIDE, training=training)
-    description = packaged_or_file(LogDescription, "logs", "demo")
-    _, log = begin_run(run, folder / "log.parquet", description, recipe)
-    Trainer(prepare(log, recipe.shapes), recipe, run).start()
+    run, small, root = train_small(folder, choice=WIDE), folder / "small", folder / "models"
     step = Prune(structures=(Structure.FFN,), flops=0.8, requests=16)
     quantize = Quantize(requests=24, min_requests=16, max_error=0.5)
     gate = Gate(bounds={"gauc": 0.2}, min_users=20, sampled=20)
